@@ -1,0 +1,203 @@
+"""``moei bench MODEL``: the engine measured, with what it ran on and why it was set so."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moei_core.config import ExpertBudget, format_size, parse_size
+from moei_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from moei_core.engine.loaded_model import LoadedModel
+
+
+@dataclass(frozen=True, slots=True)
+class ModelBenchOptions:
+    """What a person asked for, as typed."""
+
+    model: str | None = None
+    synthetic: str | None = None
+    layers: int | None = None
+    trace: str | None = None
+    policy: str | None = None
+    experts: str | None = None
+    ram: str | None = None
+    context: int | None = None
+    prompt_tokens: int = 64
+    new_tokens: int = 32
+    repeats: int = 3
+
+
+def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
+    """Load, measure, report. Raises: what resolving and loading raise; UsageError."""
+    if min(options.prompt_tokens, options.repeats) < 1 or options.new_tokens < 2:
+        raise UsageError("A measurement needs a prompt, two new tokens and one repeat at least.")
+    budget = ExpertBudget.parse(options.experts) if options.experts else None
+    ram = parse_size(options.ram, "--ram") if options.ram else None
+    name, folder = _find(options)
+
+    from moei_cli import render
+
+    with render.waiting(f"Loading {name}"):
+        from moei_core.cache.policies import DEFAULT_POLICY
+        from moei_core.engine.forced_routing import ForcedRouting
+        from moei_core.engine.loaded_model import LoadedModel, LoadOptions
+        from moei_core.engine.measure import measure_requests, summarise
+        from moei_core.trace import read_trace
+
+        context = options.context or options.prompt_tokens + options.new_tokens
+        loaded = LoadedModel(
+            folder, LoadOptions(ram, budget, max(context, 16), options.policy or DEFAULT_POLICY)
+        )
+    with loaded as model:
+        if options.trace is not None:
+            model.runtime.routing = ForcedRouting(read_trace(options.trace), model.spec)
+        with render.waiting(f"Measuring {name}"):
+            found = measure_requests(model, options.prompt_tokens, options.new_tokens, options.repeats)
+        report = _report(model, name, options) | {
+            "conditions": {condition: summarise(requests) for condition, requests in found.items()}
+        }
+    if json:
+        render.print_json(report)
+        return
+    _show(report)
+
+
+def _find(options: ModelBenchOptions) -> tuple[str, Path]:
+    from moei_core.hub.resolve import resolve_model
+
+    if options.synthetic is None:
+        assert options.model is not None
+        files = resolve_model(options.model)
+    else:
+        from moei_cli import render
+        from moei_core.hub.synthetic import make_synthetic
+
+        with render.PullBar(options.synthetic, verb="Making") as bar:
+            files = make_synthetic(options.synthetic, options.layers, progress=bar)
+    return files.name, files.folder
+
+
+def _report(model: LoadedModel, name: str, options: ModelBenchOptions) -> dict[str, Any]:
+    from moei_core.hardware.memory import peak_memory
+
+    budget = model.budget
+    return {
+        "model": name,
+        "routing": "the router's" if options.trace is None else f"follows {options.trace}",
+        "moe_layers": len(model.spec.num_experts),
+        "num_experts": max(model.spec.num_experts.values()),
+        "num_experts_per_tok": model.spec.num_experts_per_tok,
+        "expert_bytes": max(model.spec.expert_nbytes.values()),
+        "all_experts_bytes": model.spec.total_expert_nbytes,
+        "dense_bytes": model.adapter.dense_nbytes,
+        "slots": asdict(budget),
+        "slots_bytes": budget.nbytes,
+        "policy": model.options.policy,
+        "ram_limit_bytes": model.options.ram,
+        "prompt_tokens": options.prompt_tokens,
+        "new_tokens": options.new_tokens,
+        "context": model.context,
+        "load_s": round(model.load_s, 3),
+        "peak_memory_bytes": peak_memory(),
+        "provenance": _provenance(),
+    }
+
+
+def _provenance() -> dict[str, Any]:
+    """The machine and the versions that the figures belong to."""
+    import psutil
+    import torch
+    import transformers
+
+    from moei_core import __version__
+
+    return {
+        "moei": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processor": _processor(),
+        "cores": psutil.cpu_count(logical=False),
+        "threads": torch.get_num_threads(),
+        "ram_bytes": psutil.virtual_memory().total,
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs; None when moei was installed from a wheel."""
+    root = Path(__file__).parent.parent.parent
+    if not (root / ".git").exists():
+        return None
+    done = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or None
+
+
+def _show(report: dict[str, Any]) -> None:
+    from moei_cli import render
+
+    slots, total = report["slots"], report["moe_layers"] * report["num_experts"]
+    render.print_facts(
+        [
+            ("model", f"{report['model']}: {report['moe_layers']} MoE layers x {report['num_experts']} experts, "
+             f"top-{report['num_experts_per_tok']}; {format_size(report['expert_bytes'])} an expert"),
+            ("routing", report["routing"]),
+            ("experts in RAM", f"{slots['slots']} of {total}, {format_size(report['slots_bytes'])}: {slots['reason']}"),
+            ("policy", report["policy"]),
+            ("request", f"{report['prompt_tokens']} prompt tokens, {report['new_tokens']} new"),
+            ("peak memory", format_size(report["peak_memory_bytes"])),
+            ("machine", "{processor}, {threads} threads, load {load_average}".format(**report["provenance"])),
+            ("versions", "moei {moei} ({commit}), torch {torch}, transformers {transformers}".format(
+                **report["provenance"])),
+        ]
+    )  # fmt: skip
+    headings = (
+        "condition",
+        "TTFT s",
+        "prefill tok/s",
+        "decode tok/s",
+        "(min - max)",
+        "hits",
+        "read",
+        "waiting",
+    )
+    rows = []
+    for condition, figures in report["conditions"].items():
+        decode = figures["decode_tokens_per_s"]
+        waiting = figures["stall_s"]["median"] / figures["total_s"]["median"]
+        rows.append(
+            (
+                condition,
+                f"{figures['ttft_s']['median']:.3f}",
+                f"{figures['prefill_tokens_per_s']['median']:.1f}",
+                f"{decode['median']:.2f}",
+                f"({decode['min']:.2f} - {decode['max']:.2f})",
+                f"{figures['hit_rate']:.1%}",
+                format_size(figures["bytes_read"]["median"]),
+                f"{waiting:.0%}",
+            )
+        )
+    render.print_table(headings, rows, right=headings[1:])

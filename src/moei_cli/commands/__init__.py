@@ -1,0 +1,19 @@
+"""The commands, in the order of ``moei --help``. Each file has ``register(app)`` and imports late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import typer
+
+from moei_cli.commands import bench, chat, list_models, pull, rm, show, trace
+
+COMMANDS: list[Callable[[typer.Typer], None]] = [
+    chat.register,
+    pull.register,
+    list_models.register,
+    show.register,
+    rm.register,
+    bench.register,
+    trace.register,
+]

@@ -1,0 +1,216 @@
+"""``moei chat``: interactive, or one answer for a prompt given as an argument or through a pipe."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moei_core.errors import ModelNotFoundError, UsageError
+from moei_core.hub.resolve import DEMO_NAME, ModelFiles, resolve_model
+
+if TYPE_CHECKING:
+    from moei_core.engine.chat_session import ChatSession
+
+DEMO_EXPERTS = "25%"
+
+_EPILOG = (
+    "Examples:  moei chat        moei chat moei-demo --experts 25%        "
+    'moei chat moei-demo "What is an expert?" --json        echo "Hello" | moei chat'
+)
+
+
+def register(app: typer.Typer) -> None:
+    app.command(name="chat", epilog=_EPILOG)(chat)
+
+
+def chat(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="moei-demo or a model folder; left out: the one used last, else moei-demo."),
+    ] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Answer this and exit.")] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(help="Bound on the memory for experts: a size or a percentage of all of them."),
+    ] = None,
+    ram: Annotated[
+        str | None, typer.Option(help="Bound on the memory of the whole process, such as 8GiB.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens that a conversation may have.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens that a reply may have.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; 0: off.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens of this mass; 1: off.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop tokens below this share of the likeliest; 0: off.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1 avoids what was said; 1: off.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends the reply; may be repeated.")
+    ] = None,
+    think: Annotated[
+        bool | None, typer.Option("--think/--no-think", help="For models that can think before they answer.")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="Cache policy.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Compute in float32, bfloat16 or float16.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With a prompt: one JSON object with the answer and all figures.")
+    ] = False,
+) -> None:
+    """Chat with a model whose experts are read from disk through a cache."""
+    from moei_cli import last_model
+
+    files, prompt = _model_and_prompt(model, prompt)
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read().strip()
+        if not prompt:
+            raise UsageError(
+                "There is nothing to answer: standard input was empty.", hint=_EPILOG.split("   ")[0]
+            )
+    if as_json and prompt is None:
+        raise UsageError("--json answers one prompt.", hint='Add it: moei chat moei-demo "..." --json')
+    if prompt is None and not sys.stdout.isatty():
+        raise UsageError(
+            "An interactive chat needs a terminal.", hint='For one answer: moei chat moei-demo "..."'
+        )
+    overrides = {
+        "max_new_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": tuple(stop) if stop else None,
+    }
+    session = _open(files, experts, ram, context, policy, dtype, system, overrides, quiet=as_json)
+    session.thinking = think
+    last_model.remember(files)
+    try:
+        if prompt is None:
+            from moei_cli.chat_loop import ChatLoop
+
+            ChatLoop(session, files.name).run()
+        else:
+            _answer_once(session, files, prompt, as_json)
+    finally:
+        session.model.close()
+
+
+def _model_and_prompt(model: str | None, prompt: str | None) -> tuple[ModelFiles, str | None]:
+    """Tell a lone argument apart: a model if it names one, else a prompt if it has several words."""
+    from moei_cli import last_model
+
+    if model is None:
+        return last_model.recall() or resolve_model(DEMO_NAME), prompt
+    try:
+        return resolve_model(model), prompt
+    except ModelNotFoundError as error:
+        if prompt is None and len(model.split()) > 1:
+            return last_model.recall() or resolve_model(DEMO_NAME), model
+        if prompt is None:
+            error.hint += f' To ask a question: moei chat {DEMO_NAME} "{model}"'
+        raise
+
+
+def _open(
+    files: ModelFiles,
+    experts: str | None,
+    ram: str | None,
+    context: int | None,
+    policy: str | None,
+    dtype: str | None,
+    system: str | None,
+    overrides: dict[str, Any],
+    quiet: bool,
+) -> ChatSession:
+    """Check the options, load the model, print the plan in one line."""
+    from dataclasses import replace
+
+    from moei_core.config import ExpertBudget, GenerationSettings, format_size, parse_size
+
+    given = {name: value for name, value in overrides.items() if value is not None}
+    GenerationSettings(**given)  # a wrong value is told before gigabytes are read
+    chosen = experts
+    if experts is None and ram is None and files.name == DEMO_NAME:
+        # The whole demo would fit; with a quarter of it there is something to watch.
+        chosen = DEMO_EXPERTS
+    budget = ExpertBudget.parse(chosen) if chosen else None
+    ram_nbytes = parse_size(ram, "--ram") if ram else None
+
+    from moei_cli import render
+
+    with render.waiting(f"Loading {files.name}"):
+        from moei_core.cache.policies import DEFAULT_POLICY
+        from moei_core.engine.chat_session import ChatSession
+        from moei_core.engine.loaded_model import LoadedModel, LoadOptions
+
+        model = LoadedModel(
+            files.folder, LoadOptions(ram_nbytes, budget, context, policy or DEFAULT_POLICY, dtype)
+        )
+    if not quiet:
+        spec, slots = model.spec, model.budget
+        reason = (
+            "so that the cache has work to show; --experts 100% holds all"
+            if chosen != experts
+            else slots.reason
+        )
+        everything = slots.slots == spec.total_experts
+        where = "all of its" if everything else f"{slots.slots} of its"
+        rest = "" if everything else ", the others on disk"
+        render.note(
+            f"{files.name} runs with {where} {spec.total_experts} experts in RAM "
+            f"({format_size(slots.nbytes)}){rest}: {reason}."
+        )
+    return ChatSession(model, replace(model.generation_defaults(), **given), system)
+
+
+def _answer_once(session: ChatSession, files: ModelFiles, prompt: str, as_json: bool) -> None:
+    from moei_cli import render
+    from moei_cli.interrupts import stopping_on_interrupt
+
+    with stopping_on_interrupt(session.stop):
+        if as_json:
+            pieces = list(session.reply(prompt))
+            render.print_json(_report(session, files, pieces))
+        else:
+            render.show_reply(session.reply(prompt), session)
+    if session.report is not None and session.report.finish_reason == "interrupted":
+        raise typer.Exit(130)
+
+
+def _report(session: ChatSession, files: ModelFiles, pieces: list[Any]) -> dict[str, Any]:
+    """The JSON object of a one-shot answer."""
+    from dataclasses import asdict
+
+    assert session.report is not None
+    model = session.model
+    return {
+        "model": files.name,
+        "answer": session.messages[-1]["content"],
+        "thinking": "".join(piece.text for piece in pieces if piece.thinking).strip(),
+        **session.report.as_dict(),
+        "experts": {
+            "slots": model.budget.slots,
+            "working_slots": model.budget.working,
+            "total": model.spec.total_experts,
+            "slot_bytes": model.budget.slot_nbytes,
+            "slots_bytes": model.budget.nbytes,
+            "expert_bytes": model.spec.total_expert_nbytes,
+            "resident": model.scheduler.resident_count,
+            "reason": model.budget.reason,
+            "policy": model.options.policy,
+        },
+        "dense_bytes": model.adapter.dense_nbytes,
+        "ram_limit_bytes": model.options.ram,
+        "load_s": round(model.load_s, 3),
+        "settings": asdict(session.settings),
+    }

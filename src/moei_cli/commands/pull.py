@@ -1,0 +1,99 @@
+"""``moei pull``: download a model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command("pull", epilog="Example: moei pull qwen3-30b-a3b --dry-run")(pull)
+
+
+def pull(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="An alias, or owner/name of the hub.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="main")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be downloaded and whether it fits; write nothing."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Report as one JSON object.")] = False,
+) -> None:
+    """Download a model into the Hugging Face cache. An interrupted download goes on where it stopped."""
+    from moei_cli.render import PullBar, note, print_json
+    from moei_core.errors import UsageError
+    from moei_core.hub import pull as hub
+    from moei_core.hub.remote import Remote
+    from moei_core.hub.resolve import parse_name
+
+    name = parse_name(model)
+    if name.kind != "hub":
+        kinds = {
+            "bundled": "part of moei",
+            "folder": "a folder of yours",
+            "synthetic": "made by `moei bench`",
+        }
+        raise UsageError(f"{model} is not on the hub: it is {kinds[name.kind]}.")
+    if revision is not None and name.revision is not None and revision != name.revision:
+        raise UsageError(f"{model} and --revision {revision} name two revisions.", hint="Give one of them.")
+    with PullBar(name.repo) as bar:
+        remote = Remote(name.repo, note=bar.note)
+        plan = hub.plan_pull(name.repo, revision or name.revision, remote=remote)
+        before = plan.needed_nbytes
+        if not plan.is_moe:
+            bar.note(f"{plan.repo} does not look like a Mixture-of-Experts model; moei may not run it.")
+        if not dry_run:
+            try:
+                folder = hub.pull(plan, bar, remote=remote)
+            except KeyboardInterrupt:
+                bar.note("Interrupted. What has arrived is kept; the same command goes on from there.")
+                raise typer.Exit(130) from None
+    report = {
+        "model": plan.repo,
+        "revision": plan.revision,
+        "commit": plan.commit,
+        "folder": str(plan.folder),
+        "online": plan.online,
+        "licence": plan.licence,
+        "gated": plan.gated,
+        "mixture_of_experts": plan.is_moe,
+        "total_bytes": plan.total_nbytes,
+        "needed_bytes": before,
+        "free_bytes": plan.free_nbytes,
+        "fits": plan.fits,
+        "dry_run": dry_run,
+        "files": [{"name": file.name, "bytes": file.nbytes, "etag": file.etag} for file in plan.files],
+    }
+    if as_json:
+        print_json(report)
+    elif dry_run:
+        _print_dry_run(plan)
+    else:
+        if not plan.online:
+            note("Offline: whether the hub has a newer version was not checked.")
+        print(folder)
+
+
+def _print_dry_run(plan: object) -> None:
+    from moei_cli.render import print_facts
+    from moei_core.config import format_size
+    from moei_core.hub.pull import PullPlan
+
+    assert isinstance(plan, PullPlan)
+    if not plan.online:
+        print_facts([("model", plan.repo), ("state", "complete; offline, so not compared with the hub")])
+        return
+    weights = [file for file in plan.files if file.name.endswith(".safetensors")]
+    others = [file for file in plan.files if file not in weights]
+    sizes = f"{format_size(plan.needed_nbytes)} needed, {format_size(plan.free_nbytes)} free"
+    print_facts(
+        [
+            ("model", f"{plan.repo} ({plan.revision}, commit {plan.commit[:12]})"),
+            ("licence", (plan.licence or "not stated") + (" (gated, and open to you)" if plan.gated else "")),
+            ("weights", f"{len(weights)} files, {format_size(sum(file.nbytes for file in weights))}"),
+            ("others", ", ".join(file.name for file in others)),
+            ("download", f"{format_size(plan.needed_nbytes)} of {format_size(plan.total_nbytes)}"),
+            ("disk", f"{sizes} in {plan.cache.cache_dir}: " + ("fits" if plan.fits else "does not fit")),
+        ]
+    )

@@ -1,0 +1,111 @@
+"""``moei show``: one model in detail."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from moei_core.hub.aliases import Alias
+    from moei_core.hub.library import LibraryModel
+
+
+def register(app: typer.Typer) -> None:
+    app.command("show", epilog="Example: moei show mixtral-8x7b")(show)
+
+
+def show(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="An alias, owner/name, a folder or moei-demo.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Report as one JSON object.")] = False,
+) -> None:
+    """Show what a model is, where its bytes are and how many a token needs."""
+    from dataclasses import asdict
+
+    from moei_cli.commands.list_models import report
+    from moei_cli.render import print_json
+    from moei_core.errors import ModelNotFoundError
+    from moei_core.hub.aliases import find_alias
+    from moei_core.hub.library import describe
+
+    models = describe(model)
+    alias = find_alias(model.partition("@")[0])
+    if not models and alias is None:
+        raise ModelNotFoundError(
+            f"{model} is not on this machine.", hint=f"Download it with: moei pull {model}"
+        )
+    if as_json:
+        known = asdict(alias) if alias is not None else None
+        print_json({"model": model, "alias": known, "here": [report(found) for found in models]})
+        return
+    for number, found in enumerate(models):
+        if number:
+            print()
+        _print_model(found, alias)
+    if not models and alias is not None:
+        _print_alias(alias)
+
+
+def _print_model(model: LibraryModel, alias: Alias | None) -> None:
+    from moei_cli.commands.list_models import state
+    from moei_cli.render import print_facts
+    from moei_core.config import format_size
+
+    origin = {
+        "moei": "downloaded by moei",
+        "other": "downloaded by another program",
+        "mixed": "downloaded in part by moei",
+        "bundled": "part of moei",
+        "folder": "a local folder",
+        "synthetic": "made by moei: real shapes, random weights",
+    }
+    facts = [
+        ("model", model.name),
+        ("folder", str(model.folder)),
+        ("from", origin.get(model.source, model.source)),
+    ]
+    if model.commit:
+        facts.append(("revision", " ".join((*model.revisions, model.commit[:12]))))
+    licence = model.licence or (alias.licence if alias else "")
+    facts += [("licence", licence or "not stated here; see the model's page")] if model.repo else []
+    facts += [("on disk", format_size(model.nbytes)), ("state", state(model))]
+    if (summary := model.summary) is not None:
+        total = max(1, summary.total_nbytes)
+        active_share = f"{100 * summary.active_nbytes / total:.0f}% of all weights"
+        formats = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in summary.formats.items())
+        experts = summary.moe_layers * summary.num_experts
+        facts += [
+            ("type", f"{summary.model_type}, context {summary.context}"),
+            ("shape", f"{summary.shape} (MoE layers x experts x top-k; {summary.num_hidden_layers} layers)"),
+            ("format", summary.format + (f" ({formats})" if summary.formats else "")),
+            (
+                "experts",
+                f"{format_size(summary.experts_nbytes)} ({100 * summary.experts_nbytes / total:.0f}%): "
+                f"{experts} of {format_size(summary.expert_nbytes)}",
+            ),
+            ("dense", f"{format_size(summary.dense_nbytes)} (attention, norms, routers, embeddings)"),
+            (
+                "per token",
+                f"{format_size(summary.active_nbytes)} ({active_share})",
+            ),
+        ]
+        if summary.unused_nbytes:
+            facts.append(("unused", f"{format_size(summary.unused_nbytes)} (layers that a chat never runs)"))
+    print_facts(facts)
+
+
+def _print_alias(alias: Alias) -> None:
+    from moei_cli.render import print_facts
+
+    print_facts(
+        [
+            ("model", f"{alias.name}: {alias.repo}"),
+            ("state", f"not on this machine; download it with: moei pull {alias.name}"),
+            ("size", f"{alias.gb:g} GB as published ({alias.format})"),
+            ("shape", f"{alias.shape} (MoE layers x experts x top-k)"),
+            ("context", str(alias.context)),
+            ("licence", alias.licence),
+        ]
+    )

@@ -1,0 +1,152 @@
+"""``moei trace``: look at recorded routing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moei_core.errors import UsageError
+
+_EPILOG = (
+    "Examples:  moei trace show T.safetensors        moei trace show T.safetensors --request 3 --png eam.png"
+)
+
+_RECORD_EPILOG = "Example:  moei trace record moei-demo --prompts questions.txt -o T.safetensors"
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(help="Recorded routing of chats.", no_args_is_help=True, rich_markup_mode=None)
+    group.command(name="show", epilog=_EPILOG)(show)
+    group.command(name="record", epilog=_RECORD_EPILOG)(record)
+    app.add_typer(group, name="trace")
+
+
+def show(
+    trace: Annotated[str, typer.Argument(help="A trace file.")],
+    request: Annotated[int, typer.Option(help="The request whose activations are drawn.")] = 0,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw the heat map into this file (needs matplotlib).")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Popularity and reuse by layer, overlap of tokens by lag, one request's activations as a heat map."""
+    from moei_cli import render
+    from moei_core.trace import read_trace
+    from moei_core.trace.summary import layer_summaries, overlap_by_lag, request_matrix
+
+    recorded = read_trace(trace)
+    requests = len(recorded.requests) - 1
+    if not 0 <= request < requests:
+        raise UsageError(f"--request: {request} is not one of 0 to {requests - 1}.")
+    matrix = request_matrix(recorded, request)
+    if png is not None:
+        _draw(matrix, png, f"{recorded.model}, request {request}")
+        render.note(f"Drawn into {png}.")
+    summaries, overlap = layer_summaries(recorded), overlap_by_lag(recorded)
+    report: dict[str, Any] = {
+        "trace": trace,
+        "model": recorded.model,
+        "tokens": recorded.tokens,
+        "sequences": recorded.sequences,
+        "requests": requests,
+        "num_experts": recorded.num_experts,
+        "num_experts_per_tok": recorded.num_experts_per_tok,
+        "uniform_overlap": round(recorded.num_experts_per_tok / recorded.num_experts, 4),
+        "overlap_by_lag": {str(lag): round(share, 4) for lag, share in overlap.items()},
+        "layers": [
+            {
+                "layer": one.layer,
+                "top_quarter": round(one.top_quarter, 4),
+                "entropy": round(one.entropy, 4),
+                "reuse": round(one.reuse, 4),
+                "touched": one.touched,
+            }
+            for one in summaries
+        ],
+    }
+    if json:
+        render.print_json(report)
+        return
+    render.trace_summary(report, matrix.tolist(), recorded.moe_layers, request)
+
+
+def record(
+    model: Annotated[str, typer.Argument(help="The model to run.")],
+    prompts: Annotated[
+        Path, typer.Option(help="One question a line; an empty line starts a new conversation.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The trace file to write.")],
+    experts: Annotated[str | None, typer.Option(help="Bound on the memory for experts.")] = None,
+    ram: Annotated[str | None, typer.Option(help="Bound on the memory of the whole process.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens that a reply may have.")] = 256,
+) -> None:
+    """Answer a file of questions greedily and record which experts the routers chose."""
+    from dataclasses import replace
+
+    from moei_cli import render
+    from moei_core.config import ExpertBudget, parse_size
+    from moei_core.hub.resolve import resolve_model
+
+    conversations = _conversations(prompts)
+    files = resolve_model(model)
+    budget = ExpertBudget.parse(experts) if experts else None
+    limit = parse_size(ram, "--ram") if ram else None
+    with render.waiting(f"Loading {files.name}"):
+        from moei_core.engine.chat_session import ChatSession
+        from moei_core.engine.loaded_model import LoadedModel, LoadOptions
+        from moei_core.trace.writer import TraceWriter
+
+        loaded = LoadedModel(files.folder, LoadOptions(limit, budget))
+    with loaded:
+        spec = loaded.spec
+        writer = TraceWriter(
+            output, files.name, spec.num_experts, spec.num_experts_per_tok, source="moei trace record"
+        )
+        loaded.runtime.recorder = writer
+        settings = replace(loaded.generation_defaults(), temperature=0.0, max_new_tokens=max_tokens)
+        with render.progress("recording", sum(map(len, conversations))) as advance:
+            for questions in conversations:
+                session = ChatSession(loaded, settings)
+                writer.begin_sequence()
+                for question in questions:
+                    writer.begin_request()
+                    for _ in session.reply(question):
+                        pass
+                    advance()
+        written = writer.trace()
+        writer.close()
+    render.note(f"{output}: {written.tokens} tokens of {written.sequences} conversations.")
+
+
+def _conversations(path: Path) -> list[list[str]]:
+    """The questions of a file, by conversation. Raises: UsageError."""
+    try:
+        blocks = path.read_text(encoding="utf-8").split("\n\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompts: {path} cannot be read.", str(error)) from None
+    conversations = [[line.strip() for line in block.splitlines() if line.strip()] for block in blocks]
+    conversations = [questions for questions in conversations if questions]
+    if not conversations:
+        raise UsageError(f"--prompts: there is no question in {path}.", hint="Write one a line.")
+    return conversations
+
+
+def _draw(matrix: Any, path: Path, title: str) -> None:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UsageError(
+            "--png needs matplotlib, which is not installed.",
+            hint="Install it with: pip install 'moei[plots]'",
+        ) from None
+    figure, axes = plt.subplots(figsize=(8, 4), dpi=100)
+    axes.imshow(matrix, aspect="auto", interpolation="nearest", cmap="magma")
+    axes.set(xlabel="expert", ylabel="MoE layer", title=title)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

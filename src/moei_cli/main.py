@@ -1,0 +1,95 @@
+"""The ``moei`` command: one Typer application, one file a command, one place that catches errors.
+
+Nothing here or at the top of a command's file imports torch or transformers, so ``moei --help`` is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from moei_cli.commands import COMMANDS
+from moei_core import __version__
+from moei_core.errors import MoeiError, UsageError
+
+app = typer.Typer(
+    name="moei",
+    help="Chat with a Mixture-of-Experts model that is larger than your machine.",
+    epilog="Start with: moei chat        Exit codes: 0 fine, 1 failure, 2 usage, 3 not found or gated, "
+    "4 does not fit, 5 offline, 6 damaged files, 130 interrupted.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moei {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    return
+
+
+for _register in COMMANDS:
+    _register(app)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: run the command line, turn errors into sentences and exit codes."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    # --debug is understood anywhere, since people add it to the end of the command that has just failed.
+    debug = "--debug" in own
+    if debug:
+        arguments.remove("--debug")
+    try:
+        app(args=arguments, prog_name="moei")
+    except MoeiError as error:
+        if debug:
+            raise
+        _print_error(error)
+        _exit(error.exit_code)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("Interrupted.", file=sys.stderr)
+        _exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`moei ... | head`); there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        failure = MoeiError(
+            f"moei failed: {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}",
+            "This is a bug of moei, not of what you typed.",
+            "Run the same command with --debug for the traceback, and please report it.",
+        )
+        _print_error(failure)
+        _exit(1)
+
+
+def _print_error(error: MoeiError) -> None:
+    first, *rest = error.lines()
+    prefix = "usage" if isinstance(error, UsageError) else "error"
+    print("\n".join([f"{prefix}: {first}", *rest]), file=sys.stderr)
+
+
+def _exit(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)

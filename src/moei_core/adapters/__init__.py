@@ -1,0 +1,1 @@
+"""How a transformers model is built without its experts, and how its experts are made to run through us."""

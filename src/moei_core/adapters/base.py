@@ -1,0 +1,47 @@
+"""The contract between the engine and a hooked model."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from moei_core.types import ModelSpec
+
+
+class ExpertsRuntime(Protocol):
+    """What runs in place of each layer's experts."""
+
+    def run_layer(
+        self,
+        module: nn.Module,
+        layer: int,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """The routed experts' output for one layer.
+
+        hidden_states: [tokens, hidden_size]. top_k_index: [tokens, top_k] integers; ``num_experts`` means no
+        expert. top_k_weights: [tokens, top_k]. Returns [tokens, hidden_size] in ``hidden_states``' dtype.
+        """
+
+
+class ModelAdapter(Protocol):
+    """A model whose routed experts can be taken over."""
+
+    def load(self) -> None:
+        """Bring in everything but the experts, and prove that every MoE layer would run through a runtime.
+
+        Raises: UnsupportedModelError, DamagedFileError.
+        """
+
+    def spec(self) -> ModelSpec:
+        """The shape of the model's routed experts."""
+
+    def install(self, runtime: ExpertsRuntime) -> None:
+        """Make every MoE layer run through ``runtime``."""
+
+    def uninstall(self) -> None:
+        """Give the model back as it was before ``install``."""

@@ -1,0 +1,162 @@
+"""The files of a model folder: which tensor is where, and which of them are routed experts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from moei_core.adapters.transformers_private import Source, UnknownConversionError, map_checkpoint
+from moei_core.errors import DamagedFileError, ModelNotFoundError, UnsupportedModelError
+from moei_core.store.base import StoredTensor
+from moei_core.store.safetensors_header import TensorEntry, read_header
+from moei_core.types import ExpertKey
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""The float formats that experts can be read in, by safetensors' name."""
+
+
+def read_tensors(folder: Path) -> dict[str, TensorEntry]:
+    """All tensors of the checkpoint in ``folder`` by name.
+
+    With an index, exactly the tensors of its weight map: a folder may hold a second copy of the weights.
+
+    Raises: ModelNotFoundError without weights; DamagedFileError for missing, truncated or swapped shards.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        if not (folder / SINGLE).exists():
+            raise ModelNotFoundError(
+                f"There are no weights in {folder}.",
+                f"Neither {INDEX} nor {SINGLE} is there; moei reads safetensors checkpoints.",
+                "Pull the model again, or give the folder that holds its .safetensors files.",
+            )
+        return read_header(folder / SINGLE)
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        shards = {str(name): str(shard) for name, shard in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedFileError(
+            f"The model's file {INDEX} is damaged.",
+            "It holds no weight map in JSON.",
+            f"Delete {index} and pull the model again.",
+        ) from None
+    headers = {shard: read_header(folder / shard) for shard in sorted(set(shards.values()))}
+    tensors: dict[str, TensorEntry] = {}
+    for name, shard in shards.items():
+        if name not in headers[shard]:
+            raise DamagedFileError(
+                f"The model's file {shard} is not the one that the index describes.",
+                f"It has no tensor '{name}': shards were swapped, or files of two models were mixed.",
+                "Pull the model again into a clean folder.",
+            )
+        tensors[name] = headers[shard][name]
+    return tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint taken apart. experts: the stored tensors of each routed expert; dense: all the rest."""
+
+    experts: dict[ExpertKey, list[StoredTensor]]
+    dense: dict[str, TensorEntry]
+
+
+def take_apart(
+    model: PreTrainedModel, expert_parameters: Mapping[str, int], tensors: Mapping[str, TensorEntry]
+) -> Checkpoint:
+    """Split ``tensors`` into routed experts and the rest.
+
+    expert_parameters: full name of each expert parameter of ``model`` to its decoder layer index.
+    Raises: UnsupportedModelError for layouts or number formats moei cannot read in place; DamagedFileError
+    when tensors are missing or have other shapes than the configuration says.
+    """
+    try:
+        sources, dense = map_checkpoint(model, tensors, expert_parameters)
+    except UnknownConversionError as error:
+        raise UnsupportedModelError(
+            f"The checkpoint layout of {type(model).__name__} is not supported.",
+            f"Its experts are stored in a way that must be converted first ({error}).",
+            "Save the model once with transformers' save_pretrained and give moei that folder.",
+        ) from None
+    experts: dict[ExpertKey, list[StoredTensor]] = {}
+    for parameter, layer in expert_parameters.items():
+        source = sources.get(parameter)
+        if source is None:
+            raise _mismatch(f"There is no tensor for '{parameter}'.")
+        shape = tuple(model.get_parameter(parameter).shape)
+        for expert, stored in enumerate(_per_expert(parameter, source, shape, tensors)):
+            experts.setdefault(ExpertKey(layer, expert), []).extend(stored)
+    return Checkpoint(experts, {name: tensors[name] for name in dense})
+
+
+def _per_expert(
+    parameter: str, source: Source, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry]
+) -> list[list[StoredTensor]]:
+    """The stored tensors of each expert for one parameter of shape [num_experts, ...]."""
+    num_experts, expected = shape[0], shape[1:]
+    leaf = parameter.rpartition(".")[2]
+    pieces: list[list[StoredTensor]] = []
+    for index, names in enumerate(source.tensors):
+        entries = [_float_entry(name, tensors[name]) for name in names]
+        if source.merged:
+            if len(entries) != num_experts:
+                raise _mismatch(f"'{parameter}' needs {num_experts} tensors, {len(entries)} are stored.")
+            pieces.append([_stored(leaf, index, entry, entry.shape, 0, 1, False) for entry in entries])
+            continue
+        if len(entries) != 1 or not entries[0].shape or entries[0].shape[0] != num_experts:
+            raise _mismatch(f"'{parameter}' does not hold {num_experts} experts.")
+        entry, each = entries[0], entries[0].shape[1:]
+        swapped = source.transpose == "always" or (source.transpose == "if-needed" and each != expected)
+        pieces.append(
+            [_stored(leaf, index, entry, each, expert, num_experts, swapped) for expert in range(num_experts)]
+        )
+    for expert in range(num_experts):
+        found = _joined_shape([piece[expert] for piece in pieces])
+        if found != expected:
+            raise _mismatch(f"'{parameter}' of expert {expert} has shape {found}, not {expected}.")
+    return [[piece[expert] for piece in pieces] for expert in range(num_experts)]
+
+
+def _stored(
+    leaf: str, index: int, entry: TensorEntry, shape: tuple[int, ...], place: int, of: int, transposed: bool
+) -> StoredTensor:
+    nbytes = entry.nbytes // of
+    return StoredTensor(
+        leaf, index, entry.file, entry.offset + place * nbytes, nbytes, entry.dtype, shape, transposed
+    )
+
+
+def _joined_shape(pieces: list[StoredTensor]) -> tuple[int, ...]:
+    """The shape after concatenating the pieces of one expert along the first dimension."""
+    shapes = [piece.shape[::-1] if piece.transposed else piece.shape for piece in pieces]
+    if any(shape[1:] != shapes[0][1:] for shape in shapes):
+        return (-1, *shapes[0][1:])
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def _float_entry(name: str, entry: TensorEntry) -> TensorEntry:
+    if entry.dtype not in TORCH_DTYPES:
+        raise UnsupportedModelError(
+            f"The experts of this checkpoint are stored as {entry.dtype}, which moei does not read yet.",
+            f"Found at '{name}'; supported are {', '.join(TORCH_DTYPES)}.",
+            "Use a bf16 version of the model.",
+        )
+    if entry.nbytes != math.prod(entry.shape) * TORCH_DTYPES[entry.dtype].itemsize:
+        raise _mismatch(f"'{name}' has {entry.nbytes} bytes, too few or too many for its shape.")
+    return entry
+
+
+def _mismatch(why: str) -> DamagedFileError:
+    return DamagedFileError(
+        "The weights do not match the model's config.json.",
+        why,
+        "Files of two models or revisions may be mixed: pull the model again into a clean folder.",
+    )

@@ -1,0 +1,203 @@
+"""``TransformersAdapter``: the hook into transformers' experts interface, verified after installing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
+
+from moei_core.adapters.base import ExpertsRuntime
+from moei_core.adapters.checkpoint import TORCH_DTYPES, read_tensors, take_apart
+from moei_core.adapters.skeleton import (
+    build_skeleton,
+    dense_nbytes,
+    experts_modules,
+    load_dense_weights,
+)
+from moei_core.adapters.transformers_private import IMPLEMENTATION, register_experts_function
+from moei_core.errors import DamagedFileError, ModelNotFoundError, MoeiError, UnsupportedModelError
+from moei_core.store.base import StoredTensor
+from moei_core.types import ExpertKey, ModelSpec
+
+_installed: WeakKeyDictionary[nn.Module, tuple[ExpertsRuntime, int]] = WeakKeyDictionary()
+
+
+def _run_installed(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """What transformers calls in place of a layer's experts."""
+    runtime, layer = _installed[module]
+    return runtime.run_layer(module, layer, hidden_states, top_k_index, top_k_weights)
+
+
+register_experts_function(_run_installed)
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The model's configuration. Raises: ModelNotFoundError, DamagedFileError, UnsupportedModelError."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ModelNotFoundError(
+            f"There is no model in {folder}.",
+            "It has no config.json.",
+            "Give the folder of a Hugging Face model, or the name of one: moei chat moei-demo",
+        )
+    try:
+        model_type = json.loads(path.read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DamagedFileError(
+            f"{path} is damaged.", "It is no JSON object with a 'model_type'.", "Pull the model again."
+        ) from None
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        # transformers raises many types here; all mean that this configuration cannot be used.
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnsupportedModelError(
+            f"The configuration of '{model_type}' cannot be used.", first, "Check the model's config.json."
+        ) from error
+    if getattr(config, "quantization_config", None):
+        method = config.quantization_config.get("quant_method", "an unknown method")
+        raise UnsupportedModelError(
+            f"The weights are quantised with {method}, which moei does not read yet.",
+            hint="Use a bf16 version of the model.",
+        )
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+class TransformersAdapter:
+    """A causal language model from a local folder, its experts left on disk.
+
+    ``__init__`` reads only configuration and file headers; ``load`` brings in the dense weights and proves that
+    every MoE layer runs through the hook. Between ``install`` and ``uninstall`` the experts are the runtime's.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """dtype: compute in this float type instead of the checkpoint's own."""
+        self.folder = folder
+        self.config = read_config(folder)
+        tensors = read_tensors(folder)
+        stored = self.config.dtype if isinstance(self.config.dtype, torch.dtype) else _first_dtype(tensors)
+        self.dtype = dtype or stored
+        self.model = build_skeleton(self.config, self.dtype)
+        parameters = {
+            f"{path}.{name}": layer
+            for path, layer, module in experts_modules(self.model)
+            for name, _ in module.named_parameters(recurse=False)
+        }
+        self._expert_parameters = tuple(parameters)
+        checkpoint = take_apart(self.model, parameters, tensors)
+        self.experts: dict[ExpertKey, list[StoredTensor]] = checkpoint.experts
+        self._dense = checkpoint.dense
+        self._spec = self._make_spec()
+
+    def _make_spec(self) -> ModelSpec:
+        counts: dict[int, int] = {}
+        nbytes: dict[int, int] = {}
+        for key, stored in sorted(self.experts.items()):
+            counts[key.layer] = counts.get(key.layer, 0) + 1
+            nbytes[key.layer] = sum(tensor.nbytes for tensor in stored)
+        text = self.config.get_text_config()
+        # Families call it differently; ``load`` replaces it by what the routers really choose.
+        top_k = getattr(text, "num_experts_per_tok", None) or 1
+        return ModelSpec(self.config.model_type, counts, top_k, text.hidden_size, nbytes)
+
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    @property
+    def expected_dense_nbytes(self) -> int:
+        """Bytes of the dense weights once loaded, known before loading (an upper bound: tied weights)."""
+        item = self.dtype.itemsize
+        sizes = {"BF16": 2, "F16": 2, "F32": 4}
+        return sum(
+            entry.nbytes // sizes[entry.dtype] * item if entry.dtype in sizes else entry.nbytes
+            for entry in self._dense.values()
+        )
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that the loaded model holds."""
+        return dense_nbytes(self.model)
+
+    def load(self) -> None:
+        """Read the dense weights; the expert parameters are gone from the modules from here on."""
+        load_dense_weights(self.model, self._dense, self.dtype, self._expert_parameters)
+        top_k = max(self._probe().values())
+        self._spec = replace(self._spec, num_experts_per_tok=top_k)
+
+    def _probe(self) -> dict[int, int]:
+        """The top-k of each MoE layer, from one token through experts that only say that they ran.
+
+        Raises: UnsupportedModelError if a layer does not run through the hook, or holds expert weights.
+        """
+        probe = _Probe()
+        self.install(probe)
+        try:
+            for _, layer, module in experts_modules(self.model):
+                left = [name for name, _ in module.named_parameters(recurse=False)]
+                if left:
+                    raise self._refuse(f"Expert weights are left in layer {layer} ({left[0]}).")
+            with torch.inference_mode():
+                self.model(input_ids=torch.zeros((1, 1), dtype=torch.long), use_cache=False)
+            silent = sorted(set(self._spec.moe_layers) - set(probe.top_k))
+            if silent:
+                raise self._refuse(
+                    f"The experts of layer {silent[0]} do not run through the experts interface."
+                )
+        except MoeiError:
+            raise
+        except Exception as error:
+            raise self._refuse(f"A trial run failed: {type(error).__name__}: {error}") from error
+        finally:
+            self.uninstall()
+        return probe.top_k
+
+    def install(self, runtime: ExpertsRuntime) -> None:
+        self._previous = getattr(self.model.config, "_experts_implementation", None)
+        self.model.set_experts_implementation(IMPLEMENTATION)
+        for _, layer, module in experts_modules(self.model):
+            _installed[module] = (runtime, layer)
+
+    def uninstall(self) -> None:
+        for _, _, module in experts_modules(self.model):
+            _installed.pop(module, None)
+        if self._previous is not None:
+            self.model.set_experts_implementation(self._previous)
+
+    def _refuse(self, why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"The architecture {type(self.model).__name__} is not supported.",
+            why,
+            "Please report it with the model's name.",
+        )
+
+
+class _Probe:
+    """An ``ExpertsRuntime`` that notes the top-k of each layer that ran, and contributes nothing."""
+
+    def __init__(self) -> None:
+        self.top_k: dict[int, int] = {}
+
+    def run_layer(
+        self,
+        module: nn.Module,
+        layer: int,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        self.top_k[layer] = top_k_index.shape[-1]
+        return torch.zeros_like(hidden_states)
+
+
+def _first_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
+    return next((TORCH_DTYPES[t.dtype] for t in tensors.values() if t.dtype in TORCH_DTYPES), torch.float32)

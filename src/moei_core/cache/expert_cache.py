@@ -1,0 +1,185 @@
+"""``ExpertCache``: which experts are resident. The only miss loop; policies only order.
+
+A cache of N slots is a *working set* of W slots (one token's top-k of the widest layer) and N - W *resident*
+slots. Misses of an access are loaded into the working set; once computed, each either becomes a resident (its
+slot changes roles, no bytes move) or is released. So an access never fails because the budget is small, a
+long prompt can pass through without flushing what decode needs, and the smallest cache is W slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
+
+from moei_core.cache.policies.base import CachePolicy
+from moei_core.types import ExpertKey, LayerAccess
+
+
+@dataclass(slots=True)
+class CacheStatistics:
+    """Counts of expert lookups since the start (or since ``minus``'s baseline)."""
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    bypasses: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of lookups that found a resident expert; 0 before the first lookup."""
+        lookups = self.hits + self.misses
+        return self.hits / lookups if lookups else 0.0
+
+    def minus(self, earlier: CacheStatistics) -> CacheStatistics:
+        """What happened since ``earlier`` was copied."""
+        return CacheStatistics(
+            self.hits - earlier.hits,
+            self.misses - earlier.misses,
+            self.evictions - earlier.evictions,
+            self.bypasses - earlier.bypasses,
+        )
+
+
+@dataclass(slots=True)
+class ExpertCache:
+    """Residency of experts, ordered by ``policy``.
+
+    capacity: what the residents may take together: slots, or bytes if ``expert_nbytes`` is given.
+    expert_nbytes: bytes of one expert by layer, for models of unequal experts (MoDSE, arXiv 2409.12210).
+    """
+
+    capacity: int
+    policy: CachePolicy
+    statistics: CacheStatistics = field(default_factory=CacheStatistics)
+    expert_nbytes: Mapping[int, int] | None = None
+    _resident: dict[int, dict[int, ExpertKey]] = field(default_factory=dict)
+    _count: int = 0
+    _used: int = 0
+
+    def __contains__(self, key: ExpertKey) -> bool:
+        return key.expert in self._resident.get(key.layer, ())
+
+    def __len__(self) -> int:
+        return self._count
+
+    def residents(self) -> list[ExpertKey]:
+        """All resident experts, ascending."""
+        return sorted(key for layer in self._resident.values() for key in layer.values())
+
+    def size_of(self, layer: int) -> int:
+        """What one expert of ``layer`` takes of the capacity."""
+        return 1 if self.expert_nbytes is None else self.expert_nbytes[layer]
+
+    def touch(
+        self, access: LayerAccess, keys: tuple[ExpertKey, ...]
+    ) -> tuple[list[ExpertKey], list[ExpertKey]]:
+        """Tell the policy of an access and split its experts into (hits, misses), each ascending.
+
+        keys: the layer's interned keys, by expert.
+        """
+        self.policy.on_access(access)
+        resident = self._resident.get(access.layer)
+        if not resident:
+            absent = [keys[expert] for expert in access.experts]
+            self.statistics.misses += len(absent)
+            return [], absent
+        hits: list[ExpertKey] = []
+        misses: list[ExpertKey] = []
+        for expert in access.experts:
+            (hits if expert in resident else misses).append(keys[expert])
+        self.statistics.hits += len(hits)
+        self.statistics.misses += len(misses)
+        return hits, misses
+
+    def place(self, key: ExpertKey, excluded: Container[ExpertKey]) -> tuple[bool, tuple[ExpertKey, ...]]:
+        """Try to make ``key``, which is loaded, resident: (whether it stays, who was evicted for it).
+
+        With unequal sizes several small experts may go for a large one; if the policy stops half way, those
+        already chosen are evicted and ``key`` still does not stay: rare, and only a lost opportunity.
+        """
+        policy, layer = self.policy, key.layer
+        size = self.size_of(layer)
+        limit = self.capacity
+        quota = policy.quota(layer)
+        resident = self._resident.get(layer)
+        if resident is None:
+            resident = self._resident[layer] = {}
+        evicted: list[ExpertKey] = []
+        while self._used + size > limit or (quota is not None and len(resident) >= quota):
+            victim = policy.victim(key, excluded) if self._count and quota != 0 else None
+            if victim is None:
+                self.statistics.bypasses += 1
+                return False, tuple(evicted)
+            self.drop(victim)
+            self.statistics.evictions += 1
+            evicted.append(victim)
+        resident[key.expert] = key
+        self._count += 1
+        self._used += size
+        policy.insert(key)
+        return True, tuple(evicted)
+
+    def place_predicted(
+        self,
+        key: ExpertKey,
+        score: float,
+        excluded: Container[ExpertKey],
+        worth: Callable[[ExpertKey], float],
+    ) -> tuple[bool, tuple[ExpertKey, ...]]:
+        """As ``place``, for a prefetched ``key`` of which only a prediction is known.
+
+        It stays if there is room, or if the least valuable resident is worth less than ``score``.
+        """
+        policy, layer = self.policy, key.layer
+        size = self.size_of(layer)
+        quota = policy.quota(layer)
+        resident = self._resident.setdefault(layer, {})
+        evicted: list[ExpertKey] = []
+        while self._used + size > self.capacity or (quota is not None and len(resident) >= quota):
+            victim = policy.victim(ExpertKey(layer, -1), excluded) if self._count and quota != 0 else None
+            if victim is None or worth(victim) >= score:
+                return False, tuple(evicted)
+            self.drop(victim)
+            self.statistics.evictions += 1
+            evicted.append(victim)
+        resident[key.expert] = key
+        self._count += 1
+        self._used += size
+        policy.insert(key)
+        return True, tuple(evicted)
+
+    def drop(self, key: ExpertKey) -> None:
+        """Forget a resident whose bytes are gone."""
+        del self._resident[key.layer][key.expert]
+        self._count -= 1
+        self._used -= self.size_of(key.layer)
+        self.policy.remove(key)
+
+    def resize(self, capacity: int, excluded: Container[ExpertKey] = ()) -> list[ExpertKey]:
+        """Change the capacity and return who must go at once, least valuable first.
+
+        A policy with quotas keeps its proportions: it is told first. Pinned experts of ``excluded`` stay, so
+        the cache may shrink further only at the next placements.
+        """
+        self.capacity = capacity
+        self.policy.resize(capacity)
+        gone: list[ExpertKey] = []
+        for layer, resident in self._resident.items():
+            quota = self.policy.quota(layer)
+            while quota is not None and len(resident) > quota:
+                if not self._shed(layer, excluded, gone):
+                    break
+        while self._used > capacity:
+            largest = max(self._resident, key=lambda layer: len(self._resident[layer]))
+            if not self._shed(largest, excluded, gone):
+                break
+        return gone
+
+    def _shed(self, layer: int, excluded: Container[ExpertKey], gone: list[ExpertKey]) -> bool:
+        victim = self.policy.victim(ExpertKey(layer, -1), excluded)
+        if victim is None:
+            return False
+        self.drop(victim)
+        self.statistics.evictions += 1
+        gone.append(victim)
+        return True

@@ -1,0 +1,39 @@
+"""Cache policies, one file each, and the one registry of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from moei_core.cache.policies.activation_aware import ActivationAware
+from moei_core.cache.policies.allocation import AllocatedLRU
+from moei_core.cache.policies.base import CachePolicy
+from moei_core.cache.policies.belady import GlobalBelady, GlobalBeladyBypass, LayerBelady, LayerBeladyBypass
+from moei_core.cache.policies.cost_aware import CostAware
+from moei_core.cache.policies.learned import LearnedMixture
+from moei_core.cache.policies.lfu import DecayedLFU, GlobalLFU, LayerLFU, RequestLFU
+from moei_core.cache.policies.lru import GlobalLRU, LayerLRU
+from moei_core.cache.policies.static import OnDemand, Static
+
+POLICIES: dict[str, Callable[[int, Mapping[int, int]], CachePolicy]] = {
+    "learned": LearnedMixture,
+    "layer-lru": LayerLRU,
+    "global-lru": GlobalLRU,
+    "layer-lfu": LayerLFU,
+    "global-lfu": GlobalLFU,
+    "request-lfu": RequestLFU,
+    "decayed-lfu": DecayedLFU,
+    "activation-aware": ActivationAware,
+    "allocated-lru": AllocatedLRU,
+    "cost-aware": CostAware,
+    "static": Static,
+    "on-demand": OnDemand,
+    "layer-belady": LayerBelady,
+    "layer-belady-bypass": LayerBeladyBypass,
+    "global-belady": GlobalBelady,
+    "global-belady-bypass": GlobalBeladyBypass,
+}
+"""Name to constructor(resident capacity, num_experts by layer)."""
+
+DEFAULT_POLICY = "learned"
+
+__all__ = ["DEFAULT_POLICY", "POLICIES", "CachePolicy"]

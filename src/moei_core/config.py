@@ -1,0 +1,111 @@
+"""Sizes as people write them, and the frozen settings that the engine is built from."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from moei_core.errors import UsageError
+
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
+_PERCENT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*")
+
+
+def parse_size(text: str, option: str = "size") -> int:
+    """Bytes of a size such as ``600MiB``, ``8G`` or ``1.5 GiB``.
+
+    ``MiB``/``GiB`` are powers of 1024, ``MB``/``GB`` and the bare ``M``/``G`` powers of 1000. A plain number
+    is bytes.
+
+    Raises: UsageError, naming ``option``.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise UsageError(
+            f"{option}: '{text}' is not a size.",
+            hint="Write a number with a unit, such as 600MiB, 8GiB or 8G.",
+        )
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+def format_size(nbytes: float) -> str:
+    """``nbytes`` for people, in powers of 1024: ``612 MiB``, ``1.5 GiB``."""
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" or abs(value) >= 100 else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertBudget:
+    """The bound on expert slots: a share of all routed-expert bytes, or bytes. Exactly one is set."""
+
+    fraction: float | None = None
+    nbytes: int | None = None
+
+    @classmethod
+    def parse(cls, text: str, option: str = "--experts") -> ExpertBudget:
+        """``25%`` or ``8GiB``. Raises: UsageError."""
+        match = _PERCENT.fullmatch(text)
+        if match is None:
+            return cls(nbytes=parse_size(text, option))
+        percent = float(match[1])
+        if not 0 < percent <= 100:
+            raise UsageError(
+                f"{option}: {text.strip()} is not between 0% and 100%.",
+                hint="100% keeps every routed expert in memory; 25% a quarter of them.",
+            )
+        return cls(fraction=percent / 100)
+
+    def slots(self, total_experts: int, slot_nbytes: int) -> int:
+        """How many slots of ``slot_nbytes`` the budget pays for, at most one per expert of the model."""
+        if self.fraction is not None:
+            # The epsilon keeps 25% of 128 at 32 in spite of binary fractions.
+            return min(total_experts, int(self.fraction * total_experts + 1e-9))
+        assert self.nbytes is not None
+        return min(total_experts, self.nbytes // slot_nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSettings:
+    """How the next token is chosen and when a reply ends.
+
+    temperature: 0 is greedy. top_k 0 and top_p 1 switch these filters off. seed None draws a fresh one.
+    stop: strings that end the reply and are not part of it.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.max_new_tokens >= 1, "max_new_tokens must be at least 1"),
+            (0 <= self.temperature <= 100, "temperature must be between 0 and 100"),
+            (self.top_k >= 0, "top_k must be at least 0 (0: off)"),
+            (0 < self.top_p <= 1, "top_p must be above 0 and at most 1 (1: off)"),
+            (0 <= self.min_p < 1, "min_p must be at least 0 and below 1 (0: off)"),
+            (self.repetition_penalty > 0, "repetition_penalty must be above 0 (1: off)"),
+            (all(self.stop), "a stop string must not be empty"),
+        )
+        for fine, sentence in checks:
+            if not fine:
+                raise UsageError(f"{sentence}.")

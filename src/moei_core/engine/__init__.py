@@ -1,0 +1,1 @@
+"""Carrying plans out: slots, reads, expert products, generation."""

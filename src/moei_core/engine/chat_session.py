@@ -1,0 +1,182 @@
+"""``ChatSession``: one conversation with a loaded model. A turn either completes or leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from moei_core.cache.expert_cache import CacheStatistics
+from moei_core.config import GenerationSettings
+from moei_core.engine.generate import GenerationTimes, Generator
+from moei_core.engine.kv_cache import ConversationCache
+from moei_core.engine.loaded_model import LoadedModel
+from moei_core.engine.runtime import RuntimeStatistics
+from moei_core.engine.text_stream import TextPiece, TextStream, thinking_markers
+from moei_core.errors import UsageError
+from moei_core.hardware.memory import peak_memory, resident_memory
+
+
+@dataclass(slots=True)
+class TurnReport:
+    """What one turn was and cost; complete once the turn has ended, valid so far while it runs.
+
+    finish_reason: ``stop`` (the model ended it), ``stop-string``, ``length``, ``context`` or ``interrupted``.
+    """
+
+    prompt_tokens: int
+    reused_tokens: int
+    context: int
+    new_tokens: int = 0
+    finish_reason: str = ""
+    times: GenerationTimes = field(default_factory=GenerationTimes)
+    cache: CacheStatistics = field(default_factory=CacheStatistics)
+    runtime: RuntimeStatistics = field(default_factory=RuntimeStatistics)
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Tokens per second after the first; 0 for a reply of one token."""
+        count = len(self.times.token_s)
+        spent = self.times.decode_s + self.times.sampling_s
+        return count / spent if count else 0.0
+
+    @property
+    def stall_share(self) -> float:
+        """Share of the turn's time in which computing waited for experts."""
+        spent = self.times.prefill_s + self.times.decode_s + self.times.sampling_s
+        return self.runtime.stall_s / spent if spent else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
+            "new_tokens": self.new_tokens,
+            "context": self.context,
+            "ttft_s": round(self.times.prefill_s, 4),
+            "prefill_tokens": self.times.prefilled_tokens,
+            "decode_s": round(self.times.decode_s, 4),
+            "decode_tokens_per_s": round(self.decode_tokens_per_s, 3),
+            "sampling_s": round(self.times.sampling_s, 4),
+            "hits": self.cache.hits,
+            "misses": self.cache.misses,
+            "hit_rate": round(self.cache.hit_rate, 4),
+            "evictions": self.cache.evictions,
+            "loads": self.runtime.loads,
+            "bytes_read": self.runtime.bytes_read,
+            "stall_s": round(self.runtime.stall_s, 4),
+            "stall_share": round(self.stall_share, 4),
+            "expert_compute_s": round(self.runtime.expert_compute_s, 4),
+            "memory_bytes": resident_memory(),
+            "peak_memory_bytes": peak_memory(),
+        }
+
+
+class ChatSession:
+    """Messages, their key-value cache, and the settings of the next reply."""
+
+    def __init__(self, model: LoadedModel, settings: GenerationSettings, system: str | None = None) -> None:
+        self.model = model
+        self.settings = settings
+        self.thinking: bool | None = None
+        self.messages: list[dict[str, str]] = []
+        self.report: TurnReport | None = None
+        self._system = system
+        self._cache = ConversationCache(model.adapter.config)
+        self._stop = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Start a new conversation; the system message stays."""
+        self.messages = [{"role": "system", "content": self._system}] if self._system else []
+        self._cache.clear()
+
+    def stop(self) -> None:
+        """End the reply in progress before its next token. Safe to call from a signal handler."""
+        self._stop = True
+
+    def reply(self, text: str) -> Iterator[TextPiece]:
+        """Ask ``text`` and yield the reply as it comes.
+
+        The turn joins ``messages`` when it ends, also when it was stopped after its first token. If it raises,
+        the conversation is as it was before. Raises: InterruptedTurnError, ExpertReadError, UsageError.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt = self._prompt(messages)
+        if len(prompt) >= self.model.context:
+            raise UsageError(
+                "The conversation is longer than its context.",
+                f"It has {len(prompt)} tokens, and {self.model.context} is the limit.",
+                "Start anew with /clear, or run with a larger --context.",
+            )
+        self._stop = False
+        report = TurnReport(len(prompt), self._cache.reuse_prefix(prompt), self.model.context)
+        self.report = report
+        cache_before = replace(self.model.scheduler.statistics)
+        runtime_before = self.model.runtime.snapshot()
+        answer: list[str] = []
+        self.model.scheduler.request_start()
+        try:
+            for piece in self._generate(prompt, report):
+                if not piece.thinking:
+                    answer.append(piece.text)
+                report.cache = self.model.scheduler.statistics.minus(cache_before)
+                report.runtime = self.model.runtime.statistics.minus(runtime_before)
+                yield piece
+        finally:
+            self.model.scheduler.request_end()
+            report.cache = self.model.scheduler.statistics.minus(cache_before)
+            report.runtime = self.model.runtime.statistics.minus(runtime_before)
+        self.messages = [*messages, {"role": "assistant", "content": "".join(answer).strip()}]
+
+    def _generate(self, prompt: list[int], report: TurnReport) -> Iterator[TextPiece]:
+        tokenizer, settings = self.model.tokenizer, self.settings
+        end_tokens = self.model.end_tokens()
+        tail = tokenizer.decode(prompt[-8:], skip_special_tokens=False)
+        stream = TextStream(
+            tokenizer.backend_tokenizer,
+            thinking_markers(tokenizer.chat_template or ""),
+            tokenizer.all_special_tokens,
+            settings.stop,
+            tail,
+        )
+        generator = Generator(self.model.adapter.model, self.model.runtime, self._cache, lambda: self._stop)
+        report.finish_reason = "interrupted"
+        for token in generator.tokens(prompt, settings, end_tokens, report.times, self.model.context):
+            report.new_tokens += 1
+            if token in end_tokens:
+                report.finish_reason = "stop"
+                break
+            yield from stream.feed(token)
+            if stream.stopped:
+                report.finish_reason = "stop-string"
+                break
+        else:
+            if report.new_tokens == settings.max_new_tokens:
+                report.finish_reason = "length"
+            elif report.prompt_tokens + report.new_tokens >= self.model.context:
+                report.finish_reason = "context"
+        yield from stream.finish()
+
+    def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        tokenizer = self.model.tokenizer
+        if not tokenizer.chat_template:
+            # A base model: it continues the text of the conversation.
+            text = "\n".join(message["content"] for message in messages)
+            return list(tokenizer(text)["input_ids"])
+        extra = {}
+        if self.thinking is not None:
+            extra["enable_thinking"] = self.thinking
+        try:
+            encoded = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, **extra
+            )
+        except Exception as error:
+            # Templates raise whatever they like, most often for roles they do not know.
+            raise UsageError(
+                "The model's chat template refuses this conversation.",
+                " ".join(str(error).split()) or type(error).__name__,
+                "Try again without a system message, or /clear.",
+            ) from error
+        return list(encoded["input_ids"])

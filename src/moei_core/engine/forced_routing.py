@@ -1,0 +1,52 @@
+"""Routing that follows a recorded trace: the trace's experts in place of the router's, its weights kept.
+
+For measuring real routing on weights whose own routing means nothing. The text that comes out means nothing
+either, and every report says so.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from moei_core.errors import UsageError
+from moei_core.trace.format import Trace
+from moei_core.types import ModelSpec
+
+
+class ForcedRouting:
+    """Replaces each layer's ``top_k_index``. The n-th token of all forward passes takes the trace's n-th row;
+    at the end the trace starts again."""
+
+    def __init__(self, trace: Trace, spec: ModelSpec) -> None:
+        """The model's n-th MoE layer follows the trace's n-th. Raises: UsageError if they do not fit."""
+        counts = set(spec.num_experts.values())
+        if len(spec.num_experts) > len(trace.moe_layers) or counts != {trace.num_experts}:
+            raise UsageError(
+                f"The trace of {trace.model} does not fit this model.",
+                f"It has {len(trace.moe_layers)} MoE layers of {trace.num_experts} experts; the model has "
+                f"{len(spec.num_experts)} of {', '.join(map(str, sorted(counts)))}.",
+                f"Use a model of {trace.num_experts} experts a layer and at most {len(trace.moe_layers)} MoE layers.",
+            )
+        if trace.experts.shape[2] > spec.num_experts_per_tok:
+            raise UsageError(
+                f"The trace of {trace.model} does not fit this model.",
+                f"It chooses {trace.experts.shape[2]} experts a token, the model only {spec.num_experts_per_tok}.",
+                "Use a trace of the same top-k or less.",
+            )
+        self._experts = trace.experts
+        self._position = {layer: number for number, layer in enumerate(spec.num_experts)}
+        self._none = trace.num_experts
+        self._start = self._end = 0
+
+    def forward_pass(self, tokens: int) -> None:
+        """A pass over the next ``tokens`` tokens starts."""
+        self._start, self._end = self._end, self._end + tokens
+
+    def top_k_index(self, layer: int, chosen: torch.Tensor) -> torch.Tensor:
+        """The trace's experts for one layer of this pass, in the shape [tokens, top_k] of ``chosen``."""
+        rows = np.arange(self._start, self._start + chosen.shape[0]) % len(self._experts)
+        experts = np.asarray(self._experts[rows, self._position[layer]]).astype(np.int64)
+        forced = torch.full_like(chosen, self._none)
+        forced[:, : experts.shape[1]] = torch.from_numpy(experts)
+        return forced

@@ -1,0 +1,116 @@
+"""The generation loop: chunked prefill, then one token at a time, stopping only between tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from moei_core.config import GenerationSettings
+from moei_core.engine.kv_cache import ConversationCache
+from moei_core.engine.runtime import ExpertRuntime
+from moei_core.engine.sampling import Sampler
+from moei_core.errors import InterruptedTurnError
+from moei_core.types import Phase
+
+PREFILL_CHUNK = 256
+"""Tokens of one prefill pass. Never depends on a budget: other shapes would give other roundings."""
+
+
+@dataclass(slots=True)
+class GenerationTimes:
+    """Seconds that the parts of one turn have taken so far, and the tokens that went through them."""
+
+    prefilled_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    sampling_s: float = 0.0
+    token_s: list[float] = field(default_factory=list)
+
+
+class Generator:
+    """Generates from token ids with one model, one runtime and one conversation's cache."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        runtime: ExpertRuntime,
+        cache: ConversationCache,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """should_stop: asked between tokens, and at every layer of a prefill, which may take long."""
+        self._model = model
+        self._runtime = runtime
+        self._cache = cache
+        self._should_stop = should_stop
+
+    def tokens(
+        self,
+        prompt: Sequence[int],
+        settings: GenerationSettings,
+        end_tokens: frozenset[int],
+        times: GenerationTimes,
+        context: int,
+    ) -> Iterator[int]:
+        """Yield the reply's tokens, an end token (the last one) included.
+
+        Ends after an end token, ``settings.max_new_tokens``, at ``context`` tokens in all, or when asked to
+        stop. Raises: InterruptedTurnError when stopped during prefill; what the runtime raises. The cache
+        always holds exactly the passes that completed.
+        """
+        sampler = Sampler(settings)
+        history = list(prompt)
+        logits = self._prefill(history[len(self._cache.tokens) :], times)
+        for count in range(1, settings.max_new_tokens + 1):
+            started = time.perf_counter()
+            token = sampler.next_token(history, logits)
+            times.sampling_s += time.perf_counter() - started
+            history.append(token)
+            yield token
+            if token in end_tokens or count == settings.max_new_tokens or len(history) >= context:
+                return
+            if self._should_stop():
+                return
+            started = time.perf_counter()
+            logits = self._forward([token], Phase.DECODE)
+            elapsed = time.perf_counter() - started
+            times.decode_s += elapsed
+            times.token_s.append(elapsed)
+
+    def _prefill(self, tokens: list[int], times: GenerationTimes) -> torch.Tensor:
+        def stop_if_asked() -> None:
+            if self._should_stop():
+                raise InterruptedTurnError("Stopped before the first token.")
+
+        started = time.perf_counter()
+        self._runtime.before_access = stop_if_asked
+        try:
+            for start in range(0, len(tokens), PREFILL_CHUNK):
+                chunk = tokens[start : start + PREFILL_CHUNK]
+                logits = self._forward(chunk, Phase.PREFILL)
+                times.prefilled_tokens += len(chunk)
+        finally:
+            self._runtime.before_access = None
+            times.prefill_s += time.perf_counter() - started
+        return logits
+
+    def _forward(self, tokens: list[int], phase: Phase) -> torch.Tensor:
+        """Logits [vocabulary] after ``tokens``."""
+        self._runtime.forward_pass(phase, len(tokens))
+        try:
+            with torch.inference_mode():
+                output = self._model(
+                    input_ids=torch.tensor([tokens]),
+                    past_key_values=self._cache.cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+        except BaseException:
+            self._cache.roll_back()
+            raise
+        self._cache.commit(tokens)
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits

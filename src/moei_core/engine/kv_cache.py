@@ -1,0 +1,121 @@
+"""A key-value cache that is allocated ahead, grows in steps, and can be cut back to any earlier length.
+
+transformers' own layers concatenate at every token and cannot be cropped once a sliding window has been
+reached; this one keeps every position, also for sliding-window layers (their mask hides what is out of the
+window), so a turn can reuse any prefix of the turns before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+_STEP = 256
+"""Tokens by which a layer grows at least; it doubles until it has reached the context."""
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values [batch, heads, tokens, head_dim] in buffers longer than what they hold."""
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._length = 0
+        self.keys: torch.Tensor
+        self.values: torch.Tensor
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_empty((*key_states.shape[:-2], 0, key_states.shape[-1]))
+        self.values = value_states.new_empty((*value_states.shape[:-2], 0, value_states.shape[-1]))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self._length, self._length + key_states.shape[-2]
+        if end > self.keys.shape[-2]:
+            self.keys = _grown(self.keys, start, end)
+            self.values = _grown(self.values, start, end)
+        self.keys[..., start:end, :] = key_states
+        self.values[..., start:end, :] = value_states
+        self._length = end
+        return self.keys[..., :end, :], self.values[..., :end, :]
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def cut_to(self, length: int) -> None:
+        """Forget everything after the first ``length`` tokens."""
+        self._length = min(self._length, length)
+
+
+def _grown(buffer: torch.Tensor, used: int, needed: int) -> torch.Tensor:
+    capacity = max(needed, 2 * buffer.shape[-2], _STEP)
+    larger = buffer.new_empty((*buffer.shape[:-2], capacity, buffer.shape[-1]))
+    larger[..., :used, :] = buffer[..., :used, :]
+    return larger
+
+
+class ConversationCache:
+    """The key-value cache of one conversation, and the tokens whose states it holds.
+
+    ``tokens`` are those of completed forward passes: a pass that failed half-way leaves layers of different
+    lengths, and ``roll_back`` cuts them all to what ``tokens`` says.
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self._config = config
+        self.tokens: list[int] = []
+        self.cache = self._fresh()
+
+    def _fresh(self) -> Cache:
+        layers = [
+            GrowingLayer() if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
+            for layer in DynamicCache(config=self._config).layers
+        ]
+        self._can_cut = all(isinstance(layer, GrowingLayer) for layer in layers)
+        return Cache(layers=layers)
+
+    def reuse_prefix(self, tokens: list[int]) -> int:
+        """Keep the longest common prefix with ``tokens``, less the last one (its logits are needed).
+
+        Returns how many tokens need no computing. Layers with a running state (linear attention) cannot be
+        cut: unless ``tokens`` continues what is held, they start anew.
+        """
+        limit = min(len(self.tokens), len(tokens) - 1)
+        common = next((i for i in range(limit) if self.tokens[i] != tokens[i]), limit)
+        self._cut_to(common)
+        return len(self.tokens)
+
+    def commit(self, tokens: list[int]) -> None:
+        """The pass over ``tokens`` has completed."""
+        self.tokens.extend(tokens)
+
+    def roll_back(self) -> None:
+        """Undo a pass that did not complete."""
+        if self._can_cut:
+            self._cut_to(len(self.tokens))
+        else:
+            self.clear()
+
+    def clear(self) -> None:
+        """Forget everything and free the memory."""
+        self.tokens = []
+        self.cache = self._fresh()
+
+    def _cut_to(self, length: int) -> None:
+        if not self._can_cut:
+            if length < len(self.tokens):
+                self.clear()
+            return
+        for layer in self.cache.layers:
+            assert isinstance(layer, GrowingLayer)
+            layer.cut_to(length)
+        del self.tokens[length:]

@@ -1,0 +1,217 @@
+"""``LoadedModel``: a model folder brought to life - dense weights in memory, experts behind the cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoTokenizer, DynamicCache
+
+from moei_core.adapters.transformers_adapter import TransformersAdapter
+from moei_core.cache.expert_cache import ExpertCache
+from moei_core.cache.policies import DEFAULT_POLICY, POLICIES, CachePolicy
+from moei_core.config import ExpertBudget, GenerationSettings
+from moei_core.engine.generate import PREFILL_CHUNK
+from moei_core.engine.runtime import ExpertRuntime
+from moei_core.engine.slots import SlotPool
+from moei_core.errors import DamagedFileError, UsageError
+from moei_core.hardware.budget import MemoryUse, SlotBudget, plan_slots, too_small
+from moei_core.hardware.memory import available_memory, resident_memory
+from moei_core.scheduler import ExpertScheduler
+from moei_core.store.safetensors_store import SafetensorsStore
+from moei_core.types import ModelSpec
+
+DEFAULT_CONTEXT = 4096
+_WORTH_SHARING = 1 << 20
+"""Bytes of an expert from which a product is worth more than one thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """ram: bytes for the whole process. experts: bound on the slots. context: tokens of one conversation.
+
+    policy: a name of ``POLICIES``. dtype: ``float32``, ``bfloat16``, ``float16`` or None for the checkpoint's.
+    """
+
+    ram: int | None = None
+    experts: ExpertBudget | None = None
+    context: int | None = None
+    policy: str = DEFAULT_POLICY
+    dtype: str | None = None
+
+
+class LoadedModel:
+    """A model ready to generate. Use as a context manager, or call ``close``."""
+
+    def __init__(self, folder: Path, options: LoadOptions) -> None:
+        """Raises: errors of ``moei_core.errors`` for anything that is wrong with the folder or the options."""
+        started = time.perf_counter()
+        make_policy = _policy(options.policy)
+        self.folder = folder
+        self.adapter = TransformersAdapter(folder, _dtype(options.dtype))
+        self.spec: ModelSpec = self.adapter.spec()
+        torch.set_num_threads(compute_threads(self.spec))
+        self.context = _context(self.adapter.config.get_text_config(), options.context)
+        self.tokenizer: Any = _load_tokenizer(folder)
+        store = SafetensorsStore(self.adapter.experts)
+        try:
+            slot_nbytes = max(store.layout(key).slot_nbytes for key in store.experts())
+            self._refuse_hopeless(options, slot_nbytes)
+            self.adapter.load()
+            self.spec = self.adapter.spec()
+            use = self._memory_use(resident_memory(), slot_nbytes)
+            self.budget: SlotBudget = plan_slots(
+                self.spec, slot_nbytes, use, available_memory(), options.ram, options.experts
+            )
+            policy = make_policy(self.budget.resident, self.spec.num_experts)
+            self.scheduler = ExpertScheduler(ExpertCache(self.budget.resident, policy), self.budget.working)
+            pool = SlotPool(self.budget.slots, slot_nbytes)
+            self.runtime = ExpertRuntime(store, pool, self.scheduler)
+        except BaseException:
+            store.close()
+            raise
+        self.adapter.install(self.runtime)
+        self.options = options
+        self.load_s = time.perf_counter() - started
+
+    def _refuse_hopeless(self, options: LoadOptions, slot_nbytes: int) -> None:
+        """Before reading gigabytes: refuse a ``--ram`` that the dense weights alone exceed."""
+        if options.ram is None:
+            return
+        after = resident_memory() + self.adapter.expected_dense_nbytes
+        use = self._memory_use(after, slot_nbytes)
+        if after > options.ram:
+            raise too_small(options.ram, use, self.spec.num_experts_per_tok * slot_nbytes)
+
+    def _memory_use(self, process: int, slot_nbytes: int) -> MemoryUse:
+        spec, config = self.spec, self.adapter.config.get_text_config()
+        item = self.adapter.dtype.itemsize
+        rows = PREFILL_CHUNK * spec.num_experts_per_tok
+        width = max(spec.hidden_size, getattr(config, "intermediate_size", 0) or 0)
+        # Only attention without a fused kernel holds its scores (gpt-oss: its sinks have no fused one here).
+        eager = getattr(config, "_attn_implementation", None) == "eager"
+        scores = 2 * config.num_attention_heads * PREFILL_CHUNK * self.context * 4 if eager else 0
+        # Expert outputs in float32 and their gathered inputs; a few activations of the widest dense layer;
+        # the attention mask; the logits of one token; one expert reordered by a library.
+        workspace = (
+            rows * spec.hidden_size * (4 + 4 + item)
+            + 4 * PREFILL_CHUNK * width * item
+            + 2 * PREFILL_CHUNK * self.context * item
+            + scores
+            + 3 * config.vocab_size * 4
+            + slot_nbytes
+        )
+        return MemoryUse(process, self.kv_nbytes_per_token * self.context, workspace)
+
+    @property
+    def kv_nbytes_per_token(self) -> int:
+        """Keys and values of one token over all layers, from the configuration."""
+        config = self.adapter.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = 2 * heads * head_dim
+        if getattr(config, "kv_lora_rank", None):
+            # Multi-head latent attention: transformers caches the expanded keys and values.
+            key = config.qk_nope_head_dim + config.qk_rope_head_dim
+            width = config.num_attention_heads * (key + config.v_head_dim)
+        layers = len(DynamicCache(config=self.adapter.config).layers)
+        return int(layers * width * self.adapter.dtype.itemsize)
+
+    def generation_defaults(self) -> GenerationSettings:
+        """What the model's authors recommend in ``generation_config.json``, else ours."""
+        path = self.folder / "generation_config.json"
+        try:
+            given = json.loads(path.read_text()) if path.exists() else {}
+        except (OSError, ValueError):
+            raise DamagedFileError(
+                f"{path} is damaged.", "It is not valid JSON.", "Pull the model again."
+            ) from None
+        fields = {}
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+            if isinstance(given.get(name), (int, float)):
+                fields[name] = given[name]
+        if given.get("do_sample") is False:
+            fields["temperature"] = 0.0
+        return GenerationSettings(**fields)
+
+    def end_tokens(self) -> frozenset[int]:
+        """The token ids that end a reply."""
+        path = self.folder / "generation_config.json"
+        given = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        found = [given, self.adapter.config.get_text_config().eos_token_id, self.tokenizer.eos_token_id]
+        flat = [entry for value in found for entry in (value if isinstance(value, list) else [value])]
+        return frozenset(entry for entry in flat if isinstance(entry, int))
+
+    def close(self) -> None:
+        """End the reader threads, keep what was learned about the files, free the slots."""
+        self.runtime.close()
+        self.adapter.uninstall()
+
+    def __enter__(self) -> LoadedModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def compute_threads(spec: ModelSpec) -> int:
+    """How many threads compute: a property of model and machine, never of a budget (other counts round otherwise).
+
+    Products of small experts are over before a second thread has woken up.
+    """
+    cores = psutil.cpu_count(logical=False) or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    return cores if max(spec.expert_nbytes.values()) >= _WORTH_SHARING else 1
+
+
+def _policy(name: str) -> Callable[[int, Mapping[int, int]], CachePolicy]:
+    """The constructor of a policy that can run live: one that needs no future."""
+    live = [known for known, policy in POLICIES.items() if not getattr(policy, "needs_future", False)]
+    if name not in live:
+        why = "It needs the accesses to come: it can only simulate." if name in POLICIES else ""
+        raise UsageError(
+            f"There is no cache policy '{name}' for a chat.", why, f"Choose from: {', '.join(live)}."
+        )
+    return POLICIES[name]
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise UsageError(
+            f"'{name}' is not a dtype moei computes in.", hint=f"Choose from: {', '.join(known)}."
+        )
+    return known[name]
+
+
+def _context(config: Any, asked: int | None) -> int:
+    longest = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    if asked is None:
+        return int(min(longest, DEFAULT_CONTEXT))
+    if not 16 <= asked <= longest:
+        raise UsageError(
+            f"--context {asked} is out of range.",
+            f"This model was made for 16 to {longest} tokens of context.",
+        )
+    return asked
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        # Whatever transformers raises here: the folder has no usable tokenizer.
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DamagedFileError(
+            f"The tokenizer in {folder} cannot be loaded.", first, "Pull the model again."
+        ) from error

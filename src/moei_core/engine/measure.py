@@ -1,0 +1,116 @@
+"""Measuring a loaded model: prefill and decode speed in three conditions that people confuse.
+
+*cold*: the expert cache is empty. *warm*: the same prompt once more. *changing*: new prompts on a warm cache,
+which is what a chat does.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from moei_core.config import GenerationSettings
+from moei_core.engine.generate import GenerationTimes, Generator
+from moei_core.engine.kv_cache import ConversationCache
+from moei_core.engine.loaded_model import LoadedModel
+from moei_core.errors import UsageError
+
+
+@dataclass(slots=True)
+class Request:
+    """One measured request. Times in seconds, sizes in bytes."""
+
+    ttft_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    hits: int
+    misses: int
+    bytes_read: int
+    stall_s: float
+    expert_compute_s: float
+    sampling_s: float
+    total_s: float
+    token_s: list[float] = field(repr=False)
+
+
+def measure_requests(
+    model: LoadedModel, prompt_tokens: int, new_tokens: int, repeats: int
+) -> dict[str, list[Request]]:
+    """Requests of random prompts by condition: one cold, ``repeats`` warm and ``repeats`` changing.
+
+    Raises: UsageError if prompt and reply do not fit the context.
+    """
+    if prompt_tokens + new_tokens > model.context:
+        raise UsageError(
+            f"{prompt_tokens} prompt and {new_tokens} new tokens do not fit the context of {model.context}.",
+            hint="Ask for fewer, or for a larger --context.",
+        )
+    first = _prompt(model, prompt_tokens, seed=0)
+    found = {"cold": [_request(model, first, new_tokens)]}
+    found["warm"] = [_request(model, first, new_tokens) for _ in range(repeats)]
+    found["changing"] = [
+        _request(model, _prompt(model, prompt_tokens, seed), new_tokens) for seed in range(1, repeats + 1)
+    ]
+    return found
+
+
+def _prompt(model: LoadedModel, tokens: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.adapter.config.get_text_config().vocab_size
+    return [int(token) for token in torch.randint(0, vocabulary, (tokens,), generator=generator)]
+
+
+def _request(model: LoadedModel, prompt: list[int], new_tokens: int) -> Request:
+    times = GenerationTimes()
+    cache_before, runtime_before = replace(model.scheduler.statistics), model.runtime.snapshot()
+    cache = ConversationCache(model.adapter.config)
+    generator = Generator(model.adapter.model, model.runtime, cache, lambda: False)
+    # Sampled, since greedy decoding of random weights soon repeats one token and with it one routing.
+    settings = GenerationSettings(max_new_tokens=new_tokens, temperature=1.0, seed=1)
+    model.scheduler.request_start()
+    for _ in generator.tokens(prompt, settings, frozenset(), times, model.context):
+        pass
+    model.scheduler.request_end()
+    counts = model.scheduler.statistics.minus(cache_before)
+    work = model.runtime.statistics.minus(runtime_before)
+    spent = times.decode_s + times.sampling_s
+    return Request(
+        ttft_s=times.prefill_s,
+        prefill_tokens_per_s=len(prompt) / times.prefill_s,
+        decode_tokens_per_s=len(times.token_s) / spent if times.token_s else 0.0,
+        hits=counts.hits,
+        misses=counts.misses,
+        bytes_read=work.bytes_read,
+        stall_s=work.stall_s,
+        expert_compute_s=work.expert_compute_s,
+        sampling_s=times.sampling_s,
+        total_s=times.prefill_s + spent,
+        token_s=times.token_s,
+    )
+
+
+def summarise(requests: list[Request]) -> dict[str, Any]:
+    """Median, least and most of every figure, and percentiles of the time of a token."""
+    rows = [asdict(request) for request in requests]
+    summary: dict[str, Any] = {"requests": len(rows)}
+    for name in rows[0]:
+        if name == "token_s":
+            continue
+        values = [row[name] for row in rows]
+        summary[name] = {
+            "median": round(statistics.median(values), 5),
+            "min": round(min(values), 5),
+            "max": round(max(values), 5),
+        }
+    tokens = sorted(second for request in requests for second in request.token_s)
+    if tokens:
+        summary["token_s"] = {
+            f"p{share}": round(tokens[min(len(tokens) - 1, len(tokens) * share // 100)], 5)
+            for share in (50, 90, 99)
+        }
+    lookups = sum(request.hits + request.misses for request in requests)
+    summary["hit_rate"] = round(sum(request.hits for request in requests) / lookups, 4) if lookups else 0.0
+    return summary

@@ -1,0 +1,1 @@
+"""Model names, downloads, and the library of models on this machine."""

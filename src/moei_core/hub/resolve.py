@@ -1,0 +1,168 @@
+"""What a person may call a model, and where it is on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from moei_core.errors import ModelNotFoundError, UnsupportedModelError
+from moei_core.hub.aliases import aliases, find_alias, near_matches
+from moei_core.hub.layout import (
+    DEFAULT_REVISION,
+    RepoCache,
+    cached_repos,
+    default_cache_dir,
+    is_commit,
+    is_repo_id,
+    is_safe_name,
+    missing_files,
+)
+from moei_core.paths import cache_dir
+
+DEMO_NAME = "moei-demo"
+SYNTHETIC_PREFIX = "synthetic:"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A complete model on this machine.
+
+    name: short, for people; a folder's own name. source: ``bundled``, ``folder``, ``hub`` or ``synthetic``.
+    revision: the commit of a model from the hub, else empty.
+    """
+
+    name: str
+    folder: Path
+    source: str
+    revision: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelName:
+    """A name taken apart. kind: ``bundled``, ``folder``, ``synthetic`` or ``hub`` (with repo and revision)."""
+
+    text: str
+    kind: str
+    folder: Path | None = None
+    repo: str = ""
+    revision: str | None = None
+
+
+def bundled_folder() -> Path:
+    """Where the demo model is if this installation has it."""
+    return Path(str(resources.files("moei_core"))) / "bundled" / DEMO_NAME
+
+
+def synthetic_root() -> Path:
+    """Where the synthetic models are, each in a folder called ``name@layers``."""
+    return cache_dir() / "synthetic"
+
+
+def parse_name(text: str) -> ModelName:
+    """Take ``text`` apart: the demo, a folder, an alias or ``owner/name`` with an optional ``@revision``.
+
+    An existing folder wins over a hub id of the same spelling, as in transformers.
+    Raises: ModelNotFoundError with near matches, UnsupportedModelError for GGUF.
+    """
+    text = text.strip()
+    if text == DEMO_NAME:
+        return ModelName(text, "bundled", folder=bundled_folder())
+    if text.startswith(SYNTHETIC_PREFIX):
+        name = text.removeprefix(SYNTHETIC_PREFIX)
+        if not is_safe_name(name) or "/" in name:
+            raise unknown_name(text)
+        return ModelName(text, "synthetic", folder=synthetic_root() / name)
+    path = Path(text).expanduser()
+    if text.lower().endswith(".gguf") or _names_gguf(text):
+        raise UnsupportedModelError(
+            f"{text}: GGUF files are not supported yet.",
+            "moei reads safetensors checkpoints.",
+            "Pull the original model instead; `moei pull --help` shows how.",
+        )
+    looks_like_path = text.startswith(("/", "./", "../", "~")) or text in (".", "..")
+    if text and (looks_like_path or path.is_dir()):
+        if not path.is_dir():
+            raise ModelNotFoundError(f"{text} is not a folder.", hint="Check the path.")
+        return ModelName(text, "folder", folder=path.absolute())
+    name, _, revision = text.partition("@")
+    if (alias := find_alias(name)) is not None:
+        name = alias.repo
+    if not is_repo_id(name) or (revision and not is_safe_name(revision)):
+        raise unknown_name(text)
+    return ModelName(text, "hub", repo=name, revision=revision or None)
+
+
+def _names_gguf(text: str) -> bool:
+    """``owner/repo:Q4_K_M``."""
+    name, colon, file = text.partition(":")
+    return bool(colon and file) and is_repo_id(name)
+
+
+def unknown_name(text: str) -> ModelNotFoundError:
+    """The error for a name that means nothing, with what might have been meant."""
+    near = near_matches(text, [cache.repo for cache in cached_repos(default_cache_dir())])
+    return ModelNotFoundError(
+        f"There is no model called '{text}'.",
+        f"Did you mean {' or '.join(near)}?"
+        if near
+        else f"Known names: {', '.join(aliases())}, {DEMO_NAME}.",
+        "Any owner/name of the hub and any local folder works too.",
+    )
+
+
+def resolve_model(text: str) -> ModelFiles:
+    """Find the model that ``text`` names on this machine; never uses the network.
+
+    Raises: ModelNotFoundError if it is not here or only in part, UnsupportedModelError, DamagedFileError.
+    """
+    name = parse_name(text)
+    if name.kind == "hub":
+        return _resolve_cached(name)
+    assert name.folder is not None
+    if name.kind == "bundled" and not name.folder.is_dir():
+        raise ModelNotFoundError(
+            f"{DEMO_NAME} is not part of this installation.",
+            hint="Install a release of moei, or pull a model: `moei pull olmoe-1b-7b`.",
+        )
+    if name.kind == "synthetic" and not name.folder.is_dir():
+        base, _, layers = name.folder.name.partition("@")
+        raise ModelNotFoundError(
+            f"{name.text} has not been made on this machine.",
+            hint=f"Make it with: moei bench --synthetic {base}" + (f" --layers {layers}" if layers else ""),
+        )
+    # A folder that lost some of its weights is a damaged model, which loading it tells by file.
+    if not (name.folder / "config.json").is_file():
+        raise ModelNotFoundError(
+            f"There is no model in {name.folder}.",
+            "It has no config.json.",
+            "A model's folder holds config.json and safetensors weights.",
+        )
+    folder = name.folder.resolve()
+    if name.kind == "synthetic":
+        return ModelFiles(name.text, folder, name.kind)
+    return ModelFiles(folder.name, folder, name.kind)
+
+
+def _resolve_cached(name: ModelName) -> ModelFiles:
+    cache = RepoCache(default_cache_dir(), name.repo)
+    commit = cache.commit_of(name.revision)
+    command = f"moei pull {name.repo}"
+    if name.revision not in (None, DEFAULT_REVISION):
+        command += f" --revision {name.revision}"
+    if commit is None:
+        partly = bool(cache.commits() or cache.partials())
+        raise ModelNotFoundError(
+            f"{name.text} is only partly on this machine."
+            if partly
+            else f"{name.text} is not on this machine.",
+            hint=f"{'Finish' if partly else 'Download'} it with: {command}",
+        )
+    folder = cache.snapshot(commit)
+    if missing := missing_files(folder):
+        raise ModelNotFoundError(
+            f"{name.text} is only partly on this machine: {missing[0]} is missing.",
+            hint=f"Finish it with: {command}",
+        )
+    shown = name.repo if name.revision is None or is_commit(name.revision) else f"{name.repo}@{name.revision}"
+    return ModelFiles(shown, folder, "hub", commit)

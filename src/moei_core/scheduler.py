@@ -1,0 +1,253 @@
+"""The brain's front door: events in, a ``FetchPlan`` out. It never moves a byte.
+
+The engine carries a plan out by moving bytes, the simulator by advancing a clock; both call the same methods
+in the same order, so a recorded chat replays to the same plans. Whatever depends on the machine (when a
+prefetch began and ended, how long a pass waited, a new budget) comes in as an event too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moei_core.cache.expert_cache import CacheStatistics, ExpertCache
+from moei_core.predict.base import ExpertPredictor, PassEvent, RequestEvent
+from moei_core.prefetch import PrefetchController, PrefetchMode
+from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase, Wave, layer_keys
+
+
+@dataclass(slots=True)
+class PrefetchStatistics:
+    """What became of prefetches, in experts.
+
+    started = useful + late + wasted + cancelled + those still waiting for their layer. useful: complete when
+    the gate chose them. late: chosen while still in flight, so part of the load was waited for. wasted:
+    complete, but gone or not chosen at the layer's next access. cancelled: overtaken by the gate.
+    """
+
+    started: int = 0
+    useful: int = 0
+    late: int = 0
+    wasted: int = 0
+    cancelled: int = 0
+    refused: int = 0
+
+
+class ExpertScheduler:
+    """Decides, for each access, what to load, evict, release, prefetch, and in which order to compute.
+
+    Prefetching (ProMoE, arXiv 2410.22134): after each access ``FetchPlan.prefetch`` lists absent experts of
+    the next layers, most certain first and nearer layers first, at most as much as the budget. Whoever
+    moves bytes takes from that list only while no demand load waits, one chunk at a time, and reports
+    ``start_load`` and ``finish_load``. A prefetch in flight when its gate speaks is finished first if it was
+    right and is in ``FetchPlan.cancel`` if it was wrong. It needs one slot beside the working set.
+    """
+
+    def __init__(
+        self,
+        cache: ExpertCache,
+        working_slots: int,
+        predictor: ExpertPredictor | None = None,
+        mode: PrefetchMode = PrefetchMode.AUTO,
+        *,
+        look_ahead: int = 2,
+        least_score: float = 0.3,
+        prefetch_budget: int | None = None,
+    ) -> None:
+        """working_slots: W of ``ExpertCache``, at least the largest top-k of the model.
+
+        predictor: None switches prefetching off for good. look_ahead: how many layers ahead. least_score:
+        predictions below this probability are not worth the link. prefetch_budget: what one plan may ask
+        for, in the unit of the cache's capacity (experts, or bytes where sizes differ); None: working_slots
+        experts.
+        """
+        assert working_slots >= 1
+        self._cache = cache
+        self._working_slots = working_slots
+        self._predictor = predictor
+        self._look_ahead, self._least_score = look_ahead, least_score
+        self._budget = prefetch_budget
+        self.controller = PrefetchController(mode if predictor is not None else PrefetchMode.OFF)
+        self.prefetch_statistics = PrefetchStatistics()
+        self._in_flight: dict[ExpertKey, float] = {}
+        # Prefetched residents whose layer has not run yet, with their scores. They must survive until then.
+        self._waiting: dict[ExpertKey, float] = {}
+        self._offered: dict[ExpertKey, float] = {}
+        # Everything predicted, resident or not, with how many layers ahead it is.
+        self._predicted: dict[ExpertKey, int] = {}
+        self._keys: dict[int, tuple[ExpertKey, ...]] = {}
+        self._phase = Phase.DECODE
+        self._value = getattr(cache.policy, "value", None)
+
+    @property
+    def statistics(self) -> CacheStatistics:
+        return self._cache.statistics
+
+    @property
+    def resident_count(self) -> int:
+        return len(self._cache)
+
+    def residents(self) -> list[ExpertKey]:
+        """All resident experts, ascending."""
+        return self._cache.residents()
+
+    def request_start(self) -> None:
+        """A request (one turn) starts."""
+        self._cache.policy.on_request()
+        if self._predictor is not None:
+            self._predictor.observe(RequestEvent(start=True))
+
+    def request_end(self) -> None:
+        """The request has ended, normally or not."""
+        self._cache.policy.on_request_end()
+        if self._predictor is not None:
+            self._predictor.observe(RequestEvent(start=False))
+
+    def forward_pass(self, phase: Phase) -> None:
+        """A forward pass starts; its accesses follow in layer order."""
+        self._phase = phase
+        self._cache.policy.on_pass()
+        if self._predictor is not None:
+            self._predictor.observe(PassEvent(phase))
+
+    def pass_end(self, stall_seconds: float, seconds: float) -> None:
+        """The pass is over: how long it waited for experts, and how long it took in all.
+
+        Decides whether prefetching earns its place. An engine that never calls this never prefetches in
+        ``PrefetchMode.AUTO``.
+        """
+        if self._phase is Phase.DECODE:
+            # Whole nanoseconds, which is what a trace keeps, so that a replay compares the same numbers.
+            self.controller.on_pass(round(seconds * 1e9))
+
+    def foresee(self, next_use: Sequence[int]) -> None:
+        """The next uses of the experts of the access that follows; only for policies that need the future."""
+        self._cache.policy.foresee(next_use)
+
+    def access(self, access: LayerAccess) -> FetchPlan:
+        """Plan one layer of one forward pass.
+
+        Waves: first the experts that are resident, without any load; then the missing ones in ascending
+        order, those in flight first, as many at a time as the working set holds.
+        """
+        cache, width = self._cache, self._working_slots
+        hits, misses = cache.touch(access, self._layer_keys(access))
+        cancel: tuple[ExpertKey, ...] = ()
+        excluded: set[ExpertKey] = set(hits)
+        if self._in_flight or self._waiting:
+            cancel = self._gate_spoke(access, misses)
+            excluded.update(self._waiting)
+        waves = [Wave((), (), tuple(hits), ())] if hits else []
+        for start in range(0, len(misses), width):
+            load = misses[start : start + width]
+            evict: list[ExpertKey] = []
+            release: list[ExpertKey] = []
+            excluded.update(load)
+            for key in load:
+                stays, evicted = cache.place(key, excluded)
+                if not stays:
+                    release.append(key)
+                if evicted:
+                    evict.extend(evicted)
+            loads = tuple(load)
+            waves.append(Wave(tuple(evict), loads, loads, tuple(release)))
+        if self._predictor is None:
+            return FetchPlan(access.layer, tuple(waves), len(hits), len(misses))
+        self._predictor.observe(access)
+        prefetch = self._plan_prefetch(access) if self.controller.active else ()
+        return FetchPlan(access.layer, tuple(waves), len(hits), len(misses), cancel, prefetch)
+
+    def start_load(self, key: ExpertKey) -> None:
+        """The prefetch of ``key``, taken from the latest plan, has begun."""
+        self._in_flight[key] = self._offered.get(key, 0.0)
+        self.prefetch_statistics.started += 1
+
+    def finish_load(self, key: ExpertKey) -> tuple[bool, tuple[ExpertKey, ...]]:
+        """The prefetch of ``key`` is complete: (whether it becomes a resident, who gives up a slot for it).
+
+        It stays only if its victim is worth less than the prediction and is not itself predicted.
+        """
+        score = self._in_flight.pop(key, None)
+        if score is None or key in self._cache:
+            return False, ()
+        excluded = set(self._waiting)
+        ahead = self._predicted.get(key, self._look_ahead)
+        excluded.update(other for other, steps in self._predicted.items() if steps <= ahead)
+        stays, evicted = self._cache.place_predicted(key, score, excluded, self._worth)
+        if stays:
+            self._waiting[key] = score
+        else:
+            self.prefetch_statistics.refused += 1
+            self.prefetch_statistics.wasted += 1
+        return stays, evicted
+
+    def cancel_load(self, key: ExpertKey) -> None:
+        """The planned bytes of ``key`` did not arrive: it is not resident."""
+        self._in_flight.pop(key, None)
+        self._waiting.pop(key, None)
+        if key in self._cache:
+            self._cache.drop(key)
+
+    def resize(self, capacity: int) -> tuple[ExpertKey, ...]:
+        """The residents may now take ``capacity``. Returns who must go before anything else is loaded."""
+        gone = tuple(self._cache.resize(capacity))
+        for key in gone:
+            self._waiting.pop(key, None)
+        return gone
+
+    def prefetch_mode(self, mode: PrefetchMode) -> None:
+        """The person or the engine has switched prefetching off, on, or to deciding for itself."""
+        if self._predictor is not None:
+            self.controller.mode = mode
+
+    def _layer_keys(self, access: LayerAccess) -> tuple[ExpertKey, ...]:
+        layer = access.layer
+        keys = self._keys.get(layer)
+        # A layer may choose nothing at all for a token.
+        largest = access.experts[-1] if access.experts else 0
+        if keys is None or largest >= len(keys):
+            keys = self._keys[layer] = layer_keys(layer, max(64, 2 * largest))
+        return keys
+
+    def _gate_spoke(self, access: LayerAccess, misses: list[ExpertKey]) -> tuple[ExpertKey, ...]:
+        """Settle the prefetches for this layer; those rightly in flight move to the front of ``misses``."""
+        layer, chosen, count = access.layer, access.experts, self.prefetch_statistics
+        for key in [key for key in self._waiting if key.layer == layer]:
+            del self._waiting[key]
+            if key.expert in chosen:
+                count.useful += 1
+            else:
+                count.wasted += 1
+        cancel: list[ExpertKey] = []
+        for key in [key for key in self._in_flight if key.layer == layer]:
+            del self._in_flight[key]
+            if key in misses:
+                count.late += 1
+                misses.remove(key)
+                misses.insert(0, key)
+            else:
+                count.cancelled += 1
+                cancel.append(key)
+        return tuple(cancel)
+
+    def _plan_prefetch(self, access: LayerAccess) -> tuple[ExpertKey, ...]:
+        assert self._predictor is not None
+        cache = self._cache
+        left = self._working_slots * cache.size_of(access.layer) if self._budget is None else self._budget
+        offered: dict[ExpertKey, float] = {}
+        predicted: dict[ExpertKey, int] = {}
+        for ahead, layer in enumerate(self._predictor.layers_after(access.layer, self._look_ahead), 1):
+            size = cache.size_of(layer)
+            for key, score in self._predictor.predict(layer):
+                if score < self._least_score:
+                    break
+                predicted[key] = ahead
+                if size <= left and key not in cache and key not in self._in_flight:
+                    offered[key] = score
+                    left -= size
+        self._offered, self._predicted = offered, predicted
+        return tuple(offered)
+
+    def _worth(self, victim: ExpertKey) -> float:
+        """What evicting ``victim`` for a prediction costs; policies without values count only recency."""
+        return 0.0 if self._value is None else float(self._value(victim))

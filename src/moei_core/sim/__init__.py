@@ -1,0 +1,1 @@
+"""Replays traces through the brain: the only replay loop, the cost model, baselines, sweeps."""

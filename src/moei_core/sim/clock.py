@@ -1,0 +1,204 @@
+"""The cost model: carries plans out by advancing a clock over one compute lane and serial links."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from moei_core.scheduler import ExpertScheduler
+from moei_core.sim.hardware import Hardware
+from moei_core.sim.replay import Observer, PassAccesses
+from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase
+
+
+@dataclass(slots=True)
+class Costs:
+    """What a replay took. Bytes by link; seconds of the compute lane, in use and waiting."""
+
+    seconds: float = 0.0
+    decode_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    demand_nbytes: int = 0
+    prefetch_nbytes: int = 0
+    disk_nbytes: int = 0
+    link_nbytes: int = 0
+    loads: int = 0
+    ram_hits: int = 0
+    tokens: int = 0
+    decode_tokens: int = 0
+
+    def perfect_overlap_seconds(self, hardware: Hardware) -> float:
+        """The bound for these hits: the busiest of compute and links, everything else hidden behind it."""
+        link = self.link_nbytes / hardware.link_bandwidth if hardware.has_gpu else 0.0
+        return max(self.compute_seconds, self.disk_nbytes / hardware.disk_bandwidth, link)
+
+
+@dataclass(slots=True)
+class RamTier:
+    """Experts that RAM holds beside VRAM, the least recently read going first."""
+
+    capacity: int
+    held: dict[ExpertKey, None] = field(default_factory=dict)
+
+    def read(self, key: ExpertKey) -> bool:
+        """Whether ``key`` was in RAM; afterwards it is."""
+        found = key in self.held
+        if found:
+            del self.held[key]
+        elif self.capacity and len(self.held) >= self.capacity:
+            del self.held[next(iter(self.held))]
+        if self.capacity:
+            self.held[key] = None
+        return found
+
+
+@dataclass(slots=True)
+class Links:
+    """The serial links and when each is free again."""
+
+    hardware: Hardware
+    ram: RamTier
+    costs: Costs
+    disk_free: float = 0.0
+    link_free: float = 0.0
+
+    def load(self, nbytes: int, start: float, *, from_disk: bool, first: bool = True) -> float:
+        """Move ``nbytes`` of one expert as soon as possible after ``start``; returns when they are there.
+
+        From disk to VRAM the two links work as a pipeline, chunk by chunk. first: whether this is where the
+        load begins and so pays the latency.
+        """
+        machine, costs = self.hardware, self.costs
+        arrived, begins = start, start
+        chunk = min(nbytes, machine.chunk_nbytes)
+        if from_disk:
+            begins = max(start, self.disk_free) + (machine.disk_latency if first else 0.0)
+            self.disk_free = arrived = begins + nbytes / machine.disk_bandwidth
+            begins += chunk / machine.disk_bandwidth
+            costs.disk_nbytes += nbytes
+        if machine.has_gpu:
+            begins = max(begins, self.link_free) + (machine.link_latency if first else 0.0)
+            done = begins + nbytes / machine.link_bandwidth
+            self.link_free = arrived = max(done, arrived + chunk / machine.link_bandwidth)
+            costs.link_nbytes += nbytes
+        return arrived
+
+    @property
+    def free(self) -> float:
+        """When a prefetch may begin without delaying anything that has begun."""
+        return max(self.disk_free, self.link_free)
+
+
+class Clock(Observer):
+    """Advances time for each plan. Resident experts compute while the missing ones are on their way."""
+
+    def __init__(
+        self, hardware: Hardware, expert_nbytes: Mapping[int, int], scheduler: ExpertScheduler | None
+    ) -> None:
+        """scheduler: told of prefetches that begin and end; None if the plans never prefetch."""
+        self.hardware, self._nbytes, self._scheduler = hardware, dict(expert_nbytes), scheduler
+        self.costs = Costs()
+        largest = max(self._nbytes.values())
+        ram = RamTier(hardware.ram_nbytes // largest if hardware.has_gpu else 0)
+        self.links = Links(hardware, ram, self.costs)
+        self._now = 0.0
+        # The prefetch in flight: its expert, the bytes still to move, whether they come from disk.
+        self._flight: tuple[ExpertKey, int, bool] | None = None
+        self._queue: list[ExpertKey] = []
+        self._pass_start, self._pass_stall, self._tokens = 0.0, 0.0, 1
+        self._phase = Phase.DECODE
+
+    def begin_pass(self, one: PassAccesses) -> None:
+        self._pass_start, self._pass_stall = self._now, self.costs.stall_seconds
+        self._tokens, self._phase = one.tokens, one.phase
+        self._dense()
+
+    def _dense(self) -> None:
+        seconds = self.hardware.dense_seconds * max(1.0, self._tokens / self.hardware.batch_tokens)
+        self._now += seconds
+        self.costs.compute_seconds += seconds
+
+    def carry_out(self, access: LayerAccess, plan: FetchPlan) -> None:
+        costs, gate, now = self.costs, self._now, self._now
+        nbytes = self._nbytes[access.layer]
+        if self._flight is not None and self._flight[0] in plan.cancel:
+            self._flight = None
+        ready: dict[ExpertKey, float] = {}
+        read_seconds = nbytes / self.hardware.memory_bandwidth
+        counts = dict(zip(access.experts, access.token_counts, strict=True))
+        may_load = gate
+        for wave in plan.waves:
+            for key in wave.load:
+                ready[key] = self._demand(key, nbytes, may_load)
+            for key in wave.compute:
+                arrival = ready.get(key, now)
+                if arrival > now:
+                    costs.stall_seconds += arrival - now
+                    now = arrival
+                seconds = read_seconds * max(1.0, counts[key.expert] / self.hardware.batch_tokens)
+                now += seconds
+                costs.compute_seconds += seconds
+            if wave.load:
+                # The working set is full until these are computed.
+                may_load = now
+        self._now = now
+        if self._scheduler is not None:
+            self._queue = list(plan.prefetch)
+            if self._queue or self._flight is not None:
+                self._prefetch(self._scheduler, now + self.hardware.dense_seconds)
+        self._dense()
+
+    def _demand(self, key: ExpertKey, nbytes: int, start: float) -> float:
+        self.costs.loads += 1
+        if self._flight is not None and self._flight[0] == key:
+            _, nbytes, from_disk = self._flight
+            self._flight = None
+            self.costs.demand_nbytes += nbytes
+            if not nbytes:
+                return max(start, self.links.free)
+            return self.links.load(nbytes, start, from_disk=from_disk, first=False)
+        in_ram = self.links.ram.read(key) if self.hardware.has_gpu else False
+        self.costs.ram_hits += in_ram
+        self.costs.demand_nbytes += nbytes
+        return self.links.load(nbytes, start, from_disk=not in_ram)
+
+    def _prefetch(self, scheduler: ExpertScheduler, until: float) -> None:
+        """Use the idle link until the next gate speaks, a chunk at a time."""
+        links, now = self.links, self._now
+        while max(links.free, now) < until:
+            if self._flight is None:
+                if not self._queue:
+                    return
+                key = self._queue.pop(0)
+                scheduler.start_load(key)
+                in_ram = links.ram.read(key) if self.hardware.has_gpu else False
+                self._flight = (key, self._nbytes[key.layer], not in_ram)
+            key, left, from_disk = self._flight
+            whole = self._nbytes[key.layer]
+            chunk = min(left, self.hardware.chunk_nbytes)
+            done = links.load(chunk, max(links.free, now), from_disk=from_disk, first=left == whole)
+            self.costs.prefetch_nbytes += chunk
+            left -= chunk
+            self._flight = (key, left, from_disk)
+            if not left and done <= until:
+                self._flight = None
+                scheduler.finish_load(key)
+            elif not left:
+                # Complete, but only after the gate has spoken: the next access settles it as late or wrong.
+                return
+
+    def end_pass(self) -> tuple[float, float]:
+        costs = self.costs
+        # Each layer's dense part was counted ahead of its gate; the last one is the next token's beginning.
+        self._now -= self.hardware.dense_seconds * max(1.0, self._tokens / self.hardware.batch_tokens)
+        costs.compute_seconds -= self.hardware.dense_seconds * max(
+            1.0, self._tokens / self.hardware.batch_tokens
+        )
+        seconds = self._now - self._pass_start
+        costs.seconds += seconds
+        costs.tokens += self._tokens
+        if self._phase is Phase.DECODE:
+            costs.decode_seconds += seconds
+            costs.decode_tokens += self._tokens
+        return costs.stall_seconds - self._pass_stall, seconds

@@ -1,0 +1,117 @@
+"""The contract of an expert store, and the words it speaks in.
+
+A *slot* is a page-aligned piece of memory that holds one expert. A store says where in a slot each *part*
+(one stored tensor, such as ``gate_proj``) will lie, and fills the slot one *extent* (one contiguous range of a
+file) at a time. Data lands at the same offset modulo the page size as it has in its file, whether it was read
+with O_DIRECT or not: so the address alignment that a matrix product sees, and with it every bit of its
+result, depends on the expert alone and never on the slot or on how the bytes came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from moei_core.types import ExpertKey
+
+PAGE = 4096
+"""Alignment of slots, and of file offsets and lengths in direct reads, in bytes."""
+
+
+def align_down(value: int, unit: int = PAGE) -> int:
+    return value - value % unit
+
+
+def align_up(value: int, unit: int = PAGE) -> int:
+    return -(-value // unit) * unit
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One expert's share of one stored tensor.
+
+    param: the parameter of transformers' experts module that it belongs to, such as ``gate_up_proj``.
+    index: its place among the tensors that are concatenated (along the output dimension) to that parameter.
+    dtype: safetensors' name, such as ``BF16``. shape: as stored.
+    transposed: stored with its two dimensions swapped, compared with the parameter.
+    """
+
+    param: str
+    index: int
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stored tensor and the offset in the slot at which its first byte will lie."""
+
+    tensor: StoredTensor
+    slot_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A contiguous range of a file. Its first byte goes to ``slot_offset``, equal to ``offset`` modulo PAGE."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    slot_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayout:
+    """What a slot holds once all extents are read. ``slot_nbytes`` is a multiple of PAGE, slack included."""
+
+    parts: tuple[Part, ...]
+    extents: tuple[Extent, ...]
+    slot_nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the expert's tensors alone."""
+        return sum(part.tensor.nbytes for part in self.parts)
+
+
+def lay_out(tensors: Iterable[StoredTensor]) -> ExpertLayout:
+    """Place an expert's tensors in a slot; tensors that are neighbours in a file are read as one extent."""
+    parts: list[Part] = []
+    extents: list[Extent] = []
+    end = 0  # of the slot so far
+    for tensor in sorted(tensors, key=lambda tensor: (str(tensor.file), tensor.offset)):
+        last = extents[-1] if extents else None
+        if last is not None and last.file == tensor.file and last.offset + last.nbytes == tensor.offset:
+            extents[-1] = Extent(last.file, last.offset, last.nbytes + tensor.nbytes, last.slot_offset)
+            slot_offset = last.slot_offset + last.nbytes
+        else:
+            slot_offset = align_up(end) + tensor.offset % PAGE
+            extents.append(Extent(tensor.file, tensor.offset, tensor.nbytes, slot_offset))
+        parts.append(Part(tensor, slot_offset))
+        end = slot_offset + tensor.nbytes
+    return ExpertLayout(tuple(parts), tuple(extents), align_up(end))
+
+
+class ExpertStore(Protocol):
+    """Read access to the experts of one model. Safe to call from several threads."""
+
+    def experts(self) -> Iterable[ExpertKey]:
+        """All experts, ascending."""
+
+    def layout(self, key: ExpertKey) -> ExpertLayout:
+        """Where the parts of ``key`` lie in a slot."""
+
+    def read_into(self, key: ExpertKey, slot: memoryview) -> int:
+        """Fill ``slot`` (writable, page-aligned, at least ``layout(key).slot_nbytes``) with ``key``'s bytes.
+
+        Returns: bytes read from the store. Raises: ExpertReadError, naming the expert and the file.
+        """
+
+    def close(self) -> None:
+        """Release files; nothing can be read afterwards."""

@@ -1,0 +1,75 @@
+"""Checksums of experts, computed at the first read ever and compared at every later one.
+
+They are kept by file identity (device, inode, size, modification time): a file that was replaced starts anew,
+a file whose bytes changed behind an unchanged identity (a failing disk, a bad cable) is caught by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import xxhash
+
+from moei_core.paths import cache_dir
+from moei_core.types import ExpertKey
+
+_VERSION = 1
+Identity = tuple[int, int, int, int]
+
+
+class ChecksumLedger:
+    """The known checksums of one set of files. Thread-safe; a home that cannot be written is no error."""
+
+    def __init__(self, identities: Mapping[Path, Identity]) -> None:
+        stamp = json.dumps(
+            [_VERSION, sorted((str(path), *identity) for path, identity in identities.items())]
+        )
+        name = hashlib.sha256(stamp.encode()).hexdigest()[:32]
+        self._path = cache_dir() / "checksums" / f"{name}.json"
+        self._lock = threading.Lock()
+        self._known = self._load()
+        self._dirty = False
+
+    def check(self, key: ExpertKey, pieces: Iterable[memoryview]) -> bool:
+        """Whether the bytes of ``key`` are those of its first read. The first read itself always is."""
+        digest = xxhash.xxh3_64()
+        for piece in pieces:
+            digest.update(piece)
+        found, name = digest.hexdigest(), f"{key.layer}.{key.expert}"
+        with self._lock:
+            known = self._known.setdefault(name, found)
+            self._dirty |= len(self._known) != self._saved
+        return known == found
+
+    def save(self) -> None:
+        """Write what was learned, atomically."""
+        with self._lock:
+            if not self._dirty:
+                return
+            text = json.dumps(self._known)
+            self._dirty, self._saved = False, len(self._known)
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=".checksums-")
+            try:
+                with os.fdopen(descriptor, "w") as stream:
+                    stream.write(text)
+                Path(temporary).replace(self._path)
+            except OSError:
+                Path(temporary).unlink(missing_ok=True)
+
+    def _load(self) -> dict[str, str]:
+        known: object = {}
+        # A missing, unreadable or garbled ledger only means that experts are read for the first time again.
+        with contextlib.suppress(OSError, ValueError):
+            known = json.loads(self._path.read_text())
+        entries = known if isinstance(known, dict) else {}
+        self._saved = len(entries)
+        return {str(name): str(digest) for name, digest in entries.items()}

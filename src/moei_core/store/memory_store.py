@@ -1,0 +1,43 @@
+"""``MemoryStore``: the experts of another store, held in memory. The fake beside the interface, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from mmap import mmap
+
+from moei_core.store.base import ExpertLayout, ExpertStore
+from moei_core.types import ExpertKey
+
+
+class MemoryStore:
+    """An ``ExpertStore`` whose reads are copies; layouts are those of the store it was filled from."""
+
+    def __init__(self, layouts: dict[ExpertKey, ExpertLayout], contents: dict[ExpertKey, bytes]) -> None:
+        """contents: the whole slot of each expert, ``layout.slot_nbytes`` long."""
+        self._layouts = layouts
+        self._contents = contents
+
+    @classmethod
+    def copy_of(cls, store: ExpertStore) -> MemoryStore:
+        """Read every expert of ``store`` once."""
+        layouts = {key: store.layout(key) for key in store.experts()}
+        contents = {}
+        for key, layout in layouts.items():
+            with mmap(-1, layout.slot_nbytes) as slot, memoryview(slot) as view:
+                store.read_into(key, view)
+                contents[key] = bytes(view)
+        return cls(layouts, contents)
+
+    def experts(self) -> Iterable[ExpertKey]:
+        return self._layouts.keys()
+
+    def layout(self, key: ExpertKey) -> ExpertLayout:
+        return self._layouts[key]
+
+    def read_into(self, key: ExpertKey, slot: memoryview) -> int:
+        layout = self._layouts[key]
+        slot[: layout.slot_nbytes] = self._contents[key]
+        return layout.nbytes
+
+    def close(self) -> None:
+        self._contents = {}

@@ -1,0 +1,122 @@
+"""The words that every part of moei shares.
+
+Naming follows transformers: ``num_experts``, ``num_experts_per_tok``, ``top_k_index``. ``layer`` is always
+the decoder layer's index in the model (dense layers leave gaps), and an expert is always
+``ExpertKey(layer, expert)`` in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from typing import NamedTuple
+
+
+class ExpertKey(NamedTuple):
+    """One routed expert of the model: decoder layer index, then expert index within the layer."""
+
+    layer: int
+    expert: int
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} expert {self.expert}"
+
+
+@cache
+def layer_keys(layer: int, num_experts: int) -> tuple[ExpertKey, ...]:
+    """All keys of a layer, by expert index. Interned: building keys anew costs more than deciding."""
+    return tuple(ExpertKey(layer, expert) for expert in range(num_experts))
+
+
+class Phase(IntEnum):
+    """What a forward pass is for. The values are those of the trace format's ``phase`` tensor."""
+
+    PREFILL = 0
+    DECODE = 1
+
+
+class ScoredExpert(NamedTuple):
+    """A hint: ``key`` is expected with weight ``score`` (non-negative, comparable within a layer)."""
+
+    key: ExpertKey
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAccess:
+    """One MoE layer of one forward pass, as one atomic event.
+
+    experts: the distinct experts that the router chose, ascending.
+    token_counts: how many tokens each of them serves, in the same order.
+    hints: scored experts of later layers, computed by the engine from hidden states; data to the brain.
+    """
+
+    layer: int
+    experts: tuple[int, ...]
+    token_counts: tuple[int, ...]
+    phase: Phase
+    hints: tuple[ScoredExpert, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """One step of a plan, carried out in the order of the fields.
+
+    evict: residents whose slots are given up before anything is loaded.
+    load: experts to bring in; each needs one slot.
+    compute: experts to compute, in this order (all are in slots once ``load`` is done).
+    release: experts of this wave that do not stay resident; their slots are free after computing.
+    """
+
+    evict: tuple[ExpertKey, ...]
+    load: tuple[ExpertKey, ...]
+    compute: tuple[ExpertKey, ...]
+    release: tuple[ExpertKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FetchPlan:
+    """What one ``LayerAccess`` makes the engine or the simulator do. ``hits``, ``misses`` count experts.
+
+    cancel: prefetches in flight or queued that this access made pointless; drop them before loading.
+    prefetch: what to move, in this order, while no demand load waits, until the next plan replaces the list.
+        A load that has begun is reported by ``ExpertScheduler.start_load`` and ``finish_load``.
+    """
+
+    layer: int
+    waves: tuple[Wave, ...]
+    hits: int
+    misses: int
+    cancel: tuple[ExpertKey, ...] = ()
+    prefetch: tuple[ExpertKey, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The shape of a model's routed experts.
+
+    num_experts: routed experts of each MoE layer, by decoder layer index, ascending.
+    num_experts_per_tok: the largest top-k of any layer.
+    expert_nbytes: bytes of one routed expert as stored, by layer.
+    """
+
+    model_type: str
+    num_experts: Mapping[int, int]
+    num_experts_per_tok: int
+    hidden_size: int
+    expert_nbytes: Mapping[int, int]
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        return tuple(self.num_experts)
+
+    @property
+    def total_experts(self) -> int:
+        return sum(self.num_experts.values())
+
+    @property
+    def total_expert_nbytes(self) -> int:
+        """Bytes of all routed experts of the model."""
+        return sum(count * self.expert_nbytes[layer] for layer, count in self.num_experts.items())

@@ -1,0 +1,133 @@
+"""``moei bench --trace`` and ``moei trace show`` as a person meets them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moei_cli.main import main
+from moei_core.trace import write_trace
+
+from .synthetic import make_trace
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("traces") / "t.safetensors"
+    write_trace(make_trace(), file)
+    return str(file)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = 0
+    try:
+        main(list(arguments))
+    except SystemExit as exit:
+        code = int(exit.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_report_is_one_json_object(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(
+        capsys,
+        "bench",
+        "--trace",
+        path,
+        "--policy",
+        "layer-lru,learned,layer-belady",
+        "--experts",
+        "25%,20MB",
+        "--workers",
+        "1",
+        "--interleave",
+        "1,2",
+        "--json",
+    )
+    assert code == 0
+    report = json.loads(out)
+    assert len(report["results"]) == 2 * 2 * 3
+    first = {row["policy"]: row for row in report["results"][:3]}
+    assert first["layer-lru"]["gap_closed"] == 0
+    assert first["layer-belady"]["gap_closed"] == 1
+    assert set(first["learned"]["gap_closed_by_task"]) == {"task0", "task1"}
+    assert first["learned"]["hits"] + first["learned"]["misses"] == 240 * 4 * 3
+    assert report["hardware"]["name"] == "gpu-pcie4"
+
+
+def test_the_table_fits_a_pipe(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "bench", "--trace", path, "--experts", "10%,25%", "--workers", "1")
+    assert code == 0
+    assert "\x1b" not in out + err
+    assert "gap closed" in out and "layer-belady" in out
+    assert "floods a global LRU" in err
+
+
+def test_what_if_flags_change_the_machine(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    speeds = []
+    for extra in ([], ["--disk", "7GB/s", "--ram", "64GiB"]):
+        _, out, _ = run(
+            capsys,
+            "bench",
+            "--trace",
+            path,
+            "--policy",
+            "layer-lru",
+            "--experts",
+            "25%",
+            "--workers",
+            "1",
+            "--json",
+            *extra,
+        )
+        speeds.append(json.loads(out)["results"][0]["tokens_per_second"])
+    assert speeds[1] > speeds[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["bench"], 2, "needs a model"),
+        (["bench", "--trace", "none"], 3, "no trace file"),
+        (["bench", "--trace", "PATH", "--policy", "lru"], 2, "Choose from: all, learned"),
+        (["bench", "--trace", "PATH", "--experts", "lots"], 2, "is not a size"),
+        (["bench", "--trace", "PATH", "--experts", "1kB"], 2, "less than the experts of one token"),
+        (["bench", "--trace", "PATH", "--predictor", "oracle"], 2, "Choose from: mixed"),
+        (["bench", "--trace", "PATH", "--half", "third"], 2, "Choose from: all, first, second"),
+        (["bench", "--trace", "PATH", "--interleave", "0"], 2, "not a positive number"),
+        (["bench", "--trace", "PATH", "--hardware", "none.json"], 3, "no file"),
+        (["bench", "--trace", "PATH", "--hardware", "disk-1g", "--ram", "8GiB"], 2, "no GPU"),
+        (["trace", "show", "PATH", "--request", "99"], 2, "not one of 0 to 5"),
+    ],
+)
+def test_errors_are_sentences(
+    path: str, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, sentence: str
+) -> None:
+    got, out, err = run(capsys, *(path if part == "PATH" else part for part in arguments))
+    assert (got, out) == (code, "")
+    assert sentence in err
+    assert len(err.strip().splitlines()) <= 3
+
+
+def test_a_damaged_trace_has_its_own_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "broken"
+    file.write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    assert run(capsys, "bench", "--trace", str(file))[0] == 6
+
+
+def test_show_draws_a_request(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "trace", "show", path, "--request", "1")
+    assert code == 0
+    lines = out.splitlines()
+    assert "overlap with the token so far back" in lines[1]
+    assert sum(line.endswith("|") for line in lines) == 4
+    assert run(capsys, "trace", "show", path, "--json")[1].startswith("{")
+
+
+def test_show_draws_a_picture(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the optional extra 'plots' is not installed")
+    picture = tmp_path / "eam.png"
+    assert run(capsys, "trace", "show", path, "--png", str(picture))[0] == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,104 @@
+"""``moei bench MODEL`` and ``moei trace record``: the engine measured and recorded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moei_core.trace import Trace, read_trace, write_trace
+from tests.cli.conftest import Outcome
+
+Moei = Callable[..., Outcome]
+SMALL = ("--prompt-tokens", "8", "--new-tokens", "6", "--repeats", "2")
+
+
+def test_a_report_has_three_conditions_and_its_provenance(
+    moei: Moei, chat_folder: Callable[..., Path]
+) -> None:
+    done = moei("bench", str(chat_folder("qwen3_moe")), "--experts", "50%", *SMALL, "--json")
+    assert done.code == 0
+    report = json.loads(done.out)
+    assert [report["conditions"][name]["requests"] for name in ("cold", "warm", "changing")] == [1, 2, 2]
+    cold, warm = report["conditions"]["cold"], report["conditions"]["warm"]
+    assert cold["bytes_read"]["median"] >= warm["bytes_read"]["median"] > 0
+    assert cold["misses"]["median"] * report["expert_bytes"] == cold["bytes_read"]["median"]
+    assert report["slots"]["slots"] == 24
+    assert report["provenance"]["torch"]
+    shown = moei("bench", str(chat_folder("qwen3_moe")), "--experts", "50%", *SMALL)
+    assert shown.code == 0
+    assert "decode tok/s" in shown.out
+
+
+def make_trace(path: Path, layers: int = 3, experts: int = 16, top_k: int = 4, tokens: int = 40) -> Path:
+    generator = np.random.default_rng(0)
+    rows = np.argsort(generator.random((tokens, layers, experts)), axis=2)[..., :top_k].astype(np.uint8)
+    offsets = np.asarray([0, tokens], np.int64)
+    write_trace(Trace("a-model", experts, top_k, tuple(range(layers)), rows, offsets), path)
+    return path
+
+
+def test_routing_can_follow_a_trace(moei: Moei, chat_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Every layer's lookups are those of the trace's rows: counted here by hand for an LRU of everything."""
+    trace = make_trace(tmp_path / "t")
+    folder = str(chat_folder("qwen3_moe"))
+    done = moei("bench", folder, "--trace", str(trace), *SMALL, "--json")
+    assert done.code == 0
+    cold = json.loads(done.out)["conditions"]["cold"]
+    # 8 prompt tokens are one access of a layer; 5 more are decoded (the last one is only sampled).
+    rows = read_trace(trace).experts[:13]
+    lookups = sum(len(np.unique(rows[:8, layer])) for layer in range(3)) + 5 * 3 * 4
+    assert cold["hits"]["median"] + cold["misses"]["median"] == lookups
+    assert cold["misses"]["median"] == sum(len(np.unique(rows[:, layer])) for layer in range(3))
+
+
+@pytest.mark.parametrize(
+    ("shape", "sentence"),
+    [
+        ({"experts": 8}, "Use a model of 8 experts a layer"),
+        ({"layers": 2}, "at most 2 MoE layers"),
+        ({"top_k": 6}, "chooses 6 experts a token, the model only 4"),
+    ],
+)
+def test_a_trace_of_the_wrong_shape(
+    moei: Moei, chat_folder: Callable[..., Path], tmp_path: Path, shape: dict[str, int], sentence: str
+) -> None:
+    trace = make_trace(tmp_path / "t", **shape)
+    done = moei("bench", str(chat_folder("qwen3_moe")), "--trace", str(trace), *SMALL)
+    assert done.code == 2
+    assert sentence in done.err
+    assert done.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["moei-demo", "--hardware", "disk-1g"], "--hardware only simulates"),
+        (["--trace", "t", "--repeats", "2"], "--repeats measures a model"),
+        (["moei-demo", "--layers", "2"], "--layers cuts a --synthetic model"),
+        (["moei-demo", "--synthetic", "mixtral-8x7b"], "not both"),
+        (["moei-demo", "--new-tokens", "1"], "two new tokens"),
+        (["moei-demo", "--prompt-tokens", "100000"], "context"),
+        (["moei-demo", "--policy", "all"], "no cache policy 'all'"),
+    ],
+)
+def test_mistakes(moei: Moei, arguments: list[str], sentence: str) -> None:
+    done = moei("bench", *arguments)
+    assert done.code == 2
+    assert sentence in done.err
+
+
+def test_recording_a_file_of_questions(moei: Moei, tmp_path: Path) -> None:
+    (tmp_path / "q").write_text("What does moei do?\nAnd what is an expert?\n\nHello!\n")
+    done = moei("trace", "record", "moei-demo", "--prompts", str(tmp_path / "q"), "-o", str(tmp_path / "t"))
+    assert done.code == 0
+    trace = read_trace(tmp_path / "t")
+    assert (trace.sequences, len(trace.requests) - 1) == (2, 3)
+    assert trace.phase is not None
+    assert 0 < int((trace.phase == 0).sum()) < trace.tokens
+    assert moei("trace", "show", str(tmp_path / "t")).code == 0
+    empty = moei("trace", "record", "moei-demo", "--prompts", "/dev/null", "-o", str(tmp_path / "t"))
+    assert empty.code == 2

@@ -1,0 +1,197 @@
+"""``moei chat`` without a terminal: one answer, JSON, streams, exit codes, every mistake a person makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moei_core.errors import ExpertReadError
+from moei_core.store.safetensors_store import SafetensorsStore
+from tests.cli.conftest import Outcome
+
+Moei = Callable[..., Outcome]
+QUESTION = "What does moei do?"
+
+
+def test_the_answer_goes_to_standard_output_and_nothing_else_does(moei: Moei) -> None:
+    done = moei("chat", "moei-demo", QUESTION, "--temperature", "0")
+    assert done.code == 0
+    assert "expert" in done.out.lower()
+    assert "\x1b" not in done.out + done.err
+    assert "experts in RAM" in done.err
+
+
+def test_a_prompt_alone_or_piped_asks_the_demo(moei: Moei) -> None:
+    expected = moei("chat", "moei-demo", QUESTION, "--temperature", "0").out
+    assert moei("chat", QUESTION, "--temperature", "0").out == expected
+    assert moei("chat", "--temperature", "0", stdin=QUESTION + "\n").out == expected
+
+
+def test_json_is_one_object_with_the_figures(moei: Moei) -> None:
+    texts = []
+    for share in ("100%", "25%"):
+        done = moei("chat", "--experts", share, "--temperature", "0", QUESTION, "--json")
+        report = json.loads(done.out)
+        assert done.code == 0
+        assert done.err == ""
+        texts.append(report["answer"])
+        for figure in ("hits", "misses", "bytes_read", "stall_s", "peak_memory_bytes", "ttft_s"):
+            assert report[figure] > 0, figure
+        assert report["loads"] == report["misses"]
+    assert report["experts"]["slots"] * 4 == report["experts"]["total"]
+    assert report["evictions"] > 0
+    assert texts[0] == texts[1] != ""
+
+
+def test_the_last_model_is_remembered(moei: Moei, chat_folder: Callable[..., Path]) -> None:
+    folder = chat_folder("mixtral")
+    assert moei("chat", str(folder), "hi", "--max-tokens", "2").code == 0
+    done = moei("chat", "one more question", "--max-tokens", "2", "--json")
+    assert json.loads(done.out)["model"] == folder.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["no-such-model"], 3, "There is no model called 'no-such-model'"),
+        (["moei-demo", "hi", "--experts", "1%"], 4, "The smallest that works is --experts"),
+        (["moei-demo", "hi", "--ram", "64MiB"], 4, "The smallest that works is --ram"),
+        (["moei-demo", "hi", "--experts", "lots"], 2, "--experts: 'lots' is not a size"),
+        (["moei-demo", "hi", "--ram", "-3"], 2, "--ram"),
+        (["moei-demo", "hi", "--temperature", "-1"], 2, "temperature"),
+        (["moei-demo", "hi", "--policy", "magic"], 2, "layer-lru"),
+        (["moei-demo", "hi", "--dtype", "int8"], 2, "bfloat16"),
+        (["moei-demo", "hi", "--context", "5"], 2, "--context 5"),
+        (["moei-demo", "hi", "--frobnicate"], 2, "--frobnicate"),
+        (["moei-demo", "--json"], 2, "standard input was empty"),
+        (["moei-demo", " ".join(["long"] * 6000)], 2, "longer than its context"),
+        ([], 2, "standard input was empty"),
+    ],
+)  # fmt: skip
+def test_mistakes(moei: Moei, arguments: list[str], code: int, sentence: str) -> None:
+    done = moei("chat", *arguments)
+    assert done.code == code
+    assert sentence in done.err
+    assert done.out == ""
+    if code != 2 or "Usage:" not in done.err:
+        assert len([line for line in done.err.splitlines() if "runs with" not in line]) <= 3
+
+
+def test_the_smallest_budget_that_an_error_names_works(moei: Moei) -> None:
+    import re
+
+    for option, small in (("--experts", "1%"), ("--ram", "64MiB")):
+        refused = moei("chat", "moei-demo", "hi", option, small)
+        named = re.search(rf"works is {option} (\S+)", refused.err)
+        assert named is not None
+        assert moei("chat", "moei-demo", "hi", option, named[1].rstrip(".")).code == 0
+
+
+def test_a_model_that_is_no_moe(moei: Moei, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    done = moei("chat", str(tmp_path), "hi")
+    assert done.code == 1
+    assert "LlamaForCausalLM is not a Mixture-of-Experts model" in done.err
+
+
+def test_an_architecture_whose_hook_does_not_take(moei: Moei, tmp_path: Path) -> None:
+    """JetMoE accepts transformers' setting and ignores it."""
+    from transformers import JetMoeConfig, JetMoeForCausalLM
+
+    config = JetMoeConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_key_value_heads=1, kv_channels=16, intermediate_size=32,
+        num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    JetMoeForCausalLM(config).save_pretrained(tmp_path)
+    done = moei("chat", str(tmp_path), "hi")
+    assert done.code == 1
+    assert "JetMoeForCausalLM is not supported" in done.err
+
+
+def test_a_layer_that_does_not_run_through_the_hook_is_noticed(
+    moei: Moei, chat_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    forward = MixtralSparseMoeBlock.forward
+    calls = []
+
+    def skip_second(self: MixtralSparseMoeBlock, hidden_states: object) -> object:
+        calls.append(self)
+        return hidden_states if len(calls) == 2 else forward(self, hidden_states)
+
+    monkeypatch.setattr(MixtralSparseMoeBlock, "forward", skip_second)
+    done = moei("chat", str(chat_folder("mixtral")), "hi")
+    assert done.code == 1
+    assert "MixtralForCausalLM is not supported" in done.err
+    assert "layer 1 do not run through" in done.err
+
+
+def test_damaged_files_have_their_own_exit_code(
+    moei: Moei, chat_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(chat_folder("mixtral"), tmp_path / "m"))
+    shard = sorted(folder.glob("model-*.safetensors"))[0]
+    os.truncate(shard, shard.stat().st_size // 2)
+    done = moei("chat", str(folder), "hi")
+    assert done.code == 6
+    assert shard.name in done.err
+    (folder / "tokenizer.json").write_text("{}")
+    shutil.copy(chat_folder("mixtral") / shard.name, shard)
+    done = moei("chat", str(folder), "hi")
+    assert done.code == 6
+    assert "tokenizer" in done.err
+
+
+def test_a_read_that_fails_in_the_middle_of_a_turn(moei: Moei, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, count = SafetensorsStore.read_into, 0
+
+    def fail_late(self: SafetensorsStore, key: object, slot: memoryview) -> int:
+        nonlocal count
+        count += 1
+        if count > 60:
+            raise ExpertReadError(
+                f"Reading {key} from model.safetensors failed.", "Input/output error.", "Check it."
+            )
+        return read(self, key, slot)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SafetensorsStore, "read_into", fail_late)
+    done = moei("chat", "moei-demo", QUESTION)
+    assert done.code == 6
+    assert "Input/output error" in done.err
+
+
+def test_quantised_checkpoints_are_refused_by_name(
+    moei: Moei, chat_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(chat_folder("mixtral"), tmp_path / "m"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    done = moei("chat", str(folder), "hi")
+    assert done.code == 1
+    assert "mxfp4" in done.err
+
+
+def test_debug_shows_the_traceback(moei: Moei) -> None:
+    from moei_core.errors import ModelNotFoundError
+
+    with pytest.raises(ModelNotFoundError):
+        moei("chat", "no-such-model", "--debug")
+
+
+def test_a_home_that_cannot_be_written_is_no_reason_not_to_chat(
+    moei: Moei, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOEI_HOME", "/proc/nowhere")
+    assert moei("chat", "moei-demo", "hello").code == 0

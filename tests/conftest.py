@@ -1,0 +1,48 @@
+"""Fixtures for all tests: an own home for moei, few threads, tiny model folders made once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def moei_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test has an empty ``$MOEI_HOME`` of its own."""
+    home = tmp_path_factory.mktemp("moei-home")
+    monkeypatch.setenv("MOEI_HOME", str(home))
+    return home
+
+
+@pytest.fixture(autouse=True)
+def few_threads() -> Iterator[None]:
+    """Tests share two cores: torch, where it has been imported, computes with one thread."""
+    import sys
+
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    yield
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """chat_folder(family, dtype="float32"): a tiny model with a tokenizer, saved once per session. Read only."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(family: str, dtype: str = "float32") -> Path:
+        if (family, dtype) not in made:
+            import torch
+
+            from tests.tiny_models import save_chat
+
+            folder = tmp_path_factory.mktemp(f"{family}-{dtype}")
+            made[family, dtype] = save_chat(family, folder, getattr(torch, dtype), shard="200KB")
+        return made[family, dtype]
+
+    return get

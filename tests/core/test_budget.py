@@ -1,0 +1,113 @@
+"""Sizes as people write them, and the arithmetic of slots."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moei_core.config import ExpertBudget, GenerationSettings, format_size, parse_size
+from moei_core.errors import DoesNotFitError, UsageError
+from moei_core.hardware.budget import MemoryUse, plan_slots
+from moei_core.types import ModelSpec
+
+MIB = 1 << 20
+SPEC = ModelSpec("test", dict.fromkeys(range(4), 32), 4, 128, dict.fromkeys(range(4), 3 * MIB))
+SLOT = 3 * MIB + 8192
+USE = MemoryUse(process=400 * MIB, kv=20 * MIB, workspace=30 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("8GiB", 8 << 30), ("8G", 8 * 10**9), ("600MiB", 600 * MIB), ("1.5 gib", 3 << 29), ("12345", 12345),
+     ("2TB", 2 * 10**12), (" 7kb ", 7000), (".5GiB", 1 << 29)],
+)  # fmt: skip
+def test_sizes(text: str, nbytes: int) -> None:
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "8GG", "-1GiB", "eight", "8 GiB extra", "1e9", "0x10"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match="--ram"):
+        parse_size(text, "--ram")
+
+
+@given(st.integers(0, 2**45))
+def test_formatted_sizes_are_near_the_truth(nbytes: int) -> None:
+    assert parse_size(format_size(nbytes)) == pytest.approx(nbytes, rel=0.06)
+
+
+@pytest.mark.parametrize("text", ["0%", "101%", "-5%", "%"])
+def test_what_is_no_share(text: str) -> None:
+    with pytest.raises(UsageError):
+        ExpertBudget.parse(text)
+
+
+def test_shares_count_whole_experts() -> None:
+    assert ExpertBudget.parse("25%").slots(128, SLOT) == 32
+    assert ExpertBudget.parse("100%").slots(128, SLOT) == 128
+    assert ExpertBudget.parse("33.3%").slots(128, SLOT) == 42
+    assert ExpertBudget.parse("1GiB").slots(128, SLOT) == 128
+    assert ExpertBudget.parse("30MiB").slots(128, SLOT) == 9
+
+
+def test_with_neither_flag_free_memory_decides() -> None:
+    assert plan_slots(SPEC, SLOT, USE, available=100 << 30).slots == 128
+    tight = plan_slots(SPEC, SLOT, USE, available=200 * MIB)
+    assert tight.slots == (180 - 50) * MIB // SLOT
+    assert "free memory" in tight.reason
+    with pytest.raises(DoesNotFitError):
+        plan_slots(SPEC, SLOT, USE, available=60 * MIB)
+
+
+def test_the_smaller_of_two_bounds_counts_and_says_so() -> None:
+    share = ExpertBudget.parse("25%")
+    assert plan_slots(SPEC, SLOT, USE, 0, ram=8 << 30, experts=share).slots == 32
+    both = plan_slots(SPEC, SLOT, USE, 0, ram=USE.total + 10 * SLOT, experts=share)
+    assert both.slots == 10
+    assert "--ram" in both.reason
+
+
+def test_all_experts_need_no_working_set() -> None:
+    everything = plan_slots(SPEC, SLOT, USE, 0, experts=ExpertBudget.parse("100%"))
+    assert (everything.slots, everything.resident) == (128, 128)
+    part = plan_slots(SPEC, SLOT, USE, 0, experts=ExpertBudget.parse("25%"))
+    assert (part.slots, part.working, part.resident) == (32, 4, 28)
+
+
+@given(st.integers(1, 2000))
+def test_a_refusal_names_a_size_that_works_and_is_nearly_the_smallest(ram_mib: int) -> None:
+    try:
+        budget = plan_slots(SPEC, SLOT, USE, 0, ram=ram_mib * MIB)
+    except DoesNotFitError as error:
+        smallest = parse_size(re.search(r"--ram (\S+?)\.$", error.hint)[1])  # type: ignore[index]
+        assert smallest > ram_mib * MIB
+        assert plan_slots(SPEC, SLOT, USE, 0, ram=smallest).slots >= 4
+        with pytest.raises(DoesNotFitError):
+            plan_slots(SPEC, SLOT, USE, 0, ram=int(smallest * 0.95))
+    else:
+        assert budget.slots >= 4
+        assert budget.nbytes + USE.total <= ram_mib * MIB or budget.slots == 128
+
+
+@given(st.floats(0.01, 3.2))
+def test_too_small_a_share_names_one_that_works(percent: float) -> None:
+    budget = ExpertBudget.parse(f"{percent}%")
+    if budget.slots(128, SLOT) >= 4:
+        return
+    with pytest.raises(DoesNotFitError) as caught:
+        plan_slots(SPEC, SLOT, USE, 0, experts=budget)
+    share = re.search(r"--experts (\S+)", caught.value.hint)[1]  # type: ignore[index]
+    assert plan_slots(SPEC, SLOT, USE, 0, experts=ExpertBudget.parse(share)).slots >= 4
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"min_p": 1}, {"max_new_tokens": 0},
+     {"repetition_penalty": 0}, {"stop": ("",)}],
+)  # fmt: skip
+def test_settings_out_of_range(wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong)) if "stop" not in wrong else "stop"):
+        GenerationSettings(**wrong)  # type: ignore[arg-type]

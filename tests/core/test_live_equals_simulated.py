@@ -1,0 +1,66 @@
+"""A trace recorded from a live run replays to the same plans and counters: the product itself was simulated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moei_core.cache.expert_cache import ExpertCache
+from moei_core.cache.policies import POLICIES
+from moei_core.config import ExpertBudget, GenerationSettings
+from moei_core.engine.chat_session import ChatSession
+from moei_core.engine.loaded_model import LoadedModel, LoadOptions
+from moei_core.hub.resolve import resolve_model
+from moei_core.scheduler import ExpertScheduler
+from moei_core.sim.replay import Observer, replay
+from moei_core.trace import read_trace
+from moei_core.trace.writer import TraceWriter
+from moei_core.types import FetchPlan, LayerAccess
+
+QUESTIONS = (("What does moei do?", "And what is an expert?"), ("What is the capital of France?",))
+LIVE = [name for name, policy in POLICIES.items() if not getattr(policy, "needs_future", False)]
+
+
+class Collector(Observer):
+    def __init__(self) -> None:
+        self.plans: list[FetchPlan] = []
+
+    def carry_out(self, access: LayerAccess, plan: FetchPlan) -> None:
+        self.plans.append(plan)
+
+
+@pytest.mark.parametrize("share", [0.04, 0.25, 0.6])
+@pytest.mark.parametrize("policy", LIVE)
+def test_plans_and_counters(policy: str, share: float, tmp_path: Path) -> None:
+    plans: list[FetchPlan] = []
+    options = LoadOptions(experts=ExpertBudget(fraction=share), policy=policy)
+    with LoadedModel(resolve_model("moei-demo").folder, options) as model:
+        decide = model.scheduler.access
+
+        def access(event: LayerAccess) -> FetchPlan:
+            plans.append(decide(event))
+            return plans[-1]
+
+        model.scheduler.access = access  # type: ignore[method-assign]
+        writer = model.runtime.recorder = TraceWriter(
+            tmp_path / "t", "moei-demo", model.spec.num_experts, model.spec.num_experts_per_tok
+        )
+        for conversation in QUESTIONS:
+            session = ChatSession(model, GenerationSettings(max_new_tokens=12, temperature=0))
+            writer.begin_sequence()
+            for question in conversation:
+                writer.begin_request()
+                list(session.reply(question))
+        assert writer.close()
+        budget, spec, live = model.budget, model.spec, model.scheduler.statistics
+
+    trace = read_trace(tmp_path / "t")
+    simulated = ExpertScheduler(
+        ExpertCache(budget.resident, POLICIES[policy](budget.resident, spec.num_experts)), budget.working
+    )
+    collector = Collector()
+    replay(trace, simulated, collector)
+    assert collector.plans == plans
+    assert simulated.statistics == live
+    assert live.misses > 0

@@ -1,0 +1,1 @@
+"""Held-out questions for the demonstration model, and the measures taken on it."""
