@@ -122,7 +122,7 @@ void call_ffn(const FfnLayout& layout, Array<const int64_t, 2> parts, Array<cons
 Matrix make_matrix(std::string_view format, std::string_view order, int64_t address, int64_t rows, int64_t cols) {
     const Order stored = order_from_name(order);
     return {reinterpret_cast<const uint8_t*>(address), format_from_name(format), stored, rows, cols,
-            stored == Order::Columns ? rows : cols};
+            stored == Order::Transposed ? rows : cols};
 }
 
 void call_linear(std::string_view format, std::string_view order, int64_t address, Array<const float, 2> x, Array<float, 2> out) {
@@ -139,10 +139,10 @@ using Convert = void (*)(Format, int64_t, int64_t, const uint8_t*, uint8_t*);
 template <Convert convert>
 void call_convert(std::string_view format, int64_t rows, int64_t cols, Bytes source, MutableBytes destination) {
     const Format stored = format_from_name(format);
-    const bool packing = convert == to_tiles;
-    const auto row_order = static_cast<size_t>(matrix_nbytes(stored, Order::Rows, rows, cols));
-    const auto tile_order = static_cast<size_t>(matrix_nbytes(stored, Order::Tiles, rows, cols));
-    require(source.size() == (packing ? row_order : tile_order) && destination.size() == (packing ? tile_order : row_order),
+    const bool packing = convert == to_rows16;
+    const auto row_order = static_cast<size_t>(matrix_nbytes(stored, Order::Plain, rows, cols));
+    const auto interleaved = static_cast<size_t>(matrix_nbytes(stored, Order::Rows16, rows, cols));
+    require(source.size() == (packing ? row_order : interleaved) && destination.size() == (packing ? interleaved : row_order),
             "source or destination has the wrong number of bytes");
     const nb::gil_scoped_release release;
     convert(stored, rows, cols, source.data(), destination.data());
@@ -172,13 +172,19 @@ NB_MODULE(_native, m) {
     nb::class_<FfnLayout>(m, "FfnLayout").def("__init__", [](FfnLayout* self, int64_t hidden, int64_t intermediate, std::string_view gate_up_format, std::string_view gate_up_order, std::string_view gating, std::string_view down_format, std::string_view down_order, std::string_view activation, double alpha, double limit, std::string_view bias_format) {
         new (self) FfnLayout(make_layout(hidden, intermediate, gate_up_format, gate_up_order, gating, down_format, down_order, activation, alpha, limit, bias_format));
     });
+    nb::dict formats;
+    for (int i = 0; i <= static_cast<int>(Format::MXFP4); ++i) {
+        const FormatInfo& info = format_info(static_cast<Format>(i));
+        formats[info.name] = nb::make_tuple(info.block_weights, info.block_nbytes);
+    }
+    m.attr("FORMATS") = formats;
     m.def("isa", [] { return kernels().isa; });
     m.def("set_num_threads", &set_num_threads);
     m.def("num_threads", &num_threads);
     m.def("moe_ffn", &call_ffn);
     m.def("linear", &call_linear);
-    m.def("to_tiles", &call_convert<to_tiles>);
-    m.def("from_tiles", &call_convert<from_tiles>);
+    m.def("to_rows16", &call_convert<to_rows16>);
+    m.def("from_rows16", &call_convert<from_rows16>);
     m.def("decode", &call_decode);
     m.def("all_finite", &call_all_finite);
     m.def("workspace_nbytes", [](const FfnLayout& layout, int64_t tokens, int64_t pairs, int threads) {

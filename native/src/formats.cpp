@@ -128,9 +128,9 @@ Format format_from_name(std::string_view name) {
 }
 
 Order order_from_name(std::string_view name) {
-    if (name == "rows") return Order::Rows;
-    if (name == "columns") return Order::Columns;
-    if (name == "tiles") return Order::Tiles;
+    if (name == "plain") return Order::Plain;
+    if (name == "transposed") return Order::Transposed;
+    if (name == "rows16") return Order::Rows16;
     throw std::invalid_argument("unknown weight order '" + std::string(name) + "'");
 }
 
@@ -140,7 +140,7 @@ int64_t row_nbytes(Format format, int64_t cols) {
 }
 
 int64_t matrix_nbytes(Format format, Order order, int64_t rows, int64_t cols) {
-    if (order == Order::Tiles) rows = (rows + kTileRows - 1) / kTileRows * kTileRows;
+    if (order == Order::Rows16) rows = (rows + kTileRows - 1) / kTileRows * kTileRows;
     return rows * row_nbytes(format, cols);
 }
 
@@ -170,7 +170,7 @@ void interleave(Format format, int64_t cols, const uint8_t* source, int64_t rows
     });
 }
 
-void to_tiles(Format format, int64_t rows, int64_t cols, const uint8_t* source, uint8_t* destination) {
+void to_rows16(Format format, int64_t rows, int64_t cols, const uint8_t* source, uint8_t* destination) {
     const int64_t stride = row_nbytes(format, cols);
     for (int64_t row = 0; row < rows; row += kTileRows) {
         interleave(format, cols, source + row * stride, std::min<int64_t>(kTileRows, rows - row), 0, cols / kBlock,
@@ -178,7 +178,7 @@ void to_tiles(Format format, int64_t rows, int64_t cols, const uint8_t* source, 
     }
 }
 
-void from_tiles(Format format, int64_t rows, int64_t cols, const uint8_t* source, uint8_t* destination) {
+void from_rows16(Format format, int64_t rows, int64_t cols, const uint8_t* source, uint8_t* destination) {
     const int64_t stride = row_nbytes(format, cols);
     for (int64_t start = 0; start < rows; start += kTileRows) {
         visit_tile_row(format, 0, cols / kBlock, [&](int row, int64_t to, int64_t from, int nbytes) {
@@ -191,7 +191,7 @@ void from_tiles(Format format, int64_t rows, int64_t cols, const uint8_t* source
 bool all_finite(Format format, Order order, int64_t rows, int64_t cols, const uint8_t* source) {
     const FormatInfo& info = format_info(format);
     const int64_t blocks = matrix_nbytes(format, order, rows, cols) / info.block_nbytes;
-    if (order == Order::Tiles) {
+    if (order == Order::Rows16) {
         const int64_t tile_nbytes = int64_t{kTileRows} * info.block_nbytes;
         for (int64_t i = 0; i < blocks; ++i) {
             if (!half_is_finite(load<uint16_t>(source + i / kTileRows * tile_nbytes + kScaleNbytes * (i % kTileRows)))) return false;

@@ -9,9 +9,9 @@ namespace moei {
 
 enum class Format { F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K, MXFP4 };
 
-// Rows: [rows, cols] row by row. Columns: the transpose, [cols, rows] row by row (floating formats only).
-// Tiles: 16 rows interleaved (Q8_0 and Q4_0 only), see docs/kernels.md.
-enum class Order { Rows, Columns, Tiles };
+// Plain: [rows, cols] row by row. Transposed: [cols, rows] row by row (floating formats only).
+// Rows16: 16 rows interleaved, a tile for every column of blocks (Q8_0 and Q4_0 only), see docs/kernels.md.
+enum class Order { Plain, Transposed, Rows16 };
 
 constexpr int kTileRows = 16;
 constexpr int kBlock = 32;  // weights (and activations) that share a scale in Q8_0 and Q4_0
@@ -33,18 +33,18 @@ inline bool is_float(Format format) {
     return format == Format::F32 || format == Format::F16 || format == Format::BF16;
 }
 
-// Bytes of one row of `cols` weights (in Tiles: a sixteenth of one tile row).
+// Bytes of one row of `cols` weights (in Rows16: a sixteenth of a row of tiles).
 int64_t row_nbytes(Format format, int64_t cols);
-// Bytes of a whole matrix; Tiles are padded with zero rows to a multiple of 16.
+// Bytes of a whole matrix; Rows16 is padded with zero rows to a multiple of 16.
 int64_t matrix_nbytes(Format format, Order order, int64_t rows, int64_t cols);
 
 // `count` weights (a multiple of the block) of a row-ordered matrix to float32.
 void decode(Format format, const uint8_t* source, int64_t count, float* out);
 
-// Rows to Tiles and back, without loss. `destination` may not overlap `source`.
-void to_tiles(Format format, int64_t rows, int64_t cols, const uint8_t* source, uint8_t* destination);
-void from_tiles(Format format, int64_t rows, int64_t cols, const uint8_t* source, uint8_t* destination);
-// One tile row's blocks [first, first + count) from at most 16 rows; missing rows become zeros.
+// Plain to Rows16 and back, without loss. `destination` may not overlap `source`.
+void to_rows16(Format format, int64_t rows, int64_t cols, const uint8_t* source, uint8_t* destination);
+void from_rows16(Format format, int64_t rows, int64_t cols, const uint8_t* source, uint8_t* destination);
+// The tiles of block columns [first, first + count) of at most 16 rows; missing rows become zeros.
 void interleave(Format format, int64_t cols, const uint8_t* source, int64_t rows, int64_t first, int64_t count,
                 uint8_t* destination);
 

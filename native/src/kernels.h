@@ -15,16 +15,16 @@ static inline int64_t quantized_row_nbytes(int64_t cols) { return (cols + cols /
 constexpr int kQ8Offset = 128;  // what turns Q8_0's signed weights into the unsigned ones that integer dots want
 constexpr int kQ4Offset = 8;    // Q4_0's own zero point
 
-// Adds the products of one row of tiles, blocks [first, first + count), with n quantised activation rows of `cols`
-// values to sums[n][16]. `tiles` points at block `first`. In every kernel each sum is
+// Adds the products of one row of tiles, block columns [first, first + count), with n quantised activation rows of `cols`
+// values to sums[n][16]. `tiles` points at column `first`. In every kernel each sum is
 //     sum += float(integer dot of the block) * (weight scale * activation scale)
 // block after block, each operation rounded, so all instruction sets and all n give the same bits.
 using TileKernel = void (*)(const uint8_t* tiles, int64_t first, int64_t count, int64_t cols,
                             const void* const* activations, int64_t n, float* sums);
 
-// out[t * ld + r] = sum over c of w[r * stride + c] * x[t][c] (Rows), or w[c * stride + r] * x[t][c] (Columns).
-// Rows: sixteen partial sums, c modulo 16, each in ascending c with fused multiply-adds (the portable path rounds
-// the product), then added in halves: 8, 4, 2, 1. Columns: one sum in ascending c.
+// out[t * ld + r] = sum over c of w[r * stride + c] * x[t][c] (rows), or w[c * stride + r] * x[t][c] (columns).
+// rows: sixteen partial sums, c modulo 16, each in ascending c with fused multiply-adds (the portable path rounds
+// the product), then added in halves: 8, 4, 2, 1. columns: one sum in ascending c.
 using FloatKernel = void (*)(const uint8_t* w, int64_t stride, int64_t rows, int64_t cols, const void* const* x,
                              int64_t n, float* out, int64_t ld);
 

@@ -43,7 +43,7 @@ void project_tiles(const Kernels& kernels, const Matrix& w, int64_t begin, int64
             for (int64_t first = 0; first < blocks; first += kBlockChunk) {
                 const int64_t count = std::min(kBlockChunk, blocks - first);
                 const uint8_t* tiles = data + first * tile_nbytes;
-                if (w.order == Order::Rows) {
+                if (w.order == Order::Plain) {
                     interleave(w.format, w.cols, data, std::min<int64_t>(kTileRows, w.rows - row), first, count, interleaved);
                     tiles = interleaved;
                 }
@@ -116,16 +116,16 @@ Expert expert_of(const FfnLayout& l, const ExpertParts& parts) {
     const int64_t stored = halves * l.intermediate;
     Expert expert{};
     expert.gate = {pointer(parts.gate), l.gate_up_format, l.gate_up_order, gate_rows, l.hidden,
-                   l.gate_up_order == Order::Columns ? stored : l.hidden};
+                   l.gate_up_order == Order::Transposed ? stored : l.hidden};
     expert.up = expert.gate;
     expert.up.data = pointer(parts.up);
     expert.down = {pointer(parts.down), l.down_format, l.down_order, l.hidden, l.intermediate,
-                   l.down_order == Order::Columns ? l.hidden : l.intermediate};
+                   l.down_order == Order::Transposed ? l.hidden : l.intermediate};
     expert.gate_bias = pointer(parts.gate_bias);
     expert.up_bias = pointer(parts.up_bias);
     expert.down_bias = pointer(parts.down_bias);
     if (l.gating == Gating::Concatenated) {
-        const int64_t row = l.gate_up_order == Order::Columns ? format_info(l.gate_up_format).block_nbytes
+        const int64_t row = l.gate_up_order == Order::Transposed ? format_info(l.gate_up_format).block_nbytes
                                                               : row_nbytes(l.gate_up_format, l.hidden);
         expert.up.data = expert.gate.data + l.intermediate * row;
         if (expert.gate_bias) expert.up_bias = expert.gate_bias + l.intermediate * format_info(l.bias_format).block_nbytes;
@@ -206,7 +206,7 @@ void project(const Kernels& kernels, const Matrix& w, int64_t begin, int64_t end
         project_tiles(kernels, w, begin, end, x, n, out, ld);
     } else if (!is_float(w.format)) {
         project_decoded(kernels, w, begin, end, x, n, out, ld, scratch);
-    } else if (w.order == Order::Columns) {
+    } else if (w.order == Order::Transposed) {
         float_kernel(kernels.columns, w.format)(w.data + begin * element, w.stride, end - begin, w.cols, x, n, out, ld);
     } else {
         float_kernel(kernels.rows, w.format)(w.data + begin * w.stride * element, w.stride, end - begin, w.cols, x, n, out, ld);

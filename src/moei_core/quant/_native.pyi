@@ -3,6 +3,9 @@ from typing import Any
 from numpy import float32, int64, uint8
 from numpy.typing import NDArray
 
+FORMATS: dict[str, tuple[int, int]]
+"""Name to (weights, bytes) of a block."""
+
 class FfnLayout:
     def __init__(
         self,
@@ -31,8 +34,8 @@ def moe_ffn(
     out: NDArray[float32],
 ) -> None: ...
 def linear(format: str, order: str, address: int, x: NDArray[float32], out: NDArray[float32]) -> None: ...
-def to_tiles(format: str, rows: int, cols: int, source: NDArray[Any], destination: NDArray[uint8]) -> None: ...
-def from_tiles(
+def to_rows16(format: str, rows: int, cols: int, source: NDArray[Any], destination: NDArray[uint8]) -> None: ...
+def from_rows16(
     format: str, rows: int, cols: int, source: NDArray[Any], destination: NDArray[uint8]
 ) -> None: ...
 def decode(format: str, source: NDArray[uint8], out: NDArray[float32]) -> None: ...

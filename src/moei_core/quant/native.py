@@ -30,29 +30,16 @@ else:
     else:
         _reason = ""
 
-BLOCKS = {
-    "F32": (1, 4),
-    "F16": (1, 2),
-    "BF16": (1, 2),
-    "Q8_0": (32, 34),
-    "Q4_0": (32, 18),
-    "Q4_K": (256, 144),
-    "Q5_K": (256, 176),
-    "Q6_K": (256, 210),
-    "MXFP4": (32, 17),
-}
-"""Format to (weights, bytes) of a block. Names and contents as in safetensors and GGUF."""
-
 FLOAT_FORMATS = ("F32", "F16", "BF16")
-TILE_FORMATS = ("Q8_0", "Q4_0")
-"""The formats with integer kernels, which may be stored as tiles of 16 interleaved rows."""
-
-ORDERS = ("rows", "columns", "tiles")
+ROWS16_FORMATS = ("Q8_0", "Q4_0")
+ORDERS = ("plain", "transposed", "rows16")
 GATINGS = ("none", "separate", "concatenated", "interleaved")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu")
-TILE_ROWS = 16
 PARTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 """The columns of an expert's addresses (``ExpertFfn``)."""
+
+
+_TILE_ROWS = 16
 
 
 class NativeUnavailableError(MoeiError):
@@ -102,37 +89,43 @@ def num_threads() -> int:
 class Matrix:
     """How a weight matrix of ``rows`` outputs and ``cols`` inputs is stored.
 
-    order: ``rows`` ([rows, cols] as in safetensors and GGUF), ``columns`` (the transpose, floating formats only) or
-    ``tiles`` (16 rows interleaved, ``to_tiles``). UsageError for what no kernel computes.
+    format: as in safetensors (F32, F16, BF16) or GGUF (Q8_0, Q4_0, Q4_K, Q5_K, Q6_K, MXFP4).
+    order: ``plain`` ([rows, cols] as in safetensors and GGUF), ``transposed`` (floats only) or ``rows16`` (tiles of 16
+    interleaved rows, Q8_0 and Q4_0 only). UsageError for what no kernel computes.
     """
 
     format: str
     rows: int
     cols: int
-    order: str = "rows"
+    order: str = "plain"
 
     def __post_init__(self) -> None:
-        what = f"No native kernel for a {self.rows}x{self.cols} matrix of {self.format} in {self.order}."
-        if self.format not in BLOCKS:
-            raise UsageError(what, hint=f"The formats are {', '.join(BLOCKS)}.")
+        _require_native()
+        what = f"No native kernel for a {self.rows}x{self.cols} matrix of {self.format}, {self.order}."
+        if self.format not in _native.FORMATS:
+            raise UsageError(what, hint=f"The formats are {', '.join(_native.FORMATS)}.")
         if self.order not in ORDERS:
             raise UsageError(what, hint=f"The orders are {', '.join(ORDERS)}.")
         if self.rows < 1 or self.cols < 1:
             raise UsageError(what, "Both sizes must be positive.")
-        if self.order == "columns" and self.format not in FLOAT_FORMATS:
+        if self.order == "transposed" and self.format not in FLOAT_FORMATS:
             raise UsageError(what, f"Only {', '.join(FLOAT_FORMATS)} may be transposed.")
-        if self.order == "tiles" and self.format not in TILE_FORMATS:
-            raise UsageError(what, f"Only {', '.join(TILE_FORMATS)} are stored as tiles.")
-        if self.cols % BLOCKS[self.format][0]:
+        if self.order == "rows16" and self.format not in ROWS16_FORMATS:
+            raise UsageError(what, f"Only {', '.join(ROWS16_FORMATS)} are interleaved.")
+        if self.cols % self._block[0]:
             raise UsageError(
-                what, f"{self.format} needs a multiple of {BLOCKS[self.format][0]} inputs, not {self.cols}."
+                what, f"{self.format} needs a multiple of {self._block[0]} inputs, not {self.cols}."
             )
 
     @property
+    def _block(self) -> tuple[int, int]:
+        return _native.FORMATS[self.format]
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the whole matrix; tiles are padded with zero rows to a multiple of 16."""
-        weights, nbytes = BLOCKS[self.format]
-        rows = -(-self.rows // TILE_ROWS) * TILE_ROWS if self.order == "tiles" else self.rows
+        """Bytes of the whole matrix; ``rows16`` is padded with zero rows to a multiple of 16."""
+        weights, nbytes = self._block
+        rows = -(-self.rows // _TILE_ROWS) * _TILE_ROWS if self.order == "rows16" else self.rows
         return rows * (self.cols // weights) * nbytes
 
 
@@ -152,8 +145,8 @@ class FfnLayout:
     gate_up_format: str
     down_format: str
     gating: str = "separate"
-    gate_up_order: str = "rows"
-    down_order: str = "rows"
+    gate_up_order: str = "plain"
+    down_order: str = "plain"
     activation: str = "silu"
     alpha: float = 1.702
     limit: float = 7.0
@@ -171,8 +164,8 @@ class FfnLayout:
             raise UsageError(what, "clamped_swiglu needs a gate.")
         if self.bias_format not in FLOAT_FORMATS:
             raise UsageError(what, f"Biases in {self.bias_format}.", f"They may be {', '.join(FLOAT_FORMATS)}.")
-        if self.gating == "concatenated" and self.gate_up_order == "tiles" and self.intermediate_size % TILE_ROWS:
-            raise UsageError(what, f"Concatenated tiles need a multiple of {TILE_ROWS} rows in each half.")
+        if self.gating == "concatenated" and self.gate_up_order == "rows16" and self.intermediate_size % _TILE_ROWS:
+            raise UsageError(what, f"Concatenated and interleaved by 16 needs a multiple of {_TILE_ROWS} rows in each half.")
         self.gate_up, self.down  # noqa: B018 - a matrix checks itself when made
 
     @property
@@ -247,21 +240,21 @@ def linear(weight: Matrix, address: int, x: NDArray[np.float32], out: NDArray[np
     _native.linear(weight.format, weight.order, address, x, out)
 
 
-def to_tiles(
+def to_rows16(
     format: str, rows: int, cols: int, source: NDArray[np.uint8], out: NDArray[np.uint8] | None = None
 ) -> NDArray[np.uint8]:
-    """The bytes of a ``rows`` matrix of Q8_0 or Q4_0 as ``tiles``; lossless. UsageError for other formats.
+    """The bytes of a ``rows`` matrix of Q8_0 or Q4_0 in ``rows16`` order; lossless. UsageError for other formats.
 
     source, out: bytes, one dimension, not overlapping; out is allocated if not given (``Matrix.nbytes``).
     """
-    return _convert(True, Matrix(format, rows, cols), Matrix(format, rows, cols, "tiles"), source, out)
+    return _convert(True, Matrix(format, rows, cols), Matrix(format, rows, cols, "rows16"), source, out)
 
 
-def from_tiles(
+def from_rows16(
     format: str, rows: int, cols: int, source: NDArray[np.uint8], out: NDArray[np.uint8] | None = None
 ) -> NDArray[np.uint8]:
-    """The inverse of ``to_tiles``."""
-    return _convert(False, Matrix(format, rows, cols, "tiles"), Matrix(format, rows, cols), source, out)
+    """The inverse of ``to_rows16``."""
+    return _convert(False, Matrix(format, rows, cols, "rows16"), Matrix(format, rows, cols), source, out)
 
 
 def _convert(
@@ -269,7 +262,7 @@ def _convert(
 ) -> NDArray[np.uint8]:
     _require_native()
     result = np.empty(after.nbytes, np.uint8) if out is None else out
-    convert = _native.to_tiles if packing else _native.from_tiles
+    convert = _native.to_rows16 if packing else _native.from_rows16
     convert(before.format, before.rows, before.cols, source, result)
     return result
 
