@@ -169,6 +169,7 @@ bool call_all_finite(std::string_view format, std::string_view order, int64_t ro
 
 NB_MODULE(_native, m) {
     using namespace moei;
+    using namespace nb::literals;
     nb::class_<FfnLayout>(m, "FfnLayout").def("__init__", [](FfnLayout* self, int64_t hidden, int64_t intermediate, std::string_view gate_up_format, std::string_view gate_up_order, std::string_view gating, std::string_view down_format, std::string_view down_order, std::string_view activation, double alpha, double limit, std::string_view bias_format) {
         new (self) FfnLayout(make_layout(hidden, intermediate, gate_up_format, gate_up_order, gating, down_format, down_order, activation, alpha, limit, bias_format));
     });
@@ -181,12 +182,14 @@ NB_MODULE(_native, m) {
     m.def("isa", [] { return kernels().isa; });
     m.def("set_num_threads", &set_num_threads);
     m.def("num_threads", &num_threads);
-    m.def("moe_ffn", &call_ffn);
-    m.def("linear", &call_linear);
-    m.def("to_rows16", &call_convert<to_rows16>);
-    m.def("from_rows16", &call_convert<from_rows16>);
-    m.def("decode", &call_decode);
-    m.def("all_finite", &call_all_finite);
+    // An array of another type or order must be refused: a converted copy of `out` would swallow the result.
+    const auto exact = [](const char* name) { return nb::arg(name).noconvert(); };
+    m.def("moe_ffn", &call_ffn, "layout"_a, exact("parts"), exact("offsets"), exact("rows"), exact("x"), exact("out"));
+    m.def("linear", &call_linear, "format"_a, "order"_a, "address"_a, exact("x"), exact("out"));
+    m.def("to_rows16", &call_convert<to_rows16>, "format"_a, "rows"_a, "cols"_a, exact("source"), exact("destination"));
+    m.def("from_rows16", &call_convert<from_rows16>, "format"_a, "rows"_a, "cols"_a, exact("source"), exact("destination"));
+    m.def("decode", &call_decode, "format"_a, exact("source"), exact("out"));
+    m.def("all_finite", &call_all_finite, "format"_a, "order"_a, "rows"_a, "cols"_a, exact("source"));
     m.def("workspace_nbytes", [](const FfnLayout& layout, int64_t tokens, int64_t pairs, int threads) {
         return ffn_workspace_nbytes(layout, tokens, pairs, threads);
     });
