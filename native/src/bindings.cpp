@@ -197,6 +197,7 @@ NB_MODULE(_native, m) {
         exclusively([](ThreadPool&, Workspace& workspace) { workspace.release(); });
     });
     m.def("read_bandwidth", [](Bytes buffer, int repeats) {
+        require(buffer.size() >= 1 << 20, "the buffer must hold at least a mebibyte");
         return exclusively([&](ThreadPool& pool, Workspace&) {
             return read_bandwidth(buffer.data(), static_cast<int64_t>(buffer.size()), repeats, pool);
         });

@@ -99,18 +99,34 @@ void decode_mxfp4(const uint8_t* block, float* out) {
 
 bool half_is_finite(uint16_t half) { return (half & 0x7c00) != 0x7c00; }
 
-// Moves between 16 rows of blocks and their tiles: `visit(offset in the row, offset in the tiles, nbytes)` is
-// called for the scale and each group of four bytes of a block.
-template <typename Visit>
-void visit_tile_row(Format format, int64_t first, int64_t count, Visit visit) {
-    const int block_nbytes = format_info(format).block_nbytes;
-    const int groups = (block_nbytes - kScaleNbytes) / 4;
-    for (int64_t b = 0; b < count; ++b) {
-        const int64_t block = (first + b) * block_nbytes, tile = b * kTileRows * block_nbytes;
-        for (int row = 0; row < kTileRows; ++row) {
-            visit(row, block, tile + kScaleNbytes * row, kScaleNbytes);
-            for (int k = 0; k < groups; ++k) {
-                visit(row, block + kScaleNbytes + 4 * k, tile + kScaleNbytes * kTileRows + 4 * (kTileRows * k + row), 4);
+// Four rows' 16 bytes to four columns of 4 bytes each: one vector of four lanes each, on every architecture.
+using Lanes4 = uint32_t __attribute__((vector_size(16)));
+
+void transpose_4x4(const uint8_t* const* rows, int64_t at, uint8_t* out, int64_t stride) {
+    Lanes4 r[4];
+    for (int i = 0; i < 4; ++i) std::memcpy(&r[i], rows[i] + at, sizeof r[i]);
+    const Lanes4 low01 = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), high01 = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+    const Lanes4 low23 = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), high23 = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+    const Lanes4 columns[4] = {__builtin_shufflevector(low01, low23, 0, 1, 4, 5), __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+                               __builtin_shufflevector(high01, high23, 0, 1, 4, 5), __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
+    for (int i = 0; i < 4; ++i) std::memcpy(out + i * stride, &columns[i], sizeof columns[i]);
+}
+
+template <int kBlockNbytes>
+void interleave_blocks(const uint8_t* const* rows, int64_t present, int64_t count, uint8_t* destination) {
+    constexpr int64_t kTileNbytes = int64_t{kTileRows} * kBlockNbytes;
+    constexpr int64_t kPieceNbytes = int64_t{kTileRows} * 4;  // the same four bytes of 16 rows
+    static constexpr uint8_t kZeros[kBlockNbytes] = {};
+    const uint8_t* at[kTileRows];
+    for (int64_t b = 0; b < count; ++b, destination += kTileNbytes) {
+        for (int64_t row = 0; row < kTileRows; ++row) {
+            at[row] = row < present ? rows[row] + b * kBlockNbytes : kZeros;
+            std::memcpy(destination + kScaleNbytes * row, at[row], kScaleNbytes);
+        }
+        for (int64_t row = 0; row < kTileRows; row += 4) {
+            for (int64_t piece = 0; piece < (kBlockNbytes - kScaleNbytes) / 4; piece += 4) {
+                transpose_4x4(at + row, kScaleNbytes + 4 * piece,
+                              destination + kScaleNbytes * kTileRows + kPieceNbytes * piece + 4 * row, kPieceNbytes);
             }
         }
     }
@@ -163,11 +179,9 @@ void decode(Format format, const uint8_t* source, int64_t count, float* out) {
 
 void interleave(Format format, int64_t cols, const uint8_t* source, int64_t rows, int64_t first, int64_t count,
                 uint8_t* destination) {
-    const int64_t stride = row_nbytes(format, cols);
-    if (rows < kTileRows) std::memset(destination, 0, static_cast<size_t>(count * kTileRows * format_info(format).block_nbytes));
-    visit_tile_row(format, first, count, [&](int row, int64_t from, int64_t to, int nbytes) {
-        if (row < rows) std::memcpy(destination + to, source + row * stride + from, static_cast<size_t>(nbytes));
-    });
+    const uint8_t* starts[kTileRows] = {};
+    for (int64_t row = 0; row < rows; ++row) starts[row] = source + row * row_nbytes(format, cols) + row_nbytes(format, first * kBlock);
+    (format == Format::Q8_0 ? interleave_blocks<34> : interleave_blocks<18>)(starts, rows, count, destination);
 }
 
 void to_rows16(Format format, int64_t rows, int64_t cols, const uint8_t* source, uint8_t* destination) {
@@ -179,12 +193,16 @@ void to_rows16(Format format, int64_t rows, int64_t cols, const uint8_t* source,
 }
 
 void from_rows16(Format format, int64_t rows, int64_t cols, const uint8_t* source, uint8_t* destination) {
-    const int64_t stride = row_nbytes(format, cols);
-    for (int64_t start = 0; start < rows; start += kTileRows) {
-        visit_tile_row(format, 0, cols / kBlock, [&](int row, int64_t to, int64_t from, int nbytes) {
-            if (start + row >= rows) return;
-            std::memcpy(destination + (start + row) * stride + to, source + start * stride + from, static_cast<size_t>(nbytes));
-        });
+    const int64_t block_nbytes = format_info(format).block_nbytes, blocks = cols / kBlock;
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t lane = row % kTileRows;
+        const uint8_t* tile = source + (row - lane) * blocks * block_nbytes;
+        for (int64_t b = 0; b < blocks; ++b, tile += kTileRows * block_nbytes, destination += block_nbytes) {
+            std::memcpy(destination, tile + kScaleNbytes * lane, kScaleNbytes);
+            for (int64_t at = kScaleNbytes; at < block_nbytes; at += 4) {
+                std::memcpy(destination + at, tile + kTileRows * at + 4 * lane, 4);
+            }
+        }
     }
 }
 

@@ -81,7 +81,7 @@ def make_expert(rng: np.random.Generator, layout: native.FfnLayout, biases: bool
     }[layout.gating]
     matrix = layout.gate_up
     weights = [keep(matrix.format, part, matrix.rows, hidden, matrix.order) for part in joined]
-    weights = (weights + [0])[:2] + [keep(layout.down_format, down, hidden, middle, layout.down_order)]
+    weights = [*([*weights, 0])[:2], keep(layout.down_format, down, hidden, middle, layout.down_order)]
     bias_addresses = [0, 0, 0]
     if biases:
         all_biases = [*joined_bias, *([np.zeros(0, np.float32)] if len(joined_bias) == 1 else []), down_bias]
@@ -145,7 +145,14 @@ def layouts() -> list[native.FfnLayout]:
                 size = max(64, block_size(fmt)) if block_size(fmt) > 1 else 37
                 gating = native.GATINGS[(index + 1) % 4 or 1]
                 base = native.FfnLayout(
-                    size, 2 * size, fmt, fmt, gating, gate_up_order=order, down_order=order, activation=activation
+                    size,
+                    2 * size,
+                    fmt,
+                    fmt,
+                    gating,
+                    gate_up_order=order,
+                    down_order=order,
+                    activation=activation,
                 )
                 made += [base]
     for gating in native.GATINGS:
@@ -179,7 +186,9 @@ def test_the_bits_depend_on_nothing_but_the_expert_and_the_row(data: st.DataObje
     fmt = data.draw(st.sampled_from(["Q8_0", "Q4_0", "BF16", "F16"]), "format")
     order = data.draw(st.sampled_from(orders(fmt)), "order")
     step = block_size(fmt)
-    hidden, middle = (data.draw(st.integers(1, 5 if step > 1 else 70), name) * step for name in ("hidden", "middle"))
+    hidden, middle = (
+        data.draw(st.integers(1, 5 if step > 1 else 70), name) * step for name in ("hidden", "middle")
+    )
     layout = native.FfnLayout(hidden, middle, fmt, fmt, gate_up_order=order, down_order=order)
     rng = np.random.default_rng(data.draw(st.integers(0, 999), "seed"))
     count = data.draw(st.integers(1, 20), "tokens")
@@ -207,8 +216,10 @@ def test_biases_of_other_formats_and_unaligned_parts() -> None:
     parts = [np.asarray(part) for part in expert.kept]
     parts = [*parts[:3], *(np.ascontiguousarray(part.view(np.uint16)[1::2]) for part in parts[3:])]
     moved = [np.concatenate([np.zeros(1, np.uint8), part.view(np.uint8)]) for part in parts]
-    cut = {name: (part.view(np.uint16).astype(np.uint32) << 16).view(np.float32) for name, part in
-           zip(("gate_bias", "up_bias", "down_bias"), parts[3:], strict=True)}
+    cut = {
+        name: (part.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        for name, part in zip(("gate_bias", "up_bias", "down_bias"), parts[3:], strict=True)
+    }
     odd = Expert([part.ctypes.data + 1 for part in moved], [*moved], {**expert.values, **cut})
     exact, bound = reference(layout, odd, x)
     assert (np.abs(run(layout, [odd], [[0, 1]], x)[0] - exact) <= bound).all()
@@ -222,7 +233,15 @@ def test_biases_of_other_formats_and_unaligned_parts() -> None:
         ({"activation": "clamped_swiglu", "gating": "none"}, "gate"),
         ({"bias_format": "Q8_0"}, "BF16"),
         ({"intermediate_size": 72}, "multiple of 32"),
-        ({"gating": "concatenated", "intermediate_size": 24, "down_format": "F32", "gate_up_order": "rows16"}, "16"),
+        (
+            {
+                "gating": "concatenated",
+                "intermediate_size": 24,
+                "down_format": "F32",
+                "gate_up_order": "rows16",
+            },
+            "16",
+        ),
     ],
 )
 def test_layouts_that_no_kernel_computes_are_refused(changes: dict[str, str | int], says: str) -> None:

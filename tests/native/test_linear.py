@@ -142,9 +142,7 @@ def test_wrong_shapes_are_refused() -> None:
     matrix = native.Matrix("Q8_0", 16, 32)
     for x, result in [((1, 64), (1, 16)), ((1, 32), (1, 17)), ((2, 32), (1, 16))]:
         with pytest.raises(ValueError):
-            native.linear(
-                matrix, stored.ctypes.data, np.zeros(x, np.float32), np.zeros(result, np.float32)
-            )
+            native.linear(matrix, stored.ctypes.data, np.zeros(x, np.float32), np.zeros(result, np.float32))
     with pytest.raises(ValueError):
         native.linear(matrix, 0, np.zeros((1, 32), np.float32), out)
     with pytest.raises(ValueError):

@@ -12,23 +12,18 @@ Where the extension was not built (no compiler) or cannot be loaded, importing t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moei_core.errors import MoeiError, UsageError
 
-if TYPE_CHECKING:
+try:
     from moei_core.quant import _native
+except ImportError as error:
+    _reason = f"The native kernels cannot be loaded: {error}."
 else:
-    try:
-        from moei_core.quant import _native
-    except ImportError as error:
-        _native = None
-        _reason = f"The native kernels cannot be loaded: {error}."
-    else:
-        _reason = ""
+    _reason = ""
 
 FLOAT_FORMATS = ("F32", "F16", "BF16")
 ROWS16_FORMATS = ("Q8_0", "Q4_0")
@@ -48,12 +43,12 @@ class NativeUnavailableError(MoeiError):
 
 def available() -> bool:
     """Whether the kernels are built and loaded."""
-    return _native is not None
+    return not _reason
 
 
 def unavailable_reason() -> str:
     """Why ``available()`` is false, in one sentence; empty when it is true."""
-    return "" if available() else _reason
+    return _reason
 
 
 def isa() -> str:
@@ -163,9 +158,18 @@ class FfnLayout:
         if self.activation == "clamped_swiglu" and self.gating == "none":
             raise UsageError(what, "clamped_swiglu needs a gate.")
         if self.bias_format not in FLOAT_FORMATS:
-            raise UsageError(what, f"Biases in {self.bias_format}.", f"They may be {', '.join(FLOAT_FORMATS)}.")
-        if self.gating == "concatenated" and self.gate_up_order == "rows16" and self.intermediate_size % _TILE_ROWS:
-            raise UsageError(what, f"Concatenated and interleaved by 16 needs a multiple of {_TILE_ROWS} rows in each half.")
+            raise UsageError(
+                what, f"Biases in {self.bias_format}.", f"They may be {', '.join(FLOAT_FORMATS)}."
+            )
+        if (
+            self.gating == "concatenated"
+            and self.gate_up_order == "rows16"
+            and self.intermediate_size % _TILE_ROWS
+        ):
+            raise UsageError(
+                what,
+                f"Concatenated and interleaved by 16 needs a multiple of {_TILE_ROWS} rows in each half.",
+            )
         self.gate_up, self.down  # noqa: B018 - a matrix checks itself when made
 
     @property
@@ -281,17 +285,17 @@ def all_finite(weight: Matrix, source: NDArray[np.uint8]) -> bool:
     return _native.all_finite(weight.format, weight.order, weight.rows, weight.cols, source)
 
 
-def read_bandwidth(nbytes: int = 1 << 30, repeats: int = 2) -> float:
-    """Bytes per second that ``num_threads()`` threads read, the best of several vector loops.
+def read_bandwidth(buffer: NDArray[np.uint8], repeats: int = 1) -> float:
+    """Bytes per second at which ``num_threads()`` threads read ``buffer``, the best of several vector loops.
 
-    nbytes: at least twice the last-level cache, or the cache is what gets measured.
+    buffer: bytes that were written once, at least a mebibyte; to measure memory, at least twice the last-level cache.
     """
     isa()
-    return _native.read_bandwidth(np.ones(nbytes, np.uint8), repeats)
+    return _native.read_bandwidth(buffer, repeats)
 
 
 def _require_native() -> None:
-    if _native is None:
+    if _reason:
         raise NativeUnavailableError(
             "The native kernels are not there.",
             _reason,
