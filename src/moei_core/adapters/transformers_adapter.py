@@ -27,7 +27,8 @@ from moei_core.adapters.transformers_private import IMPLEMENTATION, register_exp
 from moei_core.errors import DamagedFileError, ModelNotFoundError, MoeiError, UnsupportedModelError
 from moei_core.quant.formats import FLOAT_FORMATS, FORMATS
 from moei_core.store.base import ExpertStore, StoredTensor
-from moei_core.store.packed_manifest import Manifest, PackedSource, is_packed, read_manifest
+from moei_core.store.packed_folder import is_packed
+from moei_core.store.packed_manifest import Manifest, PackedSource, read_manifest
 from moei_core.store.packed_store import PackedStore
 from moei_core.store.packing import PackSource
 from moei_core.store.safetensors_header import TensorEntry

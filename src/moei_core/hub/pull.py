@@ -32,6 +32,7 @@ from moei_core.errors import (
 )
 from moei_core.hub import registry
 from moei_core.hub.layout import (
+    COMPANION_FILES,
     DEFAULT_REVISION,
     INDEX_NAME,
     SINGLE_NAME,
@@ -58,24 +59,6 @@ from moei_core.hub.transfer import (
     new_checksum,
 )
 
-# What transformers 5.23 reads beside config and weights to make a tokenizer and its chat template.
-_WANTED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "tiktoken.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
 # As many as huggingface_hub uses: one connection to a CDN seldom fills a fast line.
 _CONNECTIONS = 8
 _LEFTOVER_AGE_S = 24 * 3600
@@ -191,7 +174,7 @@ def _choose(repo: str, info: ModelInfo, commit: str, remote: Remote) -> tuple[Pl
             "moei reads safetensors checkpoints for transformers"
             + (" and not GGUF files yet." if gguf else "."),
         )
-    names = [name for name in sorted(there) if any(fnmatchcase(name, pattern) for pattern in _WANTED)]
+    names = [name for name in sorted(there) if any(fnmatchcase(name, pattern) for pattern in COMPANION_FILES)]
     read = {"config.json": _read(repo, commit, there["config.json"], remote)}
     if INDEX_NAME in there:
         read[INDEX_NAME] = _read(repo, commit, there[INDEX_NAME], remote)

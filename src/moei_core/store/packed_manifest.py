@@ -17,11 +17,11 @@ from moei_core.quant.formats import FORMATS
 from moei_core.quant.layouts import LAYOUTS
 from moei_core.store.base import ExpertLayout, Extent, Part, StoredTensor, align_up
 from moei_core.store.checksums import checksum
+from moei_core.store.packed_folder import MANIFEST_NAME
 from moei_core.store.safetensors_header import TensorEntry
 from moei_core.types import ExpertKey
 
 FORMAT_VERSION = 1
-MANIFEST_NAME = "moei-packed.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +146,6 @@ def _stored(part: PackedPart, file: Path, start: int) -> StoredTensor:
 
 def _canonical(content: object) -> str:
     return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether ``folder`` holds a packed store, finished."""
-    return (folder / MANIFEST_NAME).is_file()
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -30,8 +30,8 @@ from moei_core.quant.layouts import PLAIN, can_interleave, to_layout
 from moei_core.store.base import ExpertLayout, StoredTensor, align_up
 from moei_core.store.checksums import checksum
 from moei_core.store.file_reader import FileReader
+from moei_core.store.packed_folder import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
 from moei_core.store.packed_manifest import (
-    MANIFEST_NAME,
     Manifest,
     PackedExpert,
     PackedPart,
@@ -42,8 +42,6 @@ from moei_core.store.safetensors_header import TensorEntry
 from moei_core.store.safetensors_store import SafetensorsStore
 from moei_core.types import ExpertKey
 
-JOURNAL_NAME = "moei-packed.journal"
-_LOCK_NAME = ".lock"
 _DENSE_NAME = "dense.bin"
 _LARGEST_FILE = 16 << 30
 # Parts start where a vector register would like them.
@@ -170,7 +168,7 @@ def pack(plan: PackPlan, folder: Path, progress: Progress = lambda nbytes: None)
     with _disk_errors(folder), ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            stack.enter_context(FileLock(folder / _LOCK_NAME, timeout=0))
+            stack.enter_context(FileLock(folder / LOCK_NAME, timeout=0))
         except Timeout:
             raise MoeiError(
                 f"Another moei is packing {plan.manifest.source.name} right now.",
@@ -357,16 +355,6 @@ class _Journal:
     def close(self) -> None:
         if self._stream is not None:
             self._stream.close()
-
-
-def packed_share(folder: Path) -> float | None:
-    """How much of an unfinished store is packed, from 0 to 1; None if none was begun in ``folder``."""
-    journal = folder / JOURNAL_NAME
-    if not journal.is_file():
-        return None
-    allocated = sum(path.stat().st_blocks * 512 for path in folder.glob("*.bin"))
-    total = sum(path.stat().st_size for path in folder.glob("*.bin"))
-    return min(1.0, allocated / total) if total else 0.0
 
 
 def _check_space(plan: PackPlan, folder: Path) -> None:
