@@ -164,7 +164,7 @@ def resolve_model(text: str) -> ModelFiles:
 def _resolve_without_source(name: ModelName) -> ModelFiles | None:
     if name.kind == "hub":
         commit = packed_commit(name.repo, name.revision)
-        files = ModelFiles(_shown(name), Path(), "hub", commit or "")
+        files = ModelFiles(shown_name(name), Path(), "hub", commit or "")
         if commit is None:
             return None
     elif name.kind == "synthetic":
@@ -250,9 +250,9 @@ def _resolve_cached(name: ModelName) -> ModelFiles:
             f"{name.text} is only partly on this machine: {missing[0]} is missing.",
             hint=f"Finish it with: {command}",
         )
-    return ModelFiles(_shown(name), folder, "hub", commit)
+    return ModelFiles(shown_name(name), folder, "hub", commit)
 
 
-def _shown(name: ModelName) -> str:
+def shown_name(name: ModelName) -> str:
     """What a model from the hub is called in reports."""
     return name.repo if name.revision is None or is_commit(name.revision) else f"{name.repo}@{name.revision}"

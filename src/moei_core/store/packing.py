@@ -9,17 +9,14 @@ back and compared before it is believed. The manifest comes last, by a rename.
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from mmap import mmap
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
-import xxhash
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
@@ -28,8 +25,8 @@ from moei_core.errors import DoesNotFitError, MoeiError
 from moei_core.quant.formats import FORMATS, transcode
 from moei_core.quant.layouts import PLAIN, can_interleave, to_layout
 from moei_core.store.base import ExpertLayout, StoredTensor, align_up
-from moei_core.store.checksums import checksum
 from moei_core.store.file_reader import FileReader
+from moei_core.store.pack_files import CHUNK, Journal, PackFile, write_synced
 from moei_core.store.packed_folder import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
 from moei_core.store.packed_manifest import (
     Manifest,
@@ -46,11 +43,6 @@ _DENSE_NAME = "dense.bin"
 _LARGEST_FILE = 16 << 30
 # Parts start where a vector register would like them.
 _ALIGNMENT = 64
-# Of a dense weight at a time; a multiple of every block's bytes in every float format.
-_CHUNK = 8 << 20
-# Written bytes that may wait in the page cache: beyond, the kernel would stall us at a moment of its own.
-_UNSYNCED = 256 << 20
-
 Progress = Callable[[int], None]
 Bytes = NDArray[np.uint8]
 
@@ -174,14 +166,14 @@ def pack(plan: PackPlan, folder: Path, progress: Progress = lambda nbytes: None)
                 f"Another moei is packing {plan.manifest.source.name} right now.",
                 hint="Wait for it to finish.",
             ) from None
-        journal = _Journal(folder / JOURNAL_NAME, plan)
+        journal = Journal(folder / JOURNAL_NAME, plan.manifest.content())
         _check_space(plan, folder)
         # A store of other weights must not look complete while its bytes are replaced.
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
         done = journal.open()
         stack.callback(journal.close)
         files = {
-            name: stack.enter_context(_PackFile(folder / name, nbytes, fresh=not done))
+            name: stack.enter_context(PackFile(folder / name, nbytes, fresh=not done))
             for name, nbytes in plan.manifest.files.items()
             if name.endswith(".bin")
         }
@@ -205,11 +197,11 @@ def pack(plan: PackPlan, folder: Path, progress: Progress = lambda nbytes: None)
                 dense[name] = replace(packed, checksum=made)
                 progress(entry.nbytes)
         for path in plan.companions:
-            _write_synced(folder / path.name, path.read_bytes())
+            write_synced(folder / path.name, path.read_bytes())
         for file in files.values():
             file.sync()
         manifest = replace(plan.manifest, experts=experts, dense=dense)
-        _write_synced(folder / MANIFEST_NAME, manifest.to_json().encode())
+        write_synced(folder / MANIFEST_NAME, manifest.to_json().encode())
         journal.close()
         (folder / JOURNAL_NAME).unlink()
     return manifest
@@ -267,94 +259,8 @@ class _DenseReader:
         """The packed bytes of one weight. Rows are whole blocks, so chunks of whole blocks need no rows."""
         if entry.file not in self._readers:
             self._readers[entry.file] = FileReader(entry.file)
-        for chunk in self._readers[entry.file].chunks(entry.offset, entry.nbytes, _CHUNK):
+        for chunk in self._readers[entry.file].chunks(entry.offset, entry.nbytes, CHUNK):
             yield transcode(entry.dtype, np.frombuffer(chunk, np.uint8), form, name)
-
-
-class _PackFile:
-    """A file of the store, written in place."""
-
-    def __init__(self, path: Path, nbytes: int, fresh: bool) -> None:
-        self._path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._unsynced = 0
-        if fresh:
-            # What another plan left must not show through between two items.
-            os.ftruncate(self._descriptor, 0)
-        os.ftruncate(self._descriptor, nbytes)
-
-    def __enter__(self) -> _PackFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
-
-    def write(self, offset: int, pieces: Iterable[Bytes]) -> str:
-        """Put ``pieces`` one after the other at ``offset``. Returns their checksum."""
-        digest = xxhash.xxh3_64()
-        for piece in pieces:
-            view = memoryview(piece.data)
-            digest.update(view)
-            while view:
-                written = os.pwrite(self._descriptor, view, offset)
-                offset, view = offset + written, view[written:]
-                self._unsynced += written
-        if self._unsynced >= _UNSYNCED:
-            self.sync()
-        return digest.hexdigest()
-
-    def holds(self, offset: int, nbytes: int, expected: str) -> bool:
-        """Whether the bytes there have the checksum ``expected``."""
-        reader = FileReader(self._path)
-        try:
-            return checksum(reader.chunks(offset, nbytes, _CHUNK)) == expected
-        finally:
-            reader.close()
-
-    def sync(self) -> None:
-        """Bring everything to the disk, and out of the page cache, which nobody will read it from."""
-        os.fsync(self._descriptor)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        self._unsynced = 0
-
-
-class _Journal:
-    """One line for the plan, then one for each finished item: its name and checksum."""
-
-    def __init__(self, path: Path, plan: PackPlan) -> None:
-        self._path = path
-        self._stamp = checksum([json.dumps(plan.manifest.content(), sort_keys=True).encode()])
-        self._stream: TextIO | None = None
-
-    def done(self) -> dict[str, str]:
-        """The items that an earlier attempt at this very plan finished. A line cut short counts for nothing."""
-        found: dict[str, str] = {}
-        with suppress(OSError, UnicodeDecodeError):
-            first, *lines = self._path.read_text(encoding="utf-8").split("\n")
-            if first == self._stamp:
-                # The last piece is what follows the last line end: nothing, or a line cut short.
-                for line in lines[:-1]:
-                    name, _, digest = line.rpartition(" ")
-                    found[name] = digest
-        return found
-
-    def open(self) -> dict[str, str]:
-        """Start writing, keeping what is ``done``, which is returned."""
-        done = self.done()
-        # Rewritten by a rename: it never ends in half a line, and a death here loses nothing.
-        text = "".join([f"{self._stamp}\n", *(f"{name} {digest}\n" for name, digest in done.items())])
-        _write_synced(self._path, text.encode())
-        self._stream = self._path.open("a", encoding="utf-8", buffering=1)
-        return done
-
-    def note(self, name: str, digest: str) -> None:
-        assert self._stream is not None
-        self._stream.write(f"{name} {digest}\n")
-
-    def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
 
 
 def _check_space(plan: PackPlan, folder: Path) -> None:
@@ -369,21 +275,6 @@ def _check_space(plan: PackPlan, folder: Path) -> None:
             f"{format_size(needed)} are needed, {format_size(free)} are free.",
             "Free some space (`moei list`, `moei rm`) or set MOEI_HOME to a larger disk.",
         )
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    """Write a small file whole: it appears by a rename, and both are on disk when this returns."""
-    new = path.with_name(f".{path.name}.new")
-    with new.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 @contextmanager
