@@ -116,7 +116,9 @@ def peak_gmac_s(matrix_format: str, order: str, tokens: int) -> float:
     return matrix.rows * matrix.cols * tokens / best / 1e9
 
 
-def measure(shape: str, fmt: str, order: str, tokens: int, memory: NDArray[np.uint8], rounds: int, seconds: float) -> Result:
+def measure(
+    shape: str, fmt: str, order: str, tokens: int, memory: NDArray[np.uint8], rounds: int, seconds: float
+) -> Result:
     """One row of the table."""
     hidden, intermediate, num_experts, top_k = SHAPES[shape]
     layout = native.FfnLayout(hidden, intermediate, fmt, fmt, gate_up_order=order, down_order=order)
@@ -154,7 +156,9 @@ def measure(shape: str, fmt: str, order: str, tokens: int, memory: NDArray[np.ui
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--formats", default="Q8_0,Q4_0")
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--tokens", default="1,4,64,512")
@@ -169,7 +173,9 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
     ).stdout.strip()
-    print(f"{platform.processor() or platform.machine()}, {native.isa()}, {options.threads} threads, commit {commit}")
+    print(
+        f"{platform.processor() or platform.machine()}, {native.isa()}, {options.threads} threads, commit {commit}"
+    )
     print(
         f"{'shape':17}{'format':>7}{'order':>8}{'tokens':>7}{'ms':>9}{'GB/s':>7}{'read':>7}{'GMAC/s':>8}"
         f"{'ceiling ms':>11}{'bound':>8}{'ratio':>7}  (least, most)"

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import typer
 
-from moei_cli.commands import bench, chat, list_models, pull, rm, show, trace
+from moei_cli.commands import bench, chat, list_models, pull, quantize, rm, show, trace
 
 COMMANDS: list[Callable[[typer.Typer], None]] = [
     chat.register,
     pull.register,
+    quantize.register,
     list_models.register,
     show.register,
     rm.register,

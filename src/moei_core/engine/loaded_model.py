@@ -18,6 +18,7 @@ from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES, CachePolicy
 from moei_core.config import ExpertBudget, GenerationSettings
+from moei_core.engine.expert_compute import DECODED_NBYTES
 from moei_core.engine.generate import PREFILL_CHUNK
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.slots import SlotPool
@@ -27,7 +28,6 @@ from moei_core.hardware.memory import available_memory, resident_memory
 from moei_core.predict import PREDICTORS, ExpertPredictor
 from moei_core.prefetch import PrefetchMode
 from moei_core.scheduler import ExpertScheduler
-from moei_core.store.safetensors_store import SafetensorsStore
 from moei_core.types import ModelSpec
 
 DEFAULT_CONTEXT = 4096
@@ -69,7 +69,7 @@ class LoadedModel:
         torch.set_num_threads(compute_threads(self.spec))
         self.context = _context(self.adapter.config.get_text_config(), options.context)
         self.tokenizer: Any = _load_tokenizer(folder)
-        store = SafetensorsStore(self.adapter.experts)
+        store = self.adapter.open_store()
         try:
             slot_nbytes = max(store.layout(key).slot_nbytes for key in store.experts())
             self._refuse_hopeless(options, slot_nbytes)
@@ -119,7 +119,7 @@ class LoadedModel:
         eager = getattr(config, "_attn_implementation", None) == "eager"
         scores = 2 * config.num_attention_heads * PREFILL_CHUNK * self.context * 4 if eager else 0
         # Expert outputs in float32 and their gathered inputs; a few activations of the widest dense layer;
-        # the attention mask; the logits of one token; one expert reordered by a library.
+        # the attention mask; the logits of one token; one expert reordered by a library; blocks being decoded.
         workspace = (
             rows * spec.hidden_size * (4 + 4 + item)
             + 4 * PREFILL_CHUNK * width * item
@@ -127,6 +127,7 @@ class LoadedModel:
             + scores
             + 3 * config.vocab_size * 4
             + slot_nbytes
+            + (DECODED_NBYTES if self.adapter.packed is not None else 0)
         )
         return MemoryUse(process, self.kv_nbytes_per_token * self.context, workspace)
 
@@ -143,6 +144,14 @@ class LoadedModel:
             width = config.num_attention_heads * (key + config.v_head_dim)
         layers = len(DynamicCache(config=self.adapter.config).layers)
         return int(layers * width * self.adapter.dtype.itemsize)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know about how this model runs."""
+        if self.adapter.packed is None:
+            return ()
+        name = self.adapter.packed.format.lower()
+        return (f"No native kernels: {name} experts are computed on a slow torch path.",)
 
     def generation_defaults(self) -> GenerationSettings:
         """What the model's authors recommend in ``generation_config.json``, else ours."""
