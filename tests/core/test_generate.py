@@ -155,7 +155,7 @@ def test_a_failed_turn_leaves_the_conversation_as_it_was(loaded: LoadedModel, af
     store.fail_after = None
     assert session.messages == before
     # What is resident is really there, and no slot is lost.
-    assert set(loaded.scheduler.residents()) == set(loaded.runtime._weights)
+    assert set(loaded.scheduler.residents()) == set(loaded.runtime._held)
     assert loaded.runtime._pool.free == loaded.budget.slots - loaded.scheduler.resident_count
     assert loaded.scheduler.resident_count <= loaded.budget.resident
     answer = ask(session, "three")

@@ -143,7 +143,7 @@ def test_q8_0_is_near_the_original(
     original, tokens, _ = ours(source, "float32", ExpertBudget(fraction=1.0))
     logits, _, _ = ours(packed(name, "Q8_0"), "float32", smallest(source), forced=tokens)
     difference = (logits - original).abs().median() / original.std()
-    assert 0 < difference < 0.03
+    assert 0 < difference < 0.05  # the native kernels quantise activations too
 
 
 def test_what_stays_in_full_precision(packed: Callable[..., Path]) -> None:

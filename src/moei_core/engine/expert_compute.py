@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from moei_core.adapters.skeleton import TORCH_DTYPES
 from moei_core.quant.formats import FORMATS, decode
 from moei_core.quant.layouts import from_layout
 from moei_core.store.base import ExpertLayout, StoredTensor
+from moei_core.types import ExpertKey
 
 _DECODED_WEIGHTS = 1 << 21
 DECODED_NBYTES = 4 * 4 * _DECODED_WEIGHTS
@@ -48,6 +50,33 @@ class BlockMatrix:
 
 ExpertWeights = dict[str, list[torch.Tensor | BlockMatrix]]
 """Parameter name (``gate_up_proj``, ``down_proj_bias``, ...) to the stored pieces that make it up, in order."""
+
+
+class HeldExpert:
+    """An expert that is complete in its slot. address: of the slot. kind: equal for experts stored alike."""
+
+    __slots__ = ("_weights", "address", "key", "kind", "layout", "parts", "view")
+
+    def __init__(
+        self, key: ExpertKey, layout: ExpertLayout, view: memoryview, address: int, kind: int
+    ) -> None:
+        self.key, self.layout, self.view, self.address, self.kind = key, layout, view, address, kind
+        self.parts: NDArray[np.int64] | None = None
+        """Addresses of its parts, once the native kernels have asked for them."""
+        self._weights: ExpertWeights | None = None
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """Its tensors, made when torch needs them."""
+        if self._weights is None:
+            self._weights = weights_in_slot(self.layout, self.view)
+        return self._weights
+
+
+def stored_alike(layout: ExpertLayout) -> tuple[object, ...]:
+    """Equal for experts whose parts have the same names, shapes and formats, wherever they lie."""
+    tensors = (part.tensor for part in layout.parts)
+    return tuple((t.param, t.index, t.format, t.shape, t.transposed, t.layout) for t in tensors)
 
 
 def weights_in_slot(layout: ExpertLayout, slot: memoryview) -> ExpertWeights:

@@ -27,6 +27,7 @@ from moei_core.hardware.budget import MemoryUse, SlotBudget, plan_slots, too_sma
 from moei_core.hardware.memory import available_memory, resident_memory
 from moei_core.predict import PREDICTORS, ExpertPredictor
 from moei_core.prefetch import PrefetchMode
+from moei_core.quant import native
 from moei_core.scheduler import ExpertScheduler
 from moei_core.types import ModelSpec
 
@@ -66,7 +67,7 @@ class LoadedModel:
         self.folder = folder
         self.adapter = TransformersAdapter(folder, _dtype(options.dtype))
         self.spec: ModelSpec = self.adapter.spec()
-        torch.set_num_threads(compute_threads(self.spec))
+        threads = compute_threads(self.spec)
         self.context = _context(self.adapter.config.get_text_config(), options.context)
         self.tokenizer: Any = _load_tokenizer(folder)
         store = self.adapter.open_store()
@@ -93,7 +94,7 @@ class LoadedModel:
                 options.prefetch,
             )
             pool = SlotPool(self.budget.slots, slot_nbytes)
-            self.runtime = ExpertRuntime(store, pool, self.scheduler, self.budget.spare)
+            self.runtime = ExpertRuntime(store, pool, self.scheduler, self.budget.spare, threads)
         except BaseException:
             store.close()
             raise
@@ -148,10 +149,10 @@ class LoadedModel:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know about how this model runs."""
-        if self.adapter.packed is None:
+        if native.available():
             return ()
-        name = self.adapter.packed.format.lower()
-        return (f"No native kernels: {name} experts are computed on a slow torch path.",)
+        what = self.adapter.packed.format.lower() if self.adapter.packed is not None else "the"
+        return (f"{native.unavailable_reason()} So {what} experts are computed on a slow torch path.",)
 
     def generation_defaults(self) -> GenerationSettings:
         """What the model's authors recommend in ``generation_config.json``, else ours."""

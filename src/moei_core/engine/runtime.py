@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
-from moei_core.engine.expert_compute import ExpertWeights, expert_forward, weights_in_slot
+from moei_core.engine.expert_compute import HeldExpert, expert_forward, stored_alike
 from moei_core.engine.forced_routing import ForcedRouting
+from moei_core.engine.native_compute import NativeExperts, native_experts
 from moei_core.engine.slots import SlotPool
-from moei_core.engine.transfers import Step, TransferQueue
+from moei_core.engine.transfers import Load, Step, TransferQueue
+from moei_core.quant import native
 from moei_core.scheduler import ExpertScheduler
 from moei_core.store.base import ExpertStore
 from moei_core.trace.format import TraceEvent
@@ -59,10 +61,19 @@ class _LayerWork:
     """One layer of one forward pass: which rows each expert has, and where its outputs go."""
 
     def __init__(
-        self, module: Any, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+        self,
+        module: Any,
+        hidden_states: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        kernel: Callable[[HeldExpert], NativeExperts | None],
     ) -> None:
-        """hidden_states: [tokens, hidden]. index, weights: [tokens, top_k], index ascending in each row."""
-        self.module, self.hidden_states = module, hidden_states
+        """hidden_states: [tokens, hidden]. index, weights: [tokens, top_k], index ascending in each row.
+
+        kernel: what computes an expert natively, if anything does.
+        """
+        self.module, self.hidden_states, self._kernel = module, hidden_states, kernel
+        self._exact: torch.Tensor | None = None
         self.tokens, self.top_k = index.shape
         self.rows = _rows_by_expert(index, int(module.num_experts))
         self._scale = weights.to(torch.float32).reshape(-1, 1)
@@ -71,16 +82,31 @@ class _LayerWork:
             (self.tokens * self.top_k, hidden_states.shape[-1]), dtype=torch.float32
         )
 
-    def compute(self, expert: int, weights: ExpertWeights) -> None:
-        """The outputs of one expert for all its tokens."""
-        positions = self.rows[expert]
-        if self.tokens == 1:
-            # A single token needs no gathering: all its rows have the same input.
-            output = expert_forward(self.module, weights, self.hidden_states)
-            self._outputs[positions[0]] = output[0].to(torch.float32) * self._scale[positions[0]]
-            return
-        place = torch.tensor(positions)
-        output = expert_forward(self.module, weights, self.hidden_states[place // self.top_k])
+    def compute(self, experts: Sequence[HeldExpert]) -> None:
+        """The outputs of some experts, each for all its tokens. How depends on the access alone."""
+        batches: dict[int, tuple[NativeExperts, list[HeldExpert]]] = {}
+        for expert in experts:
+            kernel = self._kernel(expert)
+            if kernel is not None and kernel.takes(len(self.rows[expert.key.expert])):
+                batches.setdefault(id(kernel), (kernel, []))[1].append(expert)
+            else:
+                self._compute_in_torch(expert)
+        for kernel, batch in batches.values():
+            self._compute_natively(kernel, batch)
+
+    def _compute_natively(self, kernel: NativeExperts, batch: list[HeldExpert]) -> None:
+        positions = [self.rows[expert.key.expert] for expert in batch]
+        if self._exact is None:
+            self._exact = self.hidden_states.to(torch.float32).contiguous()
+        output = kernel(batch, positions, self.top_k, self._exact)
+        if getattr(self.module, "has_post_expert_norm", False):
+            output = self.module.post_expert_norm(output.to(self.hidden_states.dtype)).to(torch.float32)
+        place = torch.tensor([position for one in positions for position in one])
+        self._outputs[place] = output * self._scale[place]
+
+    def _compute_in_torch(self, expert: HeldExpert) -> None:
+        place = torch.tensor(self.rows[expert.key.expert])
+        output = expert_forward(self.module, expert.weights, self.hidden_states[place // self.top_k])
         self._outputs[place] = output.to(torch.float32) * self._scale[place]
 
     def total(self) -> torch.Tensor:
@@ -100,18 +126,33 @@ class ExpertRuntime:
     """
 
     def __init__(
-        self, store: ExpertStore, pool: SlotPool, scheduler: ExpertScheduler, prefetch_slots: int = 0
+        self,
+        store: ExpertStore,
+        pool: SlotPool,
+        scheduler: ExpertScheduler,
+        prefetch_slots: int = 0,
+        threads: int = 1,
     ) -> None:
-        """prefetch_slots: of the pool's slots, those that prefetches arrive in."""
+        """prefetch_slots: of the pool's slots, those that prefetches arrive in. threads: to compute with.
+
+        torch's waiting threads spin: beside the native kernels, which have threads of their own, it gets one
+        in decoding. The counts follow the phase and never a budget (other counts may round otherwise).
+        """
         self._store = store
         self._pool = pool
         self._scheduler = scheduler
         self._slots: dict[ExpertKey, int] = {}
-        self._weights: dict[ExpertKey, ExpertWeights] = {}
+        self._held: dict[ExpertKey, HeldExpert] = {}
+        self._kinds: dict[tuple[object, ...], int] = {}
+        self._kind_of: dict[ExpertKey, int] = {}
+        self._kernels: dict[tuple[int, int], NativeExperts | None] = {}
         self._transfers = TransferQueue(store, pool.view)
         for _ in range(prefetch_slots):
             self._transfers.add_spare(pool.take())
         self._phase = Phase.PREFILL
+        self._threads = {Phase.PREFILL: threads, Phase.DECODE: 1 if native.available() else threads}
+        if native.available():
+            native.set_num_threads(threads)
         self._pass_started = 0.0
         self._pass_stall = 0.0
         self.before_access: Callable[[], None] | None = None
@@ -126,6 +167,8 @@ class ExpertRuntime:
     def forward_pass(self, phase: Phase, tokens: int) -> None:
         """A forward pass of the model over ``tokens`` tokens starts."""
         self._phase = phase
+        if torch.get_num_threads() != self._threads[phase]:
+            torch.set_num_threads(self._threads[phase])
         self._pass_started, self._pass_stall = time.perf_counter(), self.statistics.stall_s
         if self.recorder is not None:
             self.recorder.begin_pass(phase, tokens)
@@ -158,7 +201,8 @@ class ExpertRuntime:
             self.recorder.record(layer, top_k_index.numpy())
         # Each token's experts ascending: column order is then the order of summation.
         index, order = torch.sort(top_k_index, dim=-1)
-        work = _LayerWork(module, hidden_states, index, torch.gather(top_k_weights, -1, order))
+        scale = torch.gather(top_k_weights, -1, order)
+        work = _LayerWork(module, hidden_states, index, scale, lambda expert: self._kernel(module, expert))
         access = LayerAccess(
             layer,
             tuple(work.rows),
@@ -193,21 +237,37 @@ class ExpertRuntime:
         leaving = {key for wave in plan.waves for key in wave.release}
         absent = deque(sorted((key for key in loads if not self._promote(key)), key=self._place_on_disk))
         self._ask(absent, plan.prefetch)
-        # Only the first wave can be without loads: it holds what is resident.
-        for key in plan.waves[0].compute if plan.hits else ():
-            self._compute(work, key)
+        if plan.hits:
+            # Only the first wave can be without loads: it holds what is resident.
+            self._compute(work, plan.waves[0].compute)
         for _ in loads:
             key = self._arrival()
-            self._compute(work, key)
+            self._compute(work, (key,))
             if key in leaving:
                 self._forget(key)
             if absent:
                 self._ask(absent, plan.prefetch)
 
-    def _compute(self, work: _LayerWork, key: ExpertKey) -> None:
+    def _compute(self, work: _LayerWork, keys: Iterable[ExpertKey]) -> None:
         started = time.perf_counter()
-        work.compute(key.expert, self._weights[key])
+        work.compute([self._held[key] for key in keys])
         self.statistics.expert_compute_s += time.perf_counter() - started
+
+    def _kernel(self, module: Any, expert: HeldExpert) -> NativeExperts | None:
+        """The native kernel for experts of this layer that are stored like ``expert``."""
+        name = expert.key.layer, expert.kind
+        if name not in self._kernels:
+            self._kernels[name] = native_experts(module, expert.layout)
+        return self._kernels[name]
+
+    def _hold(self, load: Load) -> None:
+        """The bytes of an expert are complete in its slot."""
+        layout = self._store.layout(load.key)
+        kind = self._kind_of.get(load.key)
+        if kind is None:
+            kind = self._kinds.setdefault(stored_alike(layout), len(self._kinds))
+            self._kind_of[load.key] = kind
+        self._held[load.key] = HeldExpert(load.key, layout, load.view, self._pool.address(load.slot), kind)
 
     def _promote(self, key: ExpertKey) -> bool:
         """Whether ``key`` was being prefetched; then it is demanded now, and the queue gets another spare."""
@@ -237,7 +297,7 @@ class ExpertRuntime:
             raise load.failure
         self.statistics.loads += 1
         self.statistics.bytes_read += load.nbytes
-        self._weights[load.key] = weights_in_slot(self._store.layout(load.key), load.view)
+        self._hold(load)
         return load.key
 
     def _settle_prefetches(self) -> None:
@@ -264,7 +324,7 @@ class ExpertRuntime:
                     self._forget(victim)
                 if stays:
                     self._slots[key] = load.slot
-                    self._weights[key] = weights_in_slot(self._store.layout(key), load.view)
+                    self._hold(load)
                     self._transfers.add_spare(self._pool.take())
                 else:
                     self._transfers.add_spare(load.slot)
@@ -280,7 +340,7 @@ class ExpertRuntime:
             self.recorder.event(kind, a, b)
 
     def _forget(self, key: ExpertKey) -> None:
-        self._weights.pop(key, None)
+        self._held.pop(key, None)
         self._pool.give_back(self._slots.pop(key))
 
     def _reconcile(self) -> None:
@@ -289,12 +349,12 @@ class ExpertRuntime:
         for slot in self._transfers.take_returned():
             self._pool.give_back(slot)
         for key in self._scheduler.residents():
-            if key not in self._weights:
+            if key not in self._held:
                 self._scheduler.cancel_load(key)
                 self._note(TraceEvent.CANCEL_LOAD, *key)
         resident = set(self._scheduler.residents())
         for key in list(self._slots):
-            if key not in self._weights:
+            if key not in self._held:
                 del self._slots[key]
             elif key not in resident:
                 self._forget(key)
@@ -302,7 +362,7 @@ class ExpertRuntime:
     def close(self) -> None:
         """End the reader threads and the store, and free the slots' views."""
         self._transfers.close()
-        self._weights.clear()
+        self._held.clear()
 
 
 def _rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, list[int]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mmap import mmap
 
+import numpy as np
+
 
 class SlotPool:
     """``count`` slots of ``slot_nbytes`` bytes (a multiple of the page size) in one anonymous mapping.
@@ -16,6 +18,7 @@ class SlotPool:
         self.slot_nbytes = slot_nbytes
         self._memory = mmap(-1, count * slot_nbytes)
         self._view = memoryview(self._memory)
+        self._address = np.frombuffer(self._view, np.uint8).ctypes.data
         self._free = list(range(count - 1, -1, -1))
 
     @property
@@ -29,6 +32,10 @@ class SlotPool:
 
     def give_back(self, slot: int) -> None:
         self._free.append(slot)
+
+    def address(self, slot: int) -> int:
+        """Where a slot begins in memory."""
+        return self._address + slot * self.slot_nbytes
 
     def view(self, slot: int) -> memoryview:
         """The writable, page-aligned bytes of a slot."""

@@ -30,6 +30,8 @@ ROWS16_FORMATS = ("Q8_0", "Q4_0")
 ORDERS = ("plain", "transposed", "rows16")
 GATINGS = ("none", "separate", "concatenated", "interleaved")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu")
+CLAMP_ALPHA, CLAMP_LIMIT = 1.702, 7.0
+"""gpt-oss's constants of ``clamped_swiglu``."""
 PARTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 """The columns of an expert's addresses (``ExpertFfn``)."""
 
@@ -143,8 +145,8 @@ class FfnLayout:
     gate_up_order: str = "plain"
     down_order: str = "plain"
     activation: str = "silu"
-    alpha: float = 1.702
-    limit: float = 7.0
+    alpha: float = CLAMP_ALPHA
+    limit: float = CLAMP_LIMIT
     bias_format: str = "F32"
 
     def __post_init__(self) -> None:
