@@ -26,6 +26,8 @@ class ModelBenchOptions:
     quant: str | None = None
     trace: str | None = None
     policy: str | None = None
+    predictor: str | None = None
+    prefetch: str = "auto"
     experts: str | None = None
     ram: str | None = None
     context: int | None = None
@@ -45,6 +47,7 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
     from moei_cli import render
 
     with render.waiting(f"Loading {name}"):
+        from moei_cli.prefetch_options import parse_predictor, parse_prefetch
         from moei_core.cache.policies import DEFAULT_POLICY
         from moei_core.engine.forced_routing import ForcedRouting
         from moei_core.engine.loaded_model import LoadedModel, LoadOptions
@@ -53,7 +56,15 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
 
         context = options.context or options.prompt_tokens + options.new_tokens
         loaded = LoadedModel(
-            folder, LoadOptions(ram, budget, max(context, 16), options.policy or DEFAULT_POLICY)
+            folder,
+            LoadOptions(
+                ram,
+                budget,
+                max(context, 16),
+                options.policy or DEFAULT_POLICY,
+                predictor=parse_predictor(options.predictor),
+                prefetch=parse_prefetch(options.prefetch),
+            ),
         )
     for sentence in loaded.notes:
         render.note(sentence)
@@ -199,7 +210,7 @@ def _show(report: dict[str, Any]) -> None:
     rows = []
     for condition, figures in report["conditions"].items():
         decode = figures["decode_tokens_per_s"]
-        waiting = figures["stall_s"]["median"] / figures["total_s"]["median"]
+        waiting = figures["disk_s"]["median"] / figures["total_s"]["median"]
         rows.append(
             (
                 condition,

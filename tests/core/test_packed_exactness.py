@@ -17,6 +17,7 @@ from moei_core.engine.expert_compute import expert_forward, weights_in_slot
 from moei_core.hub.resolve import resolve_model
 from moei_core.quant.formats import decode
 from moei_core.quant.layouts import from_layout
+from moei_core.store.base import read_expert
 from moei_core.types import ExpertKey
 from tests.core.test_exactness import MODELS, budgets, ours, smallest
 from tests.packed import pack_folder
@@ -74,7 +75,7 @@ def stored_matrices(folder: Path, key: ExpertKey) -> dict[str, np.ndarray]:
     store = adapter.open_store()
     layout = store.layout(key)
     slot = memoryview(mmap(-1, layout.slot_nbytes))
-    store.read_into(key, slot)
+    read_expert(store, key, slot)
     pieces: dict[str, list[np.ndarray]] = {}
     for part in sorted(layout.parts, key=lambda part: part.tensor.index):
         tensor = part.tensor
@@ -101,7 +102,7 @@ def test_e3_products_are_those_of_the_stored_values(
     exact = stored_matrices(folder, key)
     store = adapter.open_store()
     slot = memoryview(mmap(-1, store.layout(key).slot_nbytes))
-    store.read_into(key, slot)
+    read_expert(store, key, slot)
     weights = weights_in_slot(store.layout(key), slot)
     hidden = adapter.config.get_text_config().hidden_size
     inputs = torch.randn(5, hidden, generator=torch.Generator().manual_seed(3))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +69,7 @@ class ModelName:
 
 def bundled_folder() -> Path:
     """Where the demo model is if this installation has it."""
-    return Path(str(resources.files("moei_core"))) / "bundled" / DEMO_NAME
+    return Path(__file__).parents[1] / "bundled" / DEMO_NAME
 
 
 def synthetic_root() -> Path:

@@ -1,1 +1,1 @@
-"""Number formats of weights: what their bytes mean, and how rows of blocks are laid out."""
+"""Number formats of weights, how rows of blocks are laid out, and the native kernels that compute with them."""

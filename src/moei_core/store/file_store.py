@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from moei_core.errors import DamagedFileError, ExpertReadError
-from moei_core.store.base import ExpertLayout
+from moei_core.store.base import ExpertLayout, Extent
 from moei_core.store.file_reader import FileReader
 from moei_core.types import ExpertKey
 
 
-class FileStore:
+class FileStore(ABC):
     """An ``ExpertStore`` but for the check of what was read, which subclasses add."""
 
     def __init__(self, layouts: Mapping[ExpertKey, ExpertLayout], direct: bool = True) -> None:
@@ -40,24 +41,20 @@ class FileStore:
         """Whether reads go past the page cache."""
         return all(reader.direct for reader in self._readers.values())
 
-    def read_into(self, key: ExpertKey, slot: memoryview) -> int:
-        layout = self._layouts[key]
-        for extent in layout.extents:
-            try:
-                self._readers[extent.file].read_into(extent.offset, extent.nbytes, slot, extent.slot_offset)
-            except (OSError, EOFError) as error:
-                reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                raise ExpertReadError(
-                    f"Reading {key} from {extent.file.name} failed.",
-                    f"{extent.file}: {reason}.",
-                    "The conversation is as it was before this turn. Check the disk, then ask again.",
-                ) from error
-        self._verify(key, slot)
-        return layout.nbytes
+    def read_extent(self, key: ExpertKey, extent: Extent, slot: memoryview) -> None:
+        try:
+            self._readers[extent.file].read_into(extent.offset, extent.nbytes, slot, extent.slot_offset)
+        except (OSError, EOFError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise ExpertReadError(
+                f"Reading {key} from {extent.file.name} failed.",
+                f"{extent.file}: {reason}.",
+                "The conversation is as it was before this turn. Check the disk, then ask again.",
+            ) from error
 
-    def _verify(self, key: ExpertKey, slot: memoryview) -> None:
+    @abstractmethod
+    def verify(self, key: ExpertKey, slot: memoryview) -> None:
         """Raises: ExpertReadError if the bytes in ``slot`` are not those of ``key``."""
-        raise NotImplementedError
 
     def close(self) -> None:
         self._close_files()

@@ -24,7 +24,7 @@ from moei_core.config import format_size
 from moei_core.errors import DoesNotFitError, MoeiError
 from moei_core.quant.formats import FORMATS, transcode
 from moei_core.quant.layouts import PLAIN, can_interleave, to_layout
-from moei_core.store.base import ExpertLayout, StoredTensor, align_up
+from moei_core.store.base import ExpertLayout, StoredTensor, align_up, read_expert
 from moei_core.store.file_reader import FileReader
 from moei_core.store.pack_files import CHUNK, Journal, PackFile, write_synced
 from moei_core.store.packed_folder import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
@@ -225,7 +225,7 @@ class _ExpertMaker:
     def pieces(self, key: ExpertKey) -> Iterator[Bytes]:
         """The packed bytes of ``key``, padding included."""
         expert = self._plan.manifest.experts[key]
-        self._store.read_into(key, self._slot)
+        read_expert(self._store, key, self._slot)
         layout: ExpertLayout = self._store.layout(key)
         transposed = self._plan.source.transposed[key.layer]
         at = 0

@@ -31,7 +31,7 @@ class SafetensorsStore(FileStore):
             else None
         )
 
-    def _verify(self, key: ExpertKey, slot: memoryview) -> None:
+    def verify(self, key: ExpertKey, slot: memoryview) -> None:
         if self._ledger is None:
             return
         layout = self._layouts[key]
