@@ -22,7 +22,7 @@ from moei_core.adapters.skeleton import read_tensor
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.errors import DamagedFileError, DoesNotFitError, ExpertReadError, MoeiError
 from moei_core.quant.formats import decode, transcode
-from moei_core.store.base import PAGE
+from moei_core.store.base import PAGE, read_expert
 from moei_core.store.checksums import checksum
 from moei_core.store.file_reader import FileReader
 from moei_core.store.packed_folder import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
@@ -41,7 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def slot_of(store: PackedStore, key: ExpertKey) -> memoryview:
     slot = memoryview(mmap(-1, store.layout(key).slot_nbytes))
-    assert store.read_into(key, slot) == store.layout(key).nbytes
+    assert read_expert(store, key, slot) == store.layout(key).nbytes
     return slot
 
 
