@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import train_demo
 from demo_corpus import arithmetic
@@ -32,12 +32,14 @@ BUNDLED = ROOT / "src" / "moei_core" / "bundled" / "moei-demo"
 class Chat:
     """The model with its tokenizer, answering greedily."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, model: PreTrainedModel | None = None):
+        """model: what answers, if it is not the published weights in ``folder``."""
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.tokenizer.padding_side = "left"
-        self.model = AutoModelForCausalLM.from_pretrained(
+        self.model = model or AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, experts_implementation="eager", local_files_only=True
-        ).eval()
+        )
+        self.model.eval()
         self.experts = self.model.config.num_experts
 
     def prompt(self, messages: list[dict[str, str]]) -> str:

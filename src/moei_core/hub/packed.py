@@ -195,5 +195,6 @@ def remove_store(folder: Path) -> None:
     place = folder.parent
     if not stores_at(place):
         shutil.rmtree(place, ignore_errors=True)
-    with suppress(OSError):
-        place.parent.rmdir()
+    for parent in (place.parent, packed_root()):
+        with suppress(OSError):
+            parent.rmdir()

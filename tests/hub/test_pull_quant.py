@@ -1,0 +1,120 @@
+"""``moei pull --quant``: downloaded, packed, and the source kept or dropped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants, hf_hub_download
+
+from moei_core.errors import DoesNotFitError
+from moei_core.hub.packed import packed_root
+from moei_core.hub.pull import plan_pull, pull
+from moei_core.hub.resolve import resolve_model
+from moei_core.store.packed_manifest import read_manifest
+from tests.hub.conftest import REPO, Place
+
+
+@pytest.fixture
+def real(place: Place, chat_folder: Callable[..., Path]) -> dict[str, bytes]:
+    """A model with weights that are numbers on the hub; its files."""
+    folder = chat_folder("mixtral", "bfloat16")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    place.hub.add(REPO, files)
+    return files
+
+
+def test_pull_and_pack(place: Place, real: dict[str, bytes]) -> None:
+    done = place.run("pull", REPO, "--quant", "q4_0")
+    assert done.returncode == 0, done.stderr
+    files = resolve_model(REPO)
+    assert (files.name, files.folder) == (f"{REPO}:q4_0", Path(done.stdout.strip()))
+    manifest = read_manifest(files.folder)
+    source = manifest.source
+    assert (source.kind, source.name, source.revision, source.commit) == ("hub", REPO, "main", files.revision)
+    shards = {name: place.hub.sha256(real[name]) for name in real if name.endswith(".safetensors")}
+    assert source.files == shards
+    assert resolve_model(f"{REPO}:none").folder.parent.name == "snapshots"
+    assert place.run("pull", REPO, "--quant", "none").returncode == 0
+    assert resolve_model(REPO).format == ""
+    again = place.run("pull", f"{REPO}:q4_0")
+    assert again.returncode == 0 and resolve_model(REPO).format == "q4_0"
+
+
+def test_a_dropped_source_is_not_needed_again(place: Place, real: dict[str, bytes]) -> None:
+    done = place.run("pull", REPO, "--quant", "q8_0", "--drop-source")
+    assert done.returncode == 0, done.stderr
+    assert not place.repo_folder().exists()
+    files = resolve_model(REPO)
+    assert files.format == "q8_0" and files.revision
+    served = place.hub.served.total()
+    again = place.run("pull", REPO, "--quant", "q8_0", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["folder"] == str(files.folder)
+    assert place.hub.served.total() == served, "a packed model was downloaded again"
+    shown = json.loads(place.run("show", REPO, "--json").stdout)["here"]
+    assert [one["name"] for one in shown] == [f"{REPO}:q8_0"]
+    assert place.run("rm", REPO).returncode == 0
+    assert not packed_root().exists()
+    assert place.run("rm", REPO).returncode == 3
+
+
+def test_offline_a_packed_model_is_enough(
+    place: Place, real: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert place.run("pull", REPO, "--quant", "q8_0", "--drop-source").returncode == 0
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    offline = place.run("pull", REPO, "--quant", "q8_0")
+    assert offline.returncode == 0 and "Offline" in offline.stderr
+    assert place.run("pull", REPO, "--quant", "q4_0").returncode == 5
+    assert place.run("pull", REPO).returncode == 5
+
+
+def test_dropping_leaves_what_others_brought(place: Place, real: dict[str, bytes]) -> None:
+    shard = next(name for name in real if name.endswith(".safetensors"))
+    theirs = Path(hf_hub_download(REPO, shard, cache_dir=place.cache, endpoint=place.hub.url))
+    done = place.run("pull", REPO, "--quant", "q8_0", "--drop-source")
+    assert done.returncode == 0 and "another program" in done.stderr
+    assert theirs.read_bytes() == real[shard]
+    assert not (theirs.parent / "config.json").exists()
+    assert resolve_model(REPO).format == "q8_0"
+
+
+def test_the_room_for_packing_is_asked_for_before_any_byte(
+    place: Place, real: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = sum(len(content) for name, content in real.items() if name.endswith(".safetensors"))
+    for module in ("moei_core.hub.pull", "moei_core.hub.pull_plan"):
+        monkeypatch.setattr(f"{module}.free_space", lambda folder: int(total * 1.2))
+    hub = place.remote()
+    assert plan_pull(REPO, cache_dir=place.cache, remote=hub).fits
+    plan = plan_pull(REPO, cache_dir=place.cache, remote=hub, packed_as="q8_0")
+    with pytest.raises(DoesNotFitError, match="does not fit"):
+        pull(plan, remote=hub)
+    assert not place.repo_folder().exists()
+    dry = place.run("pull", REPO, "--quant", "q8_0", "--dry-run")
+    assert "does not fit" in dry.stdout and "packing" in dry.stdout
+
+
+def test_an_interrupted_packing_goes_on_without_the_network(
+    place: Place, real: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moei_core.store import packing
+
+    original, calls = packing.transcode, []
+
+    def interrupt(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return original(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "transcode", interrupt)
+        stopped = place.run("pull", REPO, "--quant", "q4_0")
+    assert stopped.returncode == 130 and "same command" in stopped.stderr
+    assert resolve_model(REPO).format == ""
+    assert place.run("quantize", REPO, "q4_0").returncode == 0
+    assert resolve_model(REPO).format == "q4_0"
