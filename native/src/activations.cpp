@@ -1,5 +1,6 @@
 #include "activations.h"
 
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -15,8 +16,8 @@ namespace {
 // Moshier). Ours, because the C library's differs between machines and does not vectorise. NaN gives a finite value:
 // callers multiply by the argument, which keeps it.
 inline float exponential(float x) {
-    x = x > -87.0f ? x : -87.0f;
-    x = x < 88.0f ? x : 88.0f;
+    x = x > -60.0f ? x : -60.0f;
+    x = x < 60.0f ? x : 60.0f;
     const float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
     const float n = (x * 1.44269504f + round) - round;
     x = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -27,10 +28,7 @@ inline float exponential(float x) {
     p = p * x + 1.6666665459e-1f;
     p = p * x + 5.0000001201e-1f;
     p = p * x * x + x + 1.0f;
-    const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, sizeof power);
-    return p * power;
+    return p * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
 }
 
 inline float times_sigmoid(float x, float argument) { return x / (1.0f + exponential(-argument)); }
@@ -41,12 +39,15 @@ inline float gelu(float x) { return 0.5f * x * std::erfc(-0.70710678f * x); }
 // 0.5 x (1 + tanh(u)) = x sigmoid(2 u)
 inline float gelu_tanh(float x) { return times_sigmoid(x, 1.59576912f * (x + 0.044715f * x * x * x)); }
 
+// The compiler makes vectors of each loop because the step is a constant there.
 template <typename Function>
-void apply(Function function, const float* gate, const float* up, int64_t step, int64_t count, float* out) {
-    if (up) {
-        for (int64_t i = 0; i < count; ++i) out[i] = function(gate[i * step]) * up[i * step];
+void apply(Function function, const float* gate, const float* up, int64_t step, int64_t count, float* __restrict out) {
+    if (!up) {
+        for (int64_t i = 0; i < count; ++i) out[i] = function(gate[i]);
+    } else if (step == 1) {
+        for (int64_t i = 0; i < count; ++i) out[i] = function(gate[i]) * up[i];
     } else {
-        for (int64_t i = 0; i < count; ++i) out[i] = function(gate[i * step]);
+        for (int64_t i = 0; i < count; ++i) out[i] = function(gate[2 * i]) * up[2 * i];
     }
 }
 
@@ -86,13 +87,10 @@ void quantize(const float* x, int64_t blocks, int64_t first, int64_t cols, int o
         // Compared as integers, the magnitudes order as floats do and NaN is above all.
         int32_t largest = 0;
         for (int i = 0; i < 32; ++i) {
-            int32_t bits;
-            std::memcpy(&bits, x + i, sizeof bits);
-            bits &= 0x7fffffff;
+            const int32_t bits = std::bit_cast<int32_t>(x[i]) & 0x7fffffff;
             largest = bits > largest ? bits : largest;
         }
-        float magnitude;
-        std::memcpy(&magnitude, &largest, sizeof magnitude);
+        const auto magnitude = std::bit_cast<float>(largest);
         float scale = magnitude / 127.0f;
         float inverse = 127.0f / magnitude;
         if (largest >= 0x7f800000) {
