@@ -22,6 +22,10 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?)?b?\s*", re.IGNORECASE
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*")
 
 
+PREFILL_CHUNK = 256
+"""Tokens of one prefill pass. Never depends on a budget: other shapes would give other roundings."""
+
+
 def parse_size(text: str, option: str = "size") -> int:
     """Bytes of a size such as ``600MiB``, ``8G`` or ``1.5 GiB``.
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from moei_core.config import ExpertBudget, GenerationSettings
-from moei_core.engine.generate import PREFILL_CHUNK
+from moei_core.config import PREFILL_CHUNK, ExpertBudget, GenerationSettings
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.engine.sampling import Sampler
@@ -44,15 +43,15 @@ class _LayerClock:
             hook.remove()
 
 
-def measure_framework(folder: Path, tokens: int = 40, threads: int | None = None) -> FrameworkCost:
+def measure_framework(folder: Path, tokens: int = 40, threads: int = 1) -> FrameworkCost:
     """Run the model in ``folder``, with every expert resident, one prompt chunk and ``tokens`` tokens long.
 
-    threads: that torch computes with; None: as many as for a model of large experts, which wake up others.
+    threads: that torch computes with; one, since waking others is part of what products are measured to take.
     Raises: what loading a model raises.
     """
     before = torch.get_num_threads()
     with LoadedModel(folder, LoadOptions(experts=ExpertBudget(fraction=1.0), context=512)) as model:
-        torch.set_num_threads(threads or before)
+        torch.set_num_threads(threads)
         clock = _LayerClock(model.adapter.model.base_model.layers)
         try:
             return _measure(model, clock, tokens)
@@ -86,7 +85,9 @@ def _measure(model: LoadedModel, clock: _LayerClock, tokens: int) -> FrameworkCo
     touched_before = model.scheduler.statistics.hits + model.scheduler.statistics.misses
     _, prefill_layers, prefill_experts = run(prompt, Phase.PREFILL)
     touched = model.scheduler.statistics.hits + model.scheduler.statistics.misses - touched_before
-    steps = [run([(11 * number) % vocabulary], Phase.DECODE) for number in range(_WARM_UP + tokens)][_WARM_UP:]
+    steps = [run([(11 * number) % vocabulary], Phase.DECODE) for number in range(_WARM_UP + tokens)][
+        _WARM_UP:
+    ]
     model.scheduler.request_end()
     lookups = layers * spec.num_experts_per_tok
     weights = model.adapter.dense_nbytes + model.spec.total_expert_nbytes

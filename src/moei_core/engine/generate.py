@@ -9,16 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from moei_core.config import GenerationSettings
+from moei_core.config import PREFILL_CHUNK, GenerationSettings
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.sampling import Sampler
 from moei_core.errors import InterruptedTurnError
 from moei_core.types import Phase
-
-PREFILL_CHUNK = 256
-"""Tokens of one prefill pass. Never depends on a budget: other shapes would give other roundings."""
-
 
 @dataclass(slots=True)
 class GenerationTimes:

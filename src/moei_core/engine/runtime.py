@@ -19,8 +19,11 @@ from torch import nn
 from moei_core.engine.expert_compute import ExpertWeights, expert_forward, weights_in_slot
 from moei_core.engine.forced_routing import ForcedRouting
 from moei_core.engine.slots import SlotPool
+from moei_core.hardware.budget import residents
+from moei_core.hardware.pressure import MemoryGovernor
 from moei_core.scheduler import ExpertScheduler
 from moei_core.store.base import ExpertStore
+from moei_core.trace.format import TraceEvent
 from moei_core.trace.writer import TraceWriter
 from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase
 
@@ -51,7 +54,8 @@ class ExpertRuntime:
     """An ``ExpertsRuntime`` over a store, a slot pool and a scheduler.
 
     before_access is called at the start of every access; it may raise to abandon the forward pass.
-    recorder notes what the routers chose. routing, where given, chooses in their place.
+    recorder notes what the routers chose. routing, where given, chooses in their place. governor, where given,
+    is asked before every access how many slots the system's memory allows.
     """
 
     def __init__(self, store: ExpertStore, pool: SlotPool, scheduler: ExpertScheduler) -> None:
@@ -64,6 +68,7 @@ class ExpertRuntime:
         self.before_access: Callable[[], None] | None = None
         self.recorder: TraceWriter | None = None
         self.routing: ForcedRouting | None = None
+        self.governor: MemoryGovernor | None = None
         self.statistics = RuntimeStatistics()
 
     def snapshot(self) -> RuntimeStatistics:
@@ -89,6 +94,8 @@ class ExpertRuntime:
     ) -> torch.Tensor:
         if self.before_access is not None:
             self.before_access()
+        if self.governor is not None and (slots := self.governor.poll()) is not None:
+            self.resize(slots)
         if self.routing is not None:
             top_k_index = self.routing.top_k_index(layer, top_k_index)
         if self.recorder is not None:
@@ -118,6 +125,19 @@ class ExpertRuntime:
         for column in range(1, top_k):
             total += columns[:, column]
         return total.to(hidden_states.dtype)
+
+    def resize(self, slots: int) -> None:
+        """Hold at most ``slots`` experts from now on, at most as many as the pool was made for.
+
+        Between accesses only. What the pool no longer needs goes back to the system.
+        """
+        working = self._scheduler.working_slots
+        capacity = residents(slots, working, self._pool.count)
+        if self.recorder is not None:
+            self.recorder.event(TraceEvent.RESIZE, capacity)
+        for key in self._scheduler.resize(capacity):
+            self._forget(key)
+        self._pool.trim()
 
     def _carry_out(
         self,

@@ -80,7 +80,9 @@ def read_disk(folder: Path, root: Path = ROOT) -> DiskFacts:
     if root == ROOT:
         with suppress(OSError, AttributeError):
             read_only = read_only or bool(os.statvfs(place).f_flag & os.ST_RDONLY)
-    return DiskFacts(str(place), mount, file_system, device, number, read_only, rotational, model, total, free)
+    return DiskFacts(
+        str(place), mount, file_system, device, number, read_only, rotational, model, total, free
+    )
 
 
 def _block_device(number: str, root: Path) -> tuple[bool | None, str]:

@@ -6,6 +6,7 @@ containers, unified memory): each question is asked for itself, and what has no 
 
 from __future__ import annotations
 
+import importlib
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -33,12 +34,10 @@ class GpuFacts:
 
 def load_nvml() -> Any:
     """The NVML bindings, or None where they are not installed."""
-    try:
-        import pynvml
-    except Exception:
+    with suppress(Exception):
         # A broken installation may raise anything while it is imported.
-        return None
-    return pynvml
+        return importlib.import_module("pynvml")
+    return None
 
 
 def read_gpus(nvml: Any, own_pid: int) -> tuple[list[GpuFacts], list[str]]:

@@ -163,7 +163,17 @@ def _cgroup_memory(root: Path) -> CgroupMemory | None:
     return min(found, key=lambda group: group.free, default=None)
 
 
-_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8", "asimd", "sve")
+_FEATURES = (
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx_vnni",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "sve",
+)
 
 
 def read_cpu(root: Path = ROOT) -> CpuFacts:

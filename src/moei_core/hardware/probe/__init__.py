@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from moei_core.hardware.disks import DiskFacts, existing_parent, read_disk
-from moei_core.hardware.gpus import GpuFacts, load_nvml, read_gpus
+from moei_core.hardware.machine import Machine
 from moei_core.hardware.probe.bandwidth import make_buffer, read_bandwidth
 from moei_core.hardware.probe.disk import DiskEffort, probe_disk
 from moei_core.hardware.probe.gpu import GpuDevice, probe_gpu, torch_gpu
 from moei_core.hardware.probe.kernels import count_cells, probe_kernels
-from moei_core.hardware.profile import FrameworkCost, HardwareProfile, fingerprint
-from moei_core.hardware.system import CpuFacts, MemoryFacts, read_cpu, read_memory
+from moei_core.hardware.profile import FrameworkCost, HardwareProfile
+from moei_core.hardware.system import CpuFacts
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being measured, steps done, steps in all)."""
@@ -36,31 +33,6 @@ class Effort:
     disks: float = 24.0
     disk: DiskEffort = field(default_factory=DiskEffort)
     buffer_nbytes: int = _BUFFER
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """The facts of this machine before anything is measured."""
-
-    memory: MemoryFacts
-    cpu: CpuFacts
-    disks: tuple[DiskFacts, ...]
-    gpus: tuple[GpuFacts, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(self.memory, self.cpu, self.disks, self.gpus)
-
-
-def read_machine(folders: Sequence[Path], nvml: Any = None) -> Machine:
-    """The facts, in milliseconds. folders: that hold models or could; one disk is counted once."""
-    disks: dict[str, DiskFacts] = {}
-    for folder in folders:
-        facts = read_disk(existing_parent(folder))
-        disks.setdefault(facts.number or facts.mount, facts)
-    gpus, notes = read_gpus(load_nvml() if nvml is None else nvml, os.getpid())
-    return Machine(read_memory(), read_cpu(), tuple(disks.values()), tuple(gpus), tuple(notes))
 
 
 def measure(

@@ -110,7 +110,12 @@ def _source(facts: DiskFacts, files: Sequence[Path], effort: DiskEffort) -> Iter
     try:
         _fill(descriptor, size)
         direct = _try_direct(descriptor)
-        yield _Source(descriptor, size, direct, f"a file of {format_size(size)}, written for this and gone")
+        yield _Source(
+            descriptor,
+            size,
+            direct,
+            f"a file of {format_size(size)}, written for this and gone; old files may be slower",
+        )
     finally:
         os.close(descriptor)
 
@@ -180,10 +185,9 @@ def _fill(descriptor: int, size: int) -> None:
 @contextmanager
 def _target(nbytes: int) -> Iterator[memoryview]:
     """Page-aligned memory that is there already: the first touch of a page costs more than reading into it."""
-    with mmap(-1, nbytes) as memory:
-        with memoryview(memory) as view:
-            view[::PAGE] = bytes(len(range(0, nbytes, PAGE)))
-            yield view
+    with mmap(-1, nbytes) as memory, memoryview(memory) as view:
+        view[::PAGE] = bytes(len(range(0, nbytes, PAGE)))
+        yield view
 
 
 def _measure(source: _Source, target: memoryview, nbytes: int, depth: int, seconds: float) -> ReadSpeed:
