@@ -62,6 +62,7 @@ class ExpertRuntime:
         self._store = store
         self._pool = pool
         self._scheduler = scheduler
+        self._total_experts = sum(1 for _ in store.experts())
         self._weights: dict[ExpertKey, ExpertWeights] = {}
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="moei-reader")
         self._phase = Phase.PREFILL
@@ -132,7 +133,7 @@ class ExpertRuntime:
         Between accesses only. What the pool no longer needs goes back to the system.
         """
         working = self._scheduler.working_slots
-        capacity = residents(slots, working, self._pool.count)
+        capacity = residents(slots, working, self._total_experts)
         if self.recorder is not None:
             self.recorder.event(TraceEvent.RESIZE, capacity)
         for key in self._scheduler.resize(capacity):
