@@ -26,6 +26,10 @@ PREFILL_CHUNK = 256
 """Tokens of one prefill pass. Never depends on a budget: other shapes would give other roundings."""
 
 
+READERS = 4
+"""Experts read at the same time; a disk reaches its bandwidth at a few megabytes in flight."""
+
+
 def parse_size(text: str, option: str = "size") -> int:
     """Bytes of a size such as ``600MiB``, ``8G`` or ``1.5 GiB``.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from moei_cli.commands import bench, chat, list_models, profile_hardware, pull, rm, show, trace
+from moei_cli.commands import bench, chat, list_models, plan, profile_hardware, pull, rm, show, trace
 
 COMMANDS: list[Callable[[typer.Typer], None]] = [
     chat.register,
@@ -14,6 +14,7 @@ COMMANDS: list[Callable[[typer.Typer], None]] = [
     list_models.register,
     show.register,
     rm.register,
+    plan.register,
     profile_hardware.register,
     bench.register,
     trace.register,

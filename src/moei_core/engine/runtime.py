@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moei_core.config import READERS
 from moei_core.engine.expert_compute import ExpertWeights, expert_forward, weights_in_slot
 from moei_core.engine.forced_routing import ForcedRouting
 from moei_core.engine.slots import SlotPool
@@ -26,9 +27,6 @@ from moei_core.store.base import ExpertStore
 from moei_core.trace.format import TraceEvent
 from moei_core.trace.writer import TraceWriter
 from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase
-
-READERS = 4
-"""Experts read at the same time; a disk reaches its bandwidth at a few megabytes in flight."""
 
 
 @dataclass(slots=True)
