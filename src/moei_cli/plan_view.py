@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from moei_core.forecast.ledger import correction
 from moei_core.forecast.routing import Range
 from moei_core.forecast.shape import ModelShape, bundled_configs, bundled_shape
 from moei_core.forecast.speed import Speeds
-from moei_core.hardware.budget import BudgetLine
+from moei_core.hardware.budget import SlotBudget
 from moei_core.hardware.profile import HardwareProfile
 from moei_core.hardware.system import read_memory
 
@@ -42,6 +42,7 @@ class Candidate:
     one: Forecast | None
     problem: DoesNotFitError | None
     disk_problem: str = ""
+    uncorrected: Forecast | None = None
 
     def report(self) -> dict[str, Any]:
         """For JSON."""
@@ -133,7 +134,8 @@ class Planner:
             return Candidate(shape, form, None, error)
         one = forecast(shape, form, speeds, budget, self.prompt_tokens)
         learned = correction(self.profile.fingerprint, one)
-        return Candidate(shape, form, corrected(one, learned.decode, learned.ttft), None, self._disk(shape, form))
+        shown = corrected(one, learned.decode, learned.ttft)
+        return Candidate(shape, form, shown, None, self._disk(shape, form), one)
 
     def _speeds(self) -> Speeds:
         return Speeds.of(self.profile, self.profile.disk_of(self.folder))
@@ -152,20 +154,20 @@ class Planner:
         chosen = self.candidate(shape, form)
         others = tuple(self.candidate(shape, other) for other in formats_of(shape) if other != form)
         changes: tuple[Change, ...] = ()
-        if chosen.one is not None:
-            # Compared without the correction on either side: it cancels.
-            changes = tuple(
-                what_would_help(
-                    shape,
-                    chosen.one,
-                    self._speeds(),
-                    self.usable,
-                    self.context,
-                    self.ram,
-                    self.experts,
-                    tuple(FORMATS[name] for name in QUANTISED),
-                )
+        if chosen.one is not None and chosen.uncorrected is not None:
+            found = what_would_help(
+                shape,
+                chosen.uncorrected,
+                self._speeds(),
+                self.usable,
+                self.context,
+                self.ram,
+                self.experts,
+                tuple(FORMATS[name] for name in QUANTISED),
             )
+            # What was learned about this forecast goes for the changed one too.
+            now = chosen.one.tokens_per_s.value
+            changes = tuple(replace(change, tokens_per_s=now * change.factor) for change in found)
         disk = self.profile.disk_of(self.folder)
         return Plan(
             chosen,
@@ -291,11 +293,7 @@ def _print_chosen(plan: Plan, one: Forecast) -> None:
     facts.append((f"disk  {'-' * cells:<{_BAR}}", text))
     render.print_facts(facts)
     print()
-    render.print_table(
-        ("memory", "size", "why"),
-        [(line.name, format_size(line.nbytes), line.reason) for line in one.budget.lines],
-        right=("size",),
-    )
+    print_budget(one.budget)
     print()
     render.print_facts(
         [
@@ -315,6 +313,12 @@ def _print_chosen(plan: Plan, one: Forecast) -> None:
             ],
             right=("tokens/s", ""),
         )
+
+
+def print_budget(budget: SlotBudget) -> None:
+    """Where the memory goes, every number with its reason."""
+    rows = [(line.name, format_size(line.nbytes), line.reason) for line in budget.lines]
+    render.print_table(("memory", "size", "why"), rows, right=("size",))
 
 
 def bar(one: Forecast, shape: ModelShape) -> str:
@@ -344,8 +348,3 @@ def parts_text(one: Forecast) -> str:
         f"{parts.total * 1e3:.0f} ms: disk {parts.disk * 1e3:.0f} (hits {hit.low:.0%} - {hit.high:.0%}), "
         f"experts {parts.experts * 1e3:.0f}, dense {parts.dense * 1e3:.0f}, framework {parts.framework * 1e3:.0f}"
     )
-
-
-def budget_rows(lines: Sequence[BudgetLine]) -> list[tuple[str, str]]:
-    """A budget as names and values with their reasons."""
-    return [(line.name, f"{format_size(line.nbytes):>9}  {line.reason}") for line in lines]

@@ -11,19 +11,23 @@ from transformers import PreTrainedModel
 
 from moei_core.config import PREFILL_CHUNK, GenerationSettings
 from moei_core.engine.kv_cache import ConversationCache
-from moei_core.engine.runtime import ExpertRuntime
+from moei_core.engine.runtime import ExpertRuntime, RuntimeStatistics
 from moei_core.engine.sampling import Sampler
 from moei_core.errors import InterruptedTurnError
 from moei_core.types import Phase
 
 @dataclass(slots=True)
 class GenerationTimes:
-    """Seconds that the parts of one turn have taken so far, and the tokens that went through them."""
+    """Seconds that the parts of one turn have taken so far, and the tokens that went through them.
+
+    prefill_work: what of the runtime's work fell to the prompt.
+    """
 
     prefilled_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     sampling_s: float = 0.0
+    prefill_work: RuntimeStatistics = field(default_factory=RuntimeStatistics)
     token_s: list[float] = field(default_factory=list)
 
 
@@ -81,7 +85,7 @@ class Generator:
             if self._should_stop():
                 raise InterruptedTurnError("Stopped before the first token.")
 
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self._runtime.snapshot()
         self._runtime.before_access = stop_if_asked
         try:
             for start in range(0, len(tokens), PREFILL_CHUNK):
@@ -91,6 +95,7 @@ class Generator:
         finally:
             self._runtime.before_access = None
             times.prefill_s += time.perf_counter() - started
+            times.prefill_work = self._runtime.statistics.minus(before)
         return logits
 
     def _forward(self, tokens: list[int], phase: Phase) -> torch.Tensor:

@@ -21,7 +21,7 @@ from moei_core.errors import UsageError
 
 @dataclass(slots=True)
 class Request:
-    """One measured request. Times in seconds, sizes in bytes."""
+    """One measured request. Times in seconds, sizes in bytes. Shares are of the time after the first token."""
 
     ttft_s: float
     prefill_tokens_per_s: float
@@ -33,6 +33,8 @@ class Request:
     expert_compute_s: float
     sampling_s: float
     total_s: float
+    decode_stall_share: float
+    decode_expert_share: float
     token_s: list[float] = field(repr=False)
 
 
@@ -88,6 +90,10 @@ def _request(model: LoadedModel, prompt: list[int], new_tokens: int) -> Request:
         expert_compute_s=work.expert_compute_s,
         sampling_s=times.sampling_s,
         total_s=times.prefill_s + spent,
+        decode_stall_share=(work.stall_s - times.prefill_work.stall_s) / spent if spent else 0.0,
+        decode_expert_share=(work.expert_compute_s - times.prefill_work.expert_compute_s) / spent
+        if spent
+        else 0.0,
         token_s=times.token_s,
     )
 
