@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def touched(trace: Trace, last: int) -> dict[str, float]:
     offsets = trace.sequence_offsets[: last + 1].tolist()
     for length in TOKENS:
         found = []
-        for begin, end in zip(offsets, offsets[1:], strict=False):
+        for begin, end in pairwise(offsets):
             for start in range(begin, end - length + 1, max(length, 64)):
                 window = np.asarray(trace.experts[start : start + length])
                 for layer in range(0, window.shape[1], 3):
@@ -98,8 +99,9 @@ def main() -> None:
         )
     about = (
         "Made by benchmarks/routing_table.py from public recordings of real models' routing (each row's source). "
-        f"hit: share of lookups that hit in a warm cache under the policy {DEFAULT_POLICY!r}, by the share of a layer's "
-        "experts that may stay resident. touched: share of a layer's experts that so many consecutive tokens use."
+        f"hit: share of lookups that hit in a warm cache under the policy {DEFAULT_POLICY!r}, by the share of a "
+        "layer's experts that may stay resident. touched: share of a layer's experts that so many consecutive "
+        "tokens use."
     )
     print(json.dumps({"about": about, "policy": DEFAULT_POLICY, "traces": rows}, indent=1))
 

@@ -79,7 +79,11 @@ class ChatLoop:
     def _ask(self, text: str) -> None:
         with stopping_on_interrupt(self._session.stop):
             render.show_reply(self._session.reply(text), self._session)
-        if self._prediction is not None and self._prediction.actual is None and self._session.report is not None:
+        if (
+            self._prediction is not None
+            and self._prediction.actual is None
+            and self._session.report is not None
+        ):
             # The prompt's length was not known beforehand, so only the speed can be compared.
             actual = actual_of(self._session.report, cold=False)
             if actual.tokens_per_s is not None:

@@ -167,8 +167,6 @@ def speed_of_the_smallest(error: DoesNotFitError, files: ModelFiles, profile: Ha
     return f" It would decode about {one.tokens_per_s.value:.2g} tokens/s."
 
 
-
-
 def actual_of(report: TurnReport, *, cold: bool = True) -> Actual:
     """What a turn came to. cold: its prompt was read by an empty cache. A few tokens are no measure of speed."""
     stall, experts = report.decode_shares

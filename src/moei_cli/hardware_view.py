@@ -30,7 +30,7 @@ def rows(profile: HardwareProfile) -> list[Row]:
         found.insert(2, (f"RAM limit (cgroup v{group.version})", format_size(group.limit), "", group.path))
     for threads, figure in profile.memory_bandwidth.items():
         best = figure == profile.best_memory_bandwidth
-        meaning = f"ceiling of resident decode: 1 GB of active weights a token, {figure.value / 1e9:.1f} tokens/s at best"
+        meaning = f"ceiling of resident decode: with 1 GB of active weights {figure.value / 1e9:.1f} tokens/s"
         found.append(
             (f"memory read, {threads} threads", _rate(figure), _spread(figure), meaning if best else "")
         )

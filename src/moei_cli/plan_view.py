@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from moei_core.forecast.forecast import (
     what_would_help,
 )
 from moei_core.forecast.formats import FORMATS, QUANTISED, StorageFormat
-from moei_core.forecast.ledger import correction
+from moei_core.forecast.ledger import Entry, correction, entries
 from moei_core.forecast.routing import Range
 from moei_core.forecast.shape import ModelShape, bundled_configs, bundled_shape
 from moei_core.forecast.speed import Speeds
@@ -42,7 +42,6 @@ class Candidate:
     one: Forecast | None
     problem: DoesNotFitError | None
     disk_problem: str = ""
-    uncorrected: Forecast | None = None
 
     def report(self) -> dict[str, Any]:
         """For JSON."""
@@ -124,6 +123,7 @@ class Planner:
     ram: int | None = None
     experts: ExpertBudget | None = None
     usable: int = field(default_factory=lambda: read_memory().usable)
+    past: list[Entry] = field(default_factory=entries)
 
     def candidate(self, shape: ModelShape, form: StorageFormat) -> Candidate:
         """The forecast of one model in one format, or why it does not fit."""
@@ -133,9 +133,12 @@ class Planner:
         except DoesNotFitError as error:
             return Candidate(shape, form, None, error)
         one = forecast(shape, form, speeds, budget, self.prompt_tokens)
-        learned = correction(self.profile.fingerprint, one)
-        shown = corrected(one, learned.decode, learned.ttft)
-        return Candidate(shape, form, shown, None, self._disk(shape, form), one)
+        return Candidate(shape, form, self._learned(one), None, self._disk(shape, form))
+
+    def _learned(self, one: Forecast) -> Forecast:
+        """``one`` with what this machine has taught."""
+        learned = correction(self.profile.fingerprint, one, self.past)
+        return corrected(one, learned.decode, learned.ttft)
 
     def _speeds(self) -> Speeds:
         return Speeds.of(self.profile, self.profile.disk_of(self.folder))
@@ -154,20 +157,20 @@ class Planner:
         chosen = self.candidate(shape, form)
         others = tuple(self.candidate(shape, other) for other in formats_of(shape) if other != form)
         changes: tuple[Change, ...] = ()
-        if chosen.one is not None and chosen.uncorrected is not None:
-            found = what_would_help(
-                shape,
-                chosen.uncorrected,
-                self._speeds(),
-                self.usable,
-                self.context,
-                self.ram,
-                self.experts,
-                tuple(FORMATS[name] for name in QUANTISED),
+        if chosen.one is not None:
+            changes = tuple(
+                what_would_help(
+                    shape,
+                    chosen.one,
+                    self._speeds(),
+                    self.usable,
+                    self.context,
+                    self.ram,
+                    self.experts,
+                    tuple(FORMATS[name] for name in QUANTISED),
+                    self._learned,
+                )
             )
-            # What was learned about this forecast goes for the changed one too.
-            now = chosen.one.tokens_per_s.value
-            changes = tuple(replace(change, tokens_per_s=now * change.factor) for change in found)
         disk = self.profile.disk_of(self.folder)
         return Plan(
             chosen,
@@ -308,7 +311,11 @@ def _print_chosen(plan: Plan, one: Forecast) -> None:
         render.print_table(
             ("what would change it", "tokens/s", ""),
             [
-                (change.what, f"{_short(one.tokens_per_s.value)} -> {_short(change.tokens_per_s)}", f"x{change.factor:.1f}")
+                (
+                    change.what,
+                    f"{_short(one.tokens_per_s.value)} -> {_short(change.tokens_per_s)}",
+                    f"x{change.factor:.1f}",
+                )
                 for change in plan.changes
             ],
             right=("tokens/s", ""),

@@ -32,7 +32,9 @@ def show_settings(
     else:
         # A budget needs no speeds but the memory of the process, of which a typical value is known.
         speeds = Speeds(0.0, ASSUMED_FRAMEWORK, None, ())
-    tokens = context or min(int(shape.config.get("max_position_embeddings") or _DEFAULT_CONTEXT), _DEFAULT_CONTEXT)
+    tokens = context or min(
+        int(shape.config.get("max_position_embeddings") or _DEFAULT_CONTEXT), _DEFAULT_CONTEXT
+    )
     limit = parse_size(ram, "--ram") if ram else None
     bound = ExpertBudget.parse(experts) if experts else None
     budget = plan_budget(shape, shape.format, speeds, memory.usable, tokens, limit, bound)

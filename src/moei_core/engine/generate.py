@@ -16,6 +16,7 @@ from moei_core.engine.sampling import Sampler
 from moei_core.errors import InterruptedTurnError
 from moei_core.types import Phase
 
+
 @dataclass(slots=True)
 class GenerationTimes:
     """Seconds that the parts of one turn have taken so far, and the tokens that went through them.

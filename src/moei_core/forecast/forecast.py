@@ -8,6 +8,7 @@ measured on this machine for this size of work, times how often the work is done
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from moei_core.config import PREFILL_CHUNK, ExpertBudget, format_size
@@ -239,8 +240,12 @@ def what_would_help(
     ram: int | None,
     experts: ExpertBudget | None,
     formats: tuple[StorageFormat, ...],
+    learned: Callable[[Forecast], Forecast] = lambda one: one,
 ) -> list[Change]:
-    """What would change the forecast by a tenth or more, the largest gain first."""
+    """What would change the forecast by a tenth or more, the largest gain first.
+
+    learned: corrects a forecast as ``now`` was corrected.
+    """
     found: list[Change] = []
 
     def consider(what: str, form: StorageFormat, machine: Speeds, free: int, limit: int | None) -> None:
@@ -250,7 +255,7 @@ def what_would_help(
             budget = plan_budget(shape, form, machine, free, context, limit, bound)
         except DoesNotFitError:
             return
-        other = forecast(shape, form, machine, budget, now.prompt_tokens)
+        other = learned(forecast(shape, form, machine, budget, now.prompt_tokens))
         factor = other.tokens_per_s.value / now.tokens_per_s.value
         if factor >= _WORTH_TELLING:
             found.append(Change(what, other.tokens_per_s.value, factor))
@@ -292,5 +297,3 @@ def corrected(one: Forecast, decode_factor: float, ttft_factor: float) -> Foreca
         ttft_s=scaled(one.ttft_s, ttft_factor),
         warm_ttft_s=scaled(one.warm_ttft_s, ttft_factor),
     )
-
-

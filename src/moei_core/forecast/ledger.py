@@ -12,7 +12,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,6 +75,11 @@ def ledger_path() -> Path:
     return state_dir() / "forecasts.jsonl"
 
 
+def _older() -> Path:
+    """What the ledger was before it became too long."""
+    return ledger_path().with_suffix(".old.jsonl")
+
+
 def write_prediction(
     fingerprint: str, shape: ModelShape, one: Forecast, what: str, warm: bool = False
 ) -> str:
@@ -120,7 +125,7 @@ def _append(line: dict[str, Any]) -> None:
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size > _LONGEST_FILE:
-            path.replace(path.with_suffix(".old.jsonl"))
+            path.replace(_older())
         # One write of one short line to a file opened for appending is whole, whoever else writes.
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -132,46 +137,59 @@ def _append(line: dict[str, Any]) -> None:
 def entries() -> list[Entry]:
     """The ledger in the order of the predictions. Damaged lines are passed over."""
     lines: list[dict[str, Any]] = []
-    with suppress(OSError, UnicodeDecodeError):
-        for text in ledger_path().read_text().splitlines():
-            with suppress(ValueError):
-                line = json.loads(text)
-                if isinstance(line, dict):
-                    lines.append(line)
+    for path in (_older(), ledger_path()):
+        with suppress(OSError, UnicodeDecodeError):
+            for text in path.read_text().splitlines():
+                with suppress(ValueError):
+                    line = json.loads(text)
+                    if isinstance(line, dict):
+                        lines.append(line)
     actuals = {line["actual"]: line for line in lines if "actual" in line}
     return [Entry(line, actuals.get(line["prediction"])) for line in lines if "prediction" in line]
 
 
 def clear() -> None:
     """Forget what was learned."""
-    with suppress(OSError):
-        ledger_path().unlink()
+    for path in (_older(), ledger_path()):
+        with suppress(OSError):
+            path.unlink()
 
 
 def correction(fingerprint: str, one: Forecast, past: Iterable[Entry] | None = None) -> Correction:
     """What earlier runs on this machine say about ``one``. past: None for the ledger."""
-    found = list(entries() if past is None else past)
-    decode = list(_ratios(found, fingerprint, "tokens_per_s", "bottleneck", one.decode.bottleneck))
-    ttft = list(_ratios(found, fingerprint, "ttft_s", "ttft_bottleneck", one.prefill.bottleneck))
+    found = [
+        entry
+        for entry in (entries() if past is None else past)
+        if entry.actual is not None and entry.prediction.get("fingerprint") == fingerprint
+    ]
+    decode = _lessons(found, "tokens_per_s", "bottleneck", one.decode.bottleneck, one.tokens_per_s.value)
+    ttft = _lessons(found, "ttft_s", "ttft_bottleneck", one.prefill.bottleneck, one.ttft_s.value)
     return Correction(1 / _learned(decode), _learned(ttft), max(len(decode), len(ttft)))
 
 
-def _ratios(
-    past: Iterable[Entry], fingerprint: str, quantity: str, kind: str, bottleneck: str
-) -> Iterator[float]:
-    """Actual over predicted, of runs on this machine with the same bottleneck."""
+def _lessons(
+    past: Iterable[Entry], quantity: str, kind: str, bottleneck: str, now: float
+) -> list[tuple[float, float]]:
+    """(weight, logarithm of actual over predicted) of the latest runs with the same bottleneck.
+
+    A run that was forecast ten times as fast as this one says little about it.
+    """
+    found = []
     for entry in past:
-        before, after = entry.prediction, entry.actual
-        if after is None or before.get("fingerprint") != fingerprint or before.get(kind) != bottleneck:
+        assert entry.actual is not None
+        expected, came = _positive(entry.prediction.get(quantity)), _positive(entry.actual.get(quantity))
+        if entry.prediction.get(kind) != bottleneck or expected is None or came is None:
             continue
-        expected, came = before.get(quantity), after.get(quantity)
-        if isinstance(expected, int | float) and isinstance(came, int | float) and expected > 0 and came > 0:
-            yield came / expected
+        ratio = max(-_LARGEST, min(_LARGEST, math.log(came / expected)))
+        found.append((1 / (1 + math.log(expected / now) ** 2), ratio))
+    return found[-_REMEMBERED:]
 
 
-def _learned(ratios: list[float]) -> float:
-    latest = ratios[-_REMEMBERED:]
-    if not latest:
-        return 1.0
-    logs = [max(-_LARGEST, min(_LARGEST, math.log(ratio))) for ratio in latest]
-    return math.exp(sum(logs) / (len(logs) + _WEIGHT_OF_NONE))
+def _positive(value: Any) -> float | None:
+    usable = isinstance(value, int | float) and math.isfinite(value) and value > 0
+    return float(value) if usable else None
+
+
+def _learned(lessons: list[tuple[float, float]]) -> float:
+    total = sum(weight for weight, _ in lessons) + _WEIGHT_OF_NONE
+    return math.exp(sum(weight * ratio for weight, ratio in lessons) / total)

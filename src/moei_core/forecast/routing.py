@@ -87,7 +87,7 @@ class Routing:
 
 
 def _uniform_touched(experts: int, top_k: int, tokens: float) -> float:
-    return 1 - (1 - top_k / experts) ** float(tokens)
+    return 1 - math.pow(1 - top_k / experts, tokens)
 
 
 def _between(points: Sequence[tuple[float, float]], at: float) -> float:

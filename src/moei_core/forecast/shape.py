@@ -9,19 +9,25 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-from moei_core.errors import MoeiError, UnsupportedModelError
+from moei_core.errors import MoeiError, OfflineError, UnsupportedModelError
 from moei_core.forecast.formats import FORMATS, StorageFormat, stored_format
 from moei_core.hardware.budget import kv_width
 from moei_core.hub.aliases import find_alias
 from moei_core.hub.summary import expert_count, expert_top_k, read_config, summarize, text_config
 from moei_core.hub.synthetic_models import SYNTHETIC_MODELS
+from moei_core.paths import cache_dir
 from moei_core.types import ModelSpec
+
+if TYPE_CHECKING:
+    from moei_core.hub.remote import Remote
 
 Config = Mapping[str, Any]
 
@@ -32,8 +38,8 @@ class ModelShape:
 
     layers: decoder layers, of which ``moe_layers`` have ``experts`` routed experts of ``expert_weights`` each, and
     ``top_k`` serve a token. dense_weights: everything else, embeddings included; a token reads ``active_weights``
-    of it. unused_weights: of layers that a chat never runs. format: of the experts as stored; dense_format: of the rest.
-    uniform_routing: random weights, so every expert is as likely as the others. source: where this comes from.
+    of it. unused_weights: of layers that a chat never runs. format: of the experts as stored; dense_format: of the
+    rest. uniform_routing: random weights, so every expert is as likely as the others. source: where this comes from.
     """
 
     name: str
@@ -113,7 +119,9 @@ def shape_of_config(name: str, config: Config, stored: str = "", source: str = "
         return _count(name, text, experts, top_k, stored or _stored(config), source)
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise UnsupportedModelError(
-            f"The config of {name} cannot be understood.", f"It lacks {error}.", "moei plan needs its dimensions."
+            f"The config of {name} cannot be understood.",
+            f"It lacks {error}.",
+            "moei plan needs its dimensions.",
         ) from None
 
 
@@ -122,7 +130,9 @@ def _stored(config: Config) -> str:
     named = str(method.get("quant_method", "")).lower() if isinstance(method, Mapping) else ""
     if named in FORMATS:
         return named
-    return {"float32": "f32", "float16": "f16"}.get(str(config.get("torch_dtype") or config.get("dtype")), "bf16")
+    return {"float32": "f32", "float16": "f16"}.get(
+        str(config.get("torch_dtype") or config.get("dtype")), "bf16"
+    )
 
 
 def _count(name: str, text: Config, experts: int, top_k: int, stored: str, source: str) -> ModelShape:
@@ -141,7 +151,9 @@ def _count(name: str, text: Config, experts: int, top_k: int, stored: str, sourc
     total = dense + table * (1 if text.get("tie_word_embeddings") else 2)
     # A multi-token prediction layer is a whole layer and a projection of two hidden states.
     extra = int(text.get("num_nextn_predict_layers") or 0)
-    unused = extra * (attention // layers + experts * (expert + hidden) + 3 * hidden * shared + 2 * hidden * hidden)
+    unused = extra * (
+        attention // layers + experts * (expert + hidden) + 3 * hidden * shared + 2 * hidden * hidden
+    )
     form = FORMATS[stored]
     dense_format = FORMATS["fp8"] if stored == "fp8" else FORMATS["f32" if stored == "f32" else "bf16"]
     return ModelShape(
@@ -218,7 +230,9 @@ def bundled_shape(text: str) -> ModelShape | None:
     alias = find_alias(text)
     if alias is None or alias.name not in bundled_configs():
         return None
-    return shape_of_config(alias.name, bundled_configs()[alias.name], alias.format, "moei's table of known shapes")
+    return shape_of_config(
+        alias.name, bundled_configs()[alias.name], alias.format, "moei's table of known shapes"
+    )
 
 
 def shape_of_folder(name: str, folder: Path, *, uniform_routing: bool = False) -> ModelShape:
@@ -230,7 +244,9 @@ def shape_of_folder(name: str, folder: Path, *, uniform_routing: bool = False) -
     found = summarize(folder)
     if not found.moe_layers:
         raise UnsupportedModelError(
-            f"{name} has no routed experts.", "None of its tensors is one.", "Is it a Mixture-of-Experts model?"
+            f"{name} has no routed experts.",
+            "None of its tensors is one.",
+            "Is it a Mixture-of-Experts model?",
         )
     form = FORMATS[stored_format(next(iter(found.formats), "BF16"))]
     width = form.bits / 8
@@ -249,24 +265,45 @@ def shape_of_folder(name: str, folder: Path, *, uniform_routing: bool = False) -
     )
 
 
-def shape_of_repo(repo: str, revision: str | None) -> ModelShape:
-    """The shape of a model on the hub: reads its config and file list, a few kilobytes.
+def shape_of_repo(repo: str, revision: str | None, remote: Remote | None = None) -> ModelShape:
+    """The shape of a model on the hub: reads its config and file list, a few kilobytes, and keeps them.
 
-    Raises: ModelNotFoundError, OfflineError, UnsupportedModelError, MoeiError.
+    Without a network, what was kept. remote: None for the hub that is set. Raises: ModelNotFoundError, OfflineError, UnsupportedModelError, MoeiError.
     """
-    from moei_core.hub.layout import DEFAULT_REVISION
     from moei_core.hub.remote import Remote
 
-    remote = Remote(repo)
-    info = remote.model_info(revision or DEFAULT_REVISION)
-    commit = info.sha or revision or DEFAULT_REVISION
+    kept = cache_dir() / "plans" / (quote(f"{repo}@{revision or ''}", safe="@") + ".json")
+    source = "its config and file list on the hub"
     try:
-        config = json.loads(remote.read(commit, "config.json"))
+        config, nbytes = _ask_hub(remote or Remote(repo), revision)
+    except OfflineError:
+        try:
+            content = json.loads(kept.read_text())
+            config, nbytes = dict(content["config"]), int(content["nbytes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        else:
+            return _with_total(shape_of_config(repo, config, source=f"{source}, as it was last time"), nbytes)
+        raise
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps({"config": config, "nbytes": nbytes}))
+    return _with_total(shape_of_config(repo, config, source=source), nbytes)
+
+
+def _ask_hub(remote: Remote, revision: str | None) -> tuple[dict[str, Any], int]:
+    """(config, bytes of all weight files)."""
+    from moei_core.hub.layout import DEFAULT_REVISION
+
+    info = remote.model_info(revision or DEFAULT_REVISION)
+    try:
+        config = json.loads(remote.read(info.sha or revision or DEFAULT_REVISION, "config.json"))
     except ValueError:
-        raise MoeiError(f"The config of {repo} is not valid JSON.", hint="Ask the model's authors.") from None
-    shape = shape_of_config(repo, config, source="its config and file list on the hub")
+        config = None
+    if not isinstance(config, dict):
+        raise MoeiError(f"The config of {remote.repo} is not valid JSON.", hint="Ask the model's authors.")
     sizes = [one.size or 0 for one in info.siblings or () if one.rfilename.endswith(".safetensors")]
-    return _with_total(shape, sum(sizes))
+    return config, sum(sizes)
 
 
 def _with_total(shape: ModelShape, nbytes: int) -> ModelShape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from moei_core.config import READERS
 from moei_core.forecast.formats import FORMATS, StorageFormat
@@ -130,7 +131,7 @@ def _line(points: Sequence[Point], at: float) -> float:
     """Linear between the points, level beyond their ends."""
     if at <= points[0][0]:
         return points[0][1]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         if at <= x1:
             return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
     return points[-1][1]

@@ -80,7 +80,9 @@ class MemoryUse:
             BudgetLine("runtime", self.process - self.dense, "Python, torch and transformers, measured"),
             BudgetLine("dense weights", self.dense, "attention, norms, routers, embeddings: for every token"),
             BudgetLine("context", self.kv, context),
-            BudgetLine("workspace", self.workspace, f"the largest temporary memory of {PREFILL_CHUNK} tokens"),
+            BudgetLine(
+                "workspace", self.workspace, f"the largest temporary memory of {PREFILL_CHUNK} tokens"
+            ),
             BudgetLine("margin", self.margin, "allocator, threads, kernel, libraries' caches: 24 MiB and 2%"),
         ]
 
@@ -179,7 +181,9 @@ def plan_slots(
     lines = use.lines()
     if ram is None and experts is None:
         # The system's part is the margin then, and far larger.
-        lines[-1] = BudgetLine("margin", available // SYSTEM_SHARE, "a tenth of free memory, left to the system")
+        lines[-1] = BudgetLine(
+            "margin", available // SYSTEM_SHARE, "a tenth of free memory, left to the system"
+        )
         limit = use.process + available
     return SlotBudget(
         slots, working, residents(slots, working, total), slot_nbytes, reason, limit, (*lines, count)
