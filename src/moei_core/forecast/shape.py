@@ -268,7 +268,8 @@ def shape_of_folder(name: str, folder: Path, *, uniform_routing: bool = False) -
 def shape_of_repo(repo: str, revision: str | None, remote: Remote | None = None) -> ModelShape:
     """The shape of a model on the hub: reads its config and file list, a few kilobytes, and keeps them.
 
-    Without a network, what was kept. remote: None for the hub that is set. Raises: ModelNotFoundError, OfflineError, UnsupportedModelError, MoeiError.
+    Without a network, what was kept. remote: None for the hub that is set.
+    Raises: ModelNotFoundError, OfflineError, UnsupportedModelError, MoeiError.
     """
     from moei_core.hub.remote import Remote
 
