@@ -72,7 +72,10 @@ def _measure(model: LoadedModel, clock: _LayerClock, tokens: int) -> FrameworkCo
         experts_before, started = runtime.statistics.expert_compute_s, time.perf_counter()
         with torch.inference_mode():
             network(
-                input_ids=torch.tensor([ids]), past_key_values=cache.cache, use_cache=True, logits_to_keep=1
+                input_ids=torch.tensor([ids]),
+                past_key_values=cache.cache,
+                use_cache=True,
+                logits_to_keep=torch.tensor([-1]),
             )
         elapsed = time.perf_counter() - started
         cache.commit(ids)

@@ -32,6 +32,11 @@ class GenerationTimes:
     token_s: list[float] = field(default_factory=list)
 
 
+_LAST = torch.tensor([-1])
+"""The logits to compute. Not the number 1: that takes a strided view of the hidden states, for which torch reorders
+the whole output head, as large as the head itself and as slow as copying it."""
+
+
 class Generator:
     """Generates from token ids with one model, one runtime and one conversation's cache."""
 
@@ -108,7 +113,7 @@ class Generator:
                     input_ids=torch.tensor([tokens]),
                     past_key_values=self._cache.cache,
                     use_cache=True,
-                    logits_to_keep=1,
+                    logits_to_keep=_LAST,
                 )
         except BaseException:
             self._cache.roll_back()
