@@ -27,6 +27,8 @@ class ModelBenchOptions:
     layers: int | None = None
     trace: str | None = None
     policy: str | None = None
+    predictor: str | None = None
+    prefetch: str = "auto"
     experts: str | None = None
     ram: str | None = None
     context: int | None = None
@@ -48,6 +50,7 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
     from moei_cli.forecasts import NEVER_MEASURED, predict, print_beside, refusals_with_speed
 
     with render.waiting(f"Loading {name}"):
+        from moei_cli.prefetch_options import parse_predictor, parse_prefetch
         from moei_core.cache.policies import DEFAULT_POLICY
         from moei_core.engine.forced_routing import ForcedRouting
         from moei_core.engine.loaded_model import LoadedModel, LoadOptions
@@ -57,7 +60,15 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
         context = options.context or options.prompt_tokens + options.new_tokens
         with refusals_with_speed(files):
             loaded = LoadedModel(
-                files.folder, LoadOptions(ram, budget, max(context, 16), options.policy or DEFAULT_POLICY)
+                files.folder,
+                LoadOptions(
+                    ram,
+                    budget,
+                    max(context, 16),
+                    options.policy or DEFAULT_POLICY,
+                    predictor=parse_predictor(options.predictor),
+                    prefetch=parse_prefetch(options.prefetch),
+                ),
             )
     with loaded as model:
         if options.trace is not None:
@@ -214,7 +225,7 @@ def _show(report: dict[str, Any]) -> None:
     rows = []
     for condition, figures in report["conditions"].items():
         decode = figures["decode_tokens_per_s"]
-        waiting = figures["stall_s"]["median"] / figures["total_s"]["median"]
+        waiting = figures["disk_s"]["median"] / figures["total_s"]["median"]
         rows.append(
             (
                 condition,

@@ -10,7 +10,7 @@ from moei_cli.forecasts import shape_of
 from moei_cli.measured_machine import stored_profile
 from moei_cli.plan_view import print_budget
 from moei_core.cache.policies import DEFAULT_POLICY
-from moei_core.config import PREFILL_CHUNK, READERS, ExpertBudget, format_size, parse_size
+from moei_core.config import CHUNK_NBYTES, PREFILL_CHUNK, READERS, ExpertBudget, format_size, parse_size
 from moei_core.forecast.forecast import plan_budget
 from moei_core.forecast.speed import ASSUMED_FRAMEWORK, Speeds
 from moei_core.hardware.system import read_memory
@@ -46,7 +46,8 @@ def show_settings(
         ("context", f"{tokens} tokens", "--context" if context else "automatic: the model's, at most 4096"),
         ("policy", DEFAULT_POLICY, "default: the best of docs/policies.md"),
         ("prompt chunk", f"{PREFILL_CHUNK} tokens", "fixed, so that results never depend on a budget"),
-        ("readers", str(READERS), "fixed: a disk reaches its bandwidth at a few megabytes in flight"),
+        ("readers", f"{READERS}, {format_size(CHUNK_NBYTES)} at a time",
+         "fixed: a disk reaches its bandwidth at a few megabytes in flight"),
         ("free memory", format_size(memory.usable), memory.reason),
     ]  # fmt: skip
     if as_json:

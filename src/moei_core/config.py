@@ -27,7 +27,10 @@ PREFILL_CHUNK = 256
 
 
 READERS = 4
-"""Experts read at the same time; a disk reaches its bandwidth at a few megabytes in flight."""
+"""Chunks read at the same time; a disk reaches its bandwidth at a few megabytes in flight."""
+
+CHUNK_NBYTES = 2 << 20
+"""What is read at a time. Larger chunks make a demand load wait longer for a prefetch that has begun."""
 
 
 def parse_size(text: str, option: str = "size") -> int:

@@ -68,7 +68,7 @@ def test_a_plan_shows_tiers_account_speed_and_what_would_help(moei: Moei, measur
     assert "RAM   #" in shown
     assert "of experts on disk only" in shown
     assert "left to the system" in shown
-    assert "limited by reading missing experts from disk" in shown
+    assert "limited by waiting for missing experts from disk" in shown
     assert "+16 GB RAM" in shown
     assert "q4_0 instead of bf16" in shown
     report = json.loads(moei("plan", "mixtral-8x7b", "--json").out)

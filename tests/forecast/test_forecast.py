@@ -50,23 +50,33 @@ def test_a_resident_mixtral_is_bound_by_reading_its_active_weights() -> None:
     assert one.tokens_per_s.value == pytest.approx(1 / one.decode.total)
 
 
-def test_misses_cost_their_bytes_over_the_disks_bandwidth() -> None:
+def test_misses_cost_what_computing_does_not_hide() -> None:
+    """One layer of two experts: both hit, one is missing, or both are; the last to arrive is computed last."""
     one, shape = made("mixtral-8x7b", 0.5), shape_of("mixtral-8x7b")
-    missing = 32 * 2 * (1 - one.budget.resident / 256)
-    assert one.hit.value == pytest.approx(one.budget.resident / 256)
-    assert one.decode.disk == pytest.approx(missing * shape.expert_nbytes(BF16) / 1e9)
+    hit = one.budget.resident / 256
+    assert one.hit.value == pytest.approx(hit)
+    compute = shape.expert_weights * 2 / (0.6 * 20e9) + 5e-5
+    read = shape.expert_nbytes(BF16) / 1e9
+    waits = 2 * hit * (1 - hit) * (read - compute) + (1 - hit) ** 2 * (2 * read - compute)
+    assert one.decode.disk == pytest.approx(32 * waits)
     assert one.bottleneck == "disk"
+    fast = Speeds.of(made_profile(disk_bandwidth=1e12), made_profile(disk_bandwidth=1e12).disks[0])
+    assert made("qwen3-30b-a3b", 0.9, fast).decode.disk < 1e-3 * one.decode.disk
 
 
 def test_a_cold_prompt_reads_every_expert_it_touches_once() -> None:
     one, shape = made("qwen3-30b-a3b", 0.25, prompt=256), shape_of("qwen3-30b-a3b")
-    touched = 48 * 128 * (1 - (1 - 8 / 128) ** 256)
-    assert one.prefill.disk == pytest.approx(touched * shape.expert_nbytes(BF16) / 1e9)
+    touched = 128 * (1 - (1 - 8 / 128) ** 256)
+    a_expert = one.prefill.experts / 48 / touched
+    read = touched * shape.expert_nbytes(BF16) / 1e9
+    assert read > touched * a_expert
+    assert one.prefill.disk == pytest.approx(48 * (read + a_expert - touched * a_expert))
     assert one.warm_ttft_s.value < one.ttft_s.value
     longer = made("qwen3-30b-a3b", 0.25, prompt=512)
     # The second chunk finds what is resident, and only that.
-    second = touched * (1 - longer.budget.resident / 6144)
-    assert longer.prefill.disk == pytest.approx((touched + second) * shape.expert_nbytes(BF16) / 1e9)
+    missing = touched * (1 - longer.budget.resident / 6144)
+    second = missing * shape.expert_nbytes(BF16) / 1e9 + a_expert - touched * a_expert
+    assert longer.prefill.disk == pytest.approx(one.prefill.disk + 48 * max(0.0, second))
 
 
 def test_many_rows_are_bound_by_arithmetic() -> None:
@@ -110,13 +120,18 @@ def test_ranges_hold_what_is_expected(gbps: float, share: float) -> None:
 def test_a_disk_that_cannot_keep_it_up_is_judged_by_what_it_keeps_up() -> None:
     disk = replace(PROFILE.disks[0], sustained=exactly(0.25e9))
     slow = made("mixtral-8x7b", 0.5, Speeds.of(PROFILE, disk))
-    assert slow.decode.disk == pytest.approx(4 * made("mixtral-8x7b", 0.5).decode.disk)
+    # Four times the reading, of which the same is hidden.
+    assert 4 < slow.decode.disk / made("mixtral-8x7b", 0.5).decode.disk < 4.5
 
 
-def test_a_machine_without_a_disk_has_no_speed_unless_all_is_resident() -> None:
+def test_a_disk_that_was_not_measured_is_assumed_in_a_wide_range() -> None:
     speeds = Speeds.of(PROFILE, None)
-    assert made("mixtral-8x7b", 0.5, speeds).tokens_per_s.value == 0.0
-    assert made("mixtral-8x7b", 1.0, speeds).tokens_per_s.value > 0.4
+    span = speeds.read(1 << 20, 3)
+    assert span.value == pytest.approx((3 << 20) / 0.5e9)
+    assert span.high == pytest.approx(16 * span.low)
+    one = made("mixtral-8x7b", 0.5, speeds)
+    assert one.tokens_per_s.high > 4 * one.tokens_per_s.low
+    assert made("mixtral-8x7b", 1.0, speeds).decode == made("mixtral-8x7b", 1.0).decode
 
 
 def test_a_plan_uses_what_is_free_and_refuses_what_does_not_fit() -> None:

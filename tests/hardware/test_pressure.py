@@ -23,7 +23,6 @@ from moei_core.hub.resolve import resolve_model
 from moei_core.scheduler import ExpertScheduler
 from moei_core.sim.replay import replay
 from moei_core.trace import TraceEvent, TraceWriter, read_trace
-from moei_core.types import ExpertKey
 from tests.hardware.fakes import GIB
 
 MIB = 1 << 20
@@ -136,20 +135,25 @@ def test_always_between_the_working_set_and_the_budget(history: list[tuple[int, 
     assert [one.before for one in governor.resizes] == steps[:-1]
 
 
-def test_trimmed_slots_are_no_memory() -> None:
+def test_slots_that_are_not_needed_are_no_memory() -> None:
     pool = SlotPool(8, 16 * MIB)
-    keys = [ExpertKey(0, expert) for expert in range(8)]
-    for key in keys:
-        pool.take(key)
-        pool.view(key)[:] = b"x" * pool.slot_nbytes
+    slots = [pool.take() for _ in range(8)]
+    for slot in slots:
+        pool.view(slot)[:] = b"x" * pool.slot_nbytes
     full = psutil.Process().memory_info().rss
-    for key in keys[2:]:
-        pool.give_back(key)
-    pool.trim()
+    for slot in slots[2:]:
+        pool.give_back(slot)
+    pool.resize(3)
     assert full - psutil.Process().memory_info().rss > 80 * MIB
-    assert bytes(pool.view(keys[0])[:4]) == b"xxxx"
-    pool.take(keys[5])
-    pool.view(keys[5])[:1] = b"y"
+    assert bytes(pool.view(slots[0])[:4]) == b"xxxx"
+    # Two are in use, so one more may be, until it grows again.
+    assert pool.free == 1
+    pool.resize(8)
+    assert pool.free == 6
+    assert sorted(pool.take() for _ in range(6)) == sorted(slots[2:])
+    # Shrunk below what is in use, nothing is free until that is given back.
+    pool.resize(4)
+    assert pool.free == 0
 
 
 Plan = dict[int, int]
@@ -188,9 +192,9 @@ def test_resizes_change_no_answer_and_replay_to_the_same_counters(tmp_path: Path
     assert resized.scheduler.statistics != model.scheduler.statistics
     trace = read_trace(tmp_path / "resized")
     assert trace.events is not None
-    working = resized.budget.working
-    wanted = [(int(TraceEvent.RESIZE), slots - working) for slots in resizes.values()]
-    assert [(kind, capacity) for _, kind, capacity, _ in trace.events.tolist()] == wanted
+    budget = resized.budget
+    capacities = [row[2] for row in trace.events.tolist() if row[1] == TraceEvent.RESIZE]
+    assert capacities == [slots - budget.working - budget.spare for slots in resizes.values()]
     budget, experts = resized.budget, resized.spec.num_experts
     simulated = ExpertScheduler(
         ExpertCache(budget.resident, POLICIES[resized.options.policy](budget.resident, experts)),
@@ -205,7 +209,8 @@ def test_a_loaded_model_has_a_governor(chat_folder: Callable[..., Path]) -> None
     with LoadedModel(chat_folder("qwen3_moe"), options) as model:
         governor = model.runtime.governor
         assert governor is not None
-        assert (governor.slots, governor.working) == (model.budget.slots, model.budget.working)
+        least = model.budget.working + model.budget.spare
+        assert (governor.slots, governor.working) == (model.budget.slots, least)
         model.runtime.resize(governor.working)
         assert model.scheduler.resident_count == 0
 
@@ -215,15 +220,16 @@ def test_the_pool_never_holds_more_than_it_may(slots: int) -> None:
     with LoadedModel(resolve_model("moei-demo").folder, LoadOptions(experts=ExpertBudget(0.5))) as model:
         model.runtime.governor = None
         model.runtime.resize(slots)
-        most = 0
-        take = model.runtime._pool.take
+        pool, most = model.runtime._pool, 0
+        take = pool.take
 
-        def counted(key: ExpertKey) -> None:
+        def counted() -> int:
             nonlocal most
-            take(key)
-            most = max(most, len(model.runtime._pool))
+            slot = take()
+            most = max(most, pool.count - pool.free - len(pool._retired))
+            return slot
 
-        model.runtime._pool.take = counted  # type: ignore[method-assign]
+        pool.take = counted  # type: ignore[method-assign]
         session = ChatSession(model, GenerationSettings(max_new_tokens=8, temperature=0))
         list(session.reply("What is an expert?"))
         assert most == slots

@@ -20,6 +20,7 @@ from moei_core.hardware.probe import Effort, measure
 from moei_core.hardware.probe import disk as disk_probe
 from moei_core.hardware.probe.disk import DiskEffort, nameless_file, probe_disk
 from moei_core.hardware.profile import fingerprint, load_profile, profile_path, save_profile
+from moei_core.quant import native
 from tests.cli.conftest import Outcome
 from tests.hardware.fakes import FakeGpu, FakeNvml, exactly, made_profile
 from tests.hardware.test_gpus import BOARD
@@ -162,7 +163,10 @@ def test_the_whole_probe(tmp_path: Path) -> None:
     assert list(profile.memory_bandwidth) == sorted(profile.memory_bandwidth, key=int)
     assert all(figure.value > 0 for figure in profile.memory_bandwidth.values())
     # A buffer of 4 MiB holds only the smallest matrix in bf16.
-    assert {(kernel.format, kernel.nbytes) for kernel in profile.kernels} == {("bf16", 768 * 2048 * 2)}
+    torch_cells = {(kernel.format, kernel.nbytes) for kernel in profile.kernels if kernel.kernel == "torch"}
+    assert torch_cells == {("bf16", 768 * 2048 * 2)}
+    found = {kernel.format for kernel in profile.kernels if kernel.kernel == "native"}
+    assert found == ({"q8_0", "q4_0", "mxfp4"} if native.available() else set())
     assert [gpu.note for gpu in profile.gpus] == ["", "no kernel image"]
     assert "GPU 1 was not measured: no kernel image." in profile.notes
     assert profile.framework is None

@@ -19,8 +19,6 @@ _SIMULATE = (
     "sequences",
     "half",
     "interleave",
-    "predictor",
-    "prefetch",
     "expert_size",
     "disk",
     "workers",

@@ -63,6 +63,12 @@ def chat(
         bool | None, typer.Option("--think/--no-think", help="For models that can think before they answer.")
     ] = None,
     policy: Annotated[str | None, typer.Option(help="Cache policy.")] = None,
+    predictor: Annotated[
+        str | None, typer.Option(help="What to prefetch by: none, default, or a predictor's name.")
+    ] = None,
+    prefetch: Annotated[
+        str, typer.Option(help="off, on, or auto: keep it only if it makes things faster.")
+    ] = "auto",
     dtype: Annotated[str | None, typer.Option(help="Compute in float32, bfloat16 or float16.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="With a prompt: one JSON object with the answer and all figures.")
@@ -94,7 +100,9 @@ def chat(
         "seed": seed,
         "stop": tuple(stop) if stop else None,
     }
-    session = _open(files, experts, ram, context, policy, dtype, system, overrides, quiet=as_json)
+    session = _open(
+        files, experts, ram, context, policy, predictor, prefetch, dtype, system, overrides, quiet=as_json
+    )
     session.thinking = think
     last_model.remember(files)
     try:
@@ -136,6 +144,8 @@ def _open(
     ram: str | None,
     context: int | None,
     policy: str | None,
+    predictor: str | None,
+    prefetch: str,
     dtype: str | None,
     system: str | None,
     overrides: dict[str, Any],
@@ -159,13 +169,23 @@ def _open(
     from moei_cli.forecasts import refusals_with_speed
 
     with render.waiting(f"Loading {files.name}"):
+        from moei_cli.prefetch_options import parse_predictor, parse_prefetch
         from moei_core.cache.policies import DEFAULT_POLICY
         from moei_core.engine.chat_session import ChatSession
         from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 
         with refusals_with_speed(files):
             model = LoadedModel(
-                files.folder, LoadOptions(ram_nbytes, budget, context, policy or DEFAULT_POLICY, dtype)
+                files.folder,
+                LoadOptions(
+                    ram_nbytes,
+                    budget,
+                    context,
+                    policy or DEFAULT_POLICY,
+                    dtype,
+                    parse_predictor(predictor),
+                    parse_prefetch(prefetch),
+                ),
             )
     if not quiet:
         spec, slots = model.spec, model.budget

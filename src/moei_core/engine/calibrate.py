@@ -78,6 +78,7 @@ def _measure(model: LoadedModel, clock: _LayerClock, tokens: int) -> FrameworkCo
                 logits_to_keep=torch.tensor([-1]),
             )
         elapsed = time.perf_counter() - started
+        runtime.end_pass()
         cache.commit(ids)
         return elapsed, clock.seconds[-1], runtime.statistics.expert_compute_s - experts_before
 

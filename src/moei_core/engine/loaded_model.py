@@ -31,11 +31,16 @@ from moei_core.hardware.budget import (
 )
 from moei_core.hardware.memory import available_memory, resident_memory
 from moei_core.hardware.pressure import MemoryGovernor
+from moei_core.predict import PREDICTORS, ExpertPredictor
+from moei_core.prefetch import PrefetchMode
 from moei_core.scheduler import ExpertScheduler
 from moei_core.store.safetensors_store import SafetensorsStore
 from moei_core.types import ModelSpec
 
 DEFAULT_CONTEXT = 4096
+PREFETCH_SLOTS = 2
+"""One prefetch on its way while the one before waits for the next layer."""
+
 _WORTH_SHARING = 1 << 20
 """Bytes of an expert from which a product is worth more than one thread."""
 
@@ -45,6 +50,7 @@ class LoadOptions:
     """ram: bytes for the whole process. experts: bound on the slots. context: tokens of one conversation.
 
     policy: a name of ``POLICIES``. dtype: ``float32``, ``bfloat16``, ``float16`` or None for the checkpoint's.
+    predictor: a name of ``PREDICTORS`` to prefetch by, or None. prefetch: when to follow it.
     """
 
     ram: int | None = None
@@ -52,6 +58,8 @@ class LoadOptions:
     context: int | None = None
     policy: str = DEFAULT_POLICY
     dtype: str | None = None
+    predictor: str | None = None
+    prefetch: PrefetchMode = PrefetchMode.AUTO
 
 
 class LoadedModel:
@@ -61,6 +69,7 @@ class LoadedModel:
         """Raises: errors of ``moei_core.errors`` for anything that is wrong with the folder or the options."""
         started = time.perf_counter()
         make_policy = _policy(options.policy)
+        make_predictor = _predictor(options.predictor)
         self.folder = folder
         self.adapter = TransformersAdapter(folder, _dtype(options.dtype))
         self.spec: ModelSpec = self.adapter.spec()
@@ -75,13 +84,25 @@ class LoadedModel:
             self.spec = self.adapter.spec()
             use = self._memory_use(resident_memory(), slot_nbytes)
             self.budget: SlotBudget = plan_slots(
-                self.spec, slot_nbytes, use, available_memory(), options.ram, options.experts
+                self.spec,
+                slot_nbytes,
+                use,
+                available_memory(),
+                options.ram,
+                options.experts,
+                PREFETCH_SLOTS if make_predictor else 0,
             )
             policy = make_policy(self.budget.resident, self.spec.num_experts)
-            self.scheduler = ExpertScheduler(ExpertCache(self.budget.resident, policy), self.budget.working)
+            self.scheduler = ExpertScheduler(
+                ExpertCache(self.budget.resident, policy),
+                self.budget.working,
+                make_predictor(self.spec.num_experts) if make_predictor and self.budget.spare else None,
+                options.prefetch,
+            )
             pool = SlotPool(self.budget.slots, slot_nbytes)
-            self.runtime = ExpertRuntime(store, pool, self.scheduler)
-            self.runtime.governor = MemoryGovernor(self.budget.slots, self.budget.working, slot_nbytes)
+            self.runtime = ExpertRuntime(store, pool, self.scheduler, self.budget.spare)
+            least = self.budget.working + self.budget.spare
+            self.runtime.governor = MemoryGovernor(self.budget.slots, least, slot_nbytes)
         except BaseException:
             store.close()
             raise
@@ -175,6 +196,12 @@ def _policy(name: str) -> Callable[[int, Mapping[int, int]], CachePolicy]:
             f"There is no cache policy '{name}' for a chat.", why, f"Choose from: {', '.join(live)}."
         )
     return POLICIES[name]
+
+
+def _predictor(name: str | None) -> Callable[[Mapping[int, int]], ExpertPredictor] | None:
+    if name is not None and name not in PREDICTORS:
+        raise UsageError(f"There is no predictor '{name}'.", hint=f"Choose from: {', '.join(PREDICTORS)}.")
+    return None if name is None else PREDICTORS[name]
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

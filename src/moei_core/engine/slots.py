@@ -5,15 +5,13 @@ from __future__ import annotations
 import mmap as mmap_module
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
-from moei_core.types import ExpertKey
-
 _MADV_DONTNEED: int | None = getattr(mmap_module, "MADV_DONTNEED", None)
 
 
 class SlotPool:
     """``count`` slots of ``slot_nbytes`` bytes (a multiple of the page size) in one anonymous mapping.
 
-    The kernel commits a page when it is first written, so a pool costs what it has held since the last ``trim``.
+    The kernel commits a page when it is first written, so a pool costs what it has held since the last ``resize``.
     """
 
     def __init__(self, count: int, slot_nbytes: int) -> None:
@@ -23,33 +21,33 @@ class SlotPool:
         self._memory = mmap(-1, count * slot_nbytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
         self._view = memoryview(self._memory)
         self._free = list(range(count - 1, -1, -1))
-        self._slot_of: dict[ExpertKey, int] = {}
+        self._retired: list[int] = []
 
-    def __contains__(self, key: ExpertKey) -> bool:
-        return key in self._slot_of
+    @property
+    def free(self) -> int:
+        """How many slots nobody holds."""
+        return len(self._free)
 
-    def __len__(self) -> int:
-        return len(self._slot_of)
+    def take(self) -> int:
+        """The number of a free slot, which is the caller's until it is given back."""
+        return self._free.pop()
 
-    def experts(self) -> list[ExpertKey]:
-        """The experts that have a slot."""
-        return list(self._slot_of)
+    def give_back(self, slot: int) -> None:
+        self._free.append(slot)
 
-    def take(self, key: ExpertKey) -> None:
-        """Give ``key`` a free slot. A plan never asks for more than there are."""
-        self._slot_of[key] = self._free.pop()
-
-    def give_back(self, key: ExpertKey) -> None:
-        """Free ``key``'s slot."""
-        self._free.append(self._slot_of.pop(key))
-
-    def view(self, key: ExpertKey) -> memoryview:
-        """The writable, page-aligned bytes of ``key``'s slot."""
-        start = self._slot_of[key] * self.slot_nbytes
+    def view(self, slot: int) -> memoryview:
+        """The writable, page-aligned bytes of a slot."""
+        start = slot * self.slot_nbytes
         return self._view[start : start + self.slot_nbytes]
 
-    def trim(self) -> None:
-        """Give the memory of all free slots back to the system; they cost nothing until they are used again."""
+    def resize(self, slots: int) -> None:
+        """Let at most ``slots`` be used, those in use counted; the memory of all that are free goes back.
+
+        The others cannot be taken until the pool is resized again.
+        """
+        idle = self._free + self._retired
+        usable = max(0, slots - (self.count - len(idle)))
+        self._free, self._retired = idle[:usable], idle[usable:]
         if _MADV_DONTNEED is not None:
-            for slot in self._free:
+            for slot in idle:
                 self._memory.madvise(_MADV_DONTNEED, slot * self.slot_nbytes, self.slot_nbytes)

@@ -1,8 +1,8 @@
 """The forecast: tokens a second and time to the first token, from shape, machine, budget and routing.
 
-The cost model is the simulator's (one compute lane, one disk), in closed form: experts that are missing are read
-before they are computed, and nothing overlaps, because that is what the engine does. Every term is a time that was
-measured on this machine for this size of work, times how often the work is done.
+The cost model is the simulator's (one compute lane, one disk), in closed form: in each layer the resident experts are
+computed while the missing ones are read one after the other, and each of those is computed when it has arrived. Every
+term is a time that was measured on this machine for this size of work, times how often the work is done.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from moei_core.forecast.shape import ModelShape
 from moei_core.forecast.speed import Speeds
 from moei_core.hardware.budget import MemoryUse, SlotBudget, plan_slots, workspace_nbytes
 
-OVERLAP = 0.0
-"""Share of the shorter of reading and computing experts that the engine hides behind the longer."""
 _MODEL_ERROR = 0.12
 """How far the closed form itself may be off, beside what is uncertain in its inputs."""
 _DENSE_MATRICES = 6
@@ -33,7 +31,7 @@ DISK, EXPERTS, REST = "disk", "experts", "rest"
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Seconds of one token, or of one prompt: reading missing experts, computing experts, and all else (dense
+    """Seconds of one token, or of one prompt: waiting for missing experts, computing experts, and all else (dense
     layers, the framework around them, sampling)."""
 
     disk: float
@@ -47,7 +45,7 @@ class Parts:
 
     @property
     def total(self) -> float:
-        return self.disk + self.experts + self.rest - OVERLAP * min(self.disk, self.experts)
+        return self.disk + self.experts + self.rest
 
     @property
     def bottleneck(self) -> str:
@@ -57,7 +55,7 @@ class Parts:
 
 
 BOTTLENECKS = {
-    DISK: "reading missing experts from disk",
+    DISK: "waiting for missing experts from disk",
     EXPERTS: "computing the active experts from memory",
     REST: "the dense layers and the framework around them",
 }
@@ -163,17 +161,38 @@ def _decode(
 ) -> Parts:
     """Seconds of one token. bound: which end of the disk's range."""
     cost, layers, lookups = speeds.framework, shape.moe_layers, shape.top_k
-    missing = lookups * (1 - hit)
-    read = getattr(speeds.read(shape.expert_nbytes(form), missing), bound)
     one = 3 * speeds.product(form, shape.expert_weights / 3, 1) + cost.expert
     attention = position * shape.kv_nbytes_per_token / speeds.memory_bandwidth
     framework = shape.layers * cost.layer + cost.token + cost.sampling * shape.vocab_size
+    wait = 0.0
+    for missing in range(1, lookups + 1):
+        chance = math.comb(lookups, missing) * (1 - hit) ** missing * hit ** (lookups - missing)
+        wait += chance * _wait(shape, form, speeds, missing, lookups, one, bound)
     return Parts(
-        layers * read,
+        layers * wait,
         layers * lookups * one,
         _dense(shape, speeds, 1, 1) + attention,
         framework,
     )
+
+
+def _wait(
+    shape: ModelShape,
+    form: StorageFormat,
+    speeds: Speeds,
+    missing: float,
+    used: float,
+    one: float,
+    bound: str,
+) -> float:
+    """Seconds that a layer waits which uses ``used`` experts of ``one`` second each, ``missing`` of them absent.
+
+    They arrive one after the other while others are computed; the last is computed after it has arrived.
+    """
+    if not missing:
+        return 0.0
+    reading = float(getattr(speeds.read(shape.expert_nbytes(form), missing), bound))
+    return max(0.0, reading + one - used * one)
 
 
 def _dense(shape: ModelShape, speeds: Speeds, rows: int, heads: int) -> float:
@@ -203,10 +222,10 @@ def _prefill(
         rows = min(PREFILL_CHUNK, tokens - number * PREFILL_CHUNK)
         touched = shape.experts * getattr(routing.touched(rows), bound)
         missing = touched * (1.0 if cold and number == 0 else 1 - residency)
-        disk += shape.moe_layers * getattr(speeds.read(shape.expert_nbytes(form), missing), bound)
         a_expert = rows * shape.top_k / touched
         one = 3 * speeds.product(form, shape.expert_weights / 3, a_expert) + cost.prefill_expert
         experts += shape.moe_layers * touched * one
+        disk += shape.moe_layers * _wait(shape, form, speeds, missing, touched, one, bound)
         dense += _dense(shape, speeds, rows, 1)
         # Scores and their sums: 4 operations for each pair of positions, head and dimension.
         pairs = rows * (number * PREFILL_CHUNK + rows / 2)

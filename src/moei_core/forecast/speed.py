@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from moei_core.config import READERS
+from moei_core.config import CHUNK_NBYTES, READERS
 from moei_core.forecast.formats import FORMATS, StorageFormat
 from moei_core.forecast.routing import Range
 from moei_core.hardware.profile import DiskProfile, FrameworkCost, HardwareProfile, KernelSpeed
 
 ASSUMED_FRAMEWORK = FrameworkCost(0.7e-3, 1.5e-3, 60e-6, 1.2e-3, 150e-6, 1.5e-8, 400 << 20, "assumed")
 """Where no small model could be run: what was measured on a laptop-class processor."""
+ASSUMED_DISK_BANDWIDTH = 0.5e9
+"""Where no disk could be measured: a SATA solid-state disk, in a range from a spinning to a fast one."""
 _ASSUMED_FLOPS = 50e9
 
 Point = tuple[float, float]
@@ -106,8 +108,10 @@ class Speeds:
         if not count:
             return Range(0.0, 0.0, 0.0)
         if self.disk is None:
-            return Range(math.inf, math.inf, math.inf)
-        figure = self.disk.bandwidth(nbytes, min(READERS, max(1, round(count))))
+            seconds = nbytes * count / ASSUMED_DISK_BANDWIDTH
+            return Range(seconds / 4, seconds, seconds * 4)
+        block = min(nbytes, CHUNK_NBYTES)
+        figure = self.disk.bandwidth(block, min(READERS, max(1, round(count * nbytes / block))))
         assert figure is not None
         # What a disk keeps up is what counts: a burst is over after the first seconds.
         best = max(read.bandwidth.value for read in self.disk.reads)

@@ -100,9 +100,10 @@ class BudgetLine:
 class SlotBudget:
     """How many experts are held at once, and why so many.
 
-    working: slots for misses in passing. resident: slots for experts that stay; with a slot for every expert
-    all of them stay, and none needs to pass. limit: bytes that the process may hold by this budget, None if
-    only the experts were bounded. lines: the account: what the process needs, then the slots.
+    working: slots for misses in passing. spare: slots that prefetches arrive in. resident: slots for experts
+    that stay; with a slot for every expert all of them stay, and none needs to pass. limit: bytes that the
+    process may hold by this budget, None if only the experts were bounded. lines: the account: what the process
+    needs, then the slots.
     """
 
     slots: int
@@ -110,6 +111,7 @@ class SlotBudget:
     resident: int
     slot_nbytes: int
     reason: str
+    spare: int = 0
     limit: int | None = None
     lines: tuple[BudgetLine, ...] = ()
 
@@ -118,9 +120,9 @@ class SlotBudget:
         return self.slots * self.slot_nbytes
 
 
-def residents(slots: int, working: int, total: int) -> int:
-    """How many of ``slots`` experts may stay: all if there is a slot for each, else all but the working set."""
-    return total if slots == total else slots - working
+def residents(slots: int, working: int, spare: int, total: int) -> int:
+    """How many of ``slots`` experts may stay: all if there is a slot for each, else all but those in passing."""
+    return total if slots == total else slots - working - spare
 
 
 def plan_slots(
@@ -130,8 +132,9 @@ def plan_slots(
     available: int,
     ram: int | None = None,
     experts: ExpertBudget | None = None,
+    spare: int = 0,
 ) -> SlotBudget:
-    """How many slots of ``slot_nbytes`` to have.
+    """How many slots of ``slot_nbytes`` to have, ``spare`` of them (if there are so many) for prefetching.
 
     available: bytes that can still be taken beside ``use.process``. ram: bound on the whole process. experts:
     bound on the slots alone. With both, the smaller counts; with neither, what ``available`` memory allows.
@@ -177,6 +180,7 @@ def plan_slots(
         )
         bounds.append((free // slot_nbytes, reason))
     slots, reason = min(bounds, key=lambda bound: bound[0])
+    spare = 0 if slots == total else min(spare, slots - working)
     count = BudgetLine("expert slots", slots * slot_nbytes, f"{slots} of {total}: {reason}")
     lines = use.lines()
     if ram is None and experts is None:
@@ -185,9 +189,8 @@ def plan_slots(
             "margin", available // SYSTEM_SHARE, "a tenth of free memory, left to the system"
         )
         limit = use.process + available
-    return SlotBudget(
-        slots, working, residents(slots, working, total), slot_nbytes, reason, limit, (*lines, count)
-    )
+    stay = residents(slots, working, spare, total)
+    return SlotBudget(slots, working, stay, slot_nbytes, reason, spare, limit, (*lines, count))
 
 
 def too_small(ram: int, use: MemoryUse, working: int, slot_nbytes: int) -> DoesNotFitError:

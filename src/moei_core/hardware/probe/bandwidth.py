@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moei_core.hardware.profile import Figure
+from moei_core.quant import native
 
 Words = NDArray[np.uint64]
 
@@ -28,20 +29,33 @@ _LOOPS: tuple[Callable[[Words], object], ...] = (np.bitwise_or.reduce, np.add.re
 
 
 def read_bandwidth(buffer: Words, threads: int, seconds: float) -> Figure:
-    """Bytes a second with which ``threads`` threads read ``buffer``, each its own part of it, once a sample.
+    """Bytes a second with which ``threads`` threads read ``buffer``, each its own part of it.
 
-    Each sample is the better of several vector loops (numpy's reductions release the interpreter's lock).
+    Each sample is the best of several vector loops: the native kernels' own where they were built, else numpy's
+    reductions, which release the interpreter's lock.
     """
+    if native.available():
+        before = native.num_threads()
+        native.set_num_threads(threads)
+        try:
+            return _samples(lambda: native.read_bandwidth(buffer.view(np.uint8)), seconds)
+        finally:
+            native.set_num_threads(before)
     parts = np.array_split(buffer, threads)
-    samples: list[float] = []
     with ThreadPoolExecutor(threads) as pool:
-        end = time.perf_counter() + seconds
-        while len(samples) < 3 or time.perf_counter() < end:
-            best = 0.0
-            for loop in _LOOPS:
-                started = time.perf_counter()
-                for _ in pool.map(loop, parts):
-                    pass
-                best = max(best, buffer.nbytes / (time.perf_counter() - started))
-            samples.append(best)
+        return _samples(lambda: max(_one_pass(pool, loop, parts) for loop in _LOOPS), seconds)
+
+
+def _samples(measure: Callable[[], float], seconds: float) -> Figure:
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(samples) < 3 or time.perf_counter() < end:
+        samples.append(measure())
     return Figure.of(samples)
+
+
+def _one_pass(pool: ThreadPoolExecutor, loop: Callable[[Words], object], parts: list[Words]) -> float:
+    started = time.perf_counter()
+    for _ in pool.map(loop, parts):
+        pass
+    return sum(part.nbytes for part in parts) / (time.perf_counter() - started)

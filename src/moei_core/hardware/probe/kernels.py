@@ -9,13 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from moei_core.hardware.probe.bandwidth import Words
 from moei_core.hardware.profile import Figure, KernelSpeed
+from moei_core.quant import native
 
 SHAPES = ((768, 2048), (4096, 4096), (14336, 4096))
 """Output and input width: one matrix of an expert of Qwen3-30B-A3B, a square one, one of Mixtral-8x7B."""
 ROWS = (1, 8, 32, 128, 256)
 _LEAST = 3
+_NATIVE = {"q8_0": "rows16", "q4_0": "rows16", "mxfp4": "plain"}
+"""Formats that the native kernels compute, and the order in which a slot holds them."""
+_NATIVE_ROWS = (1, 16, 128)
 
 Product = Callable[[int], None]
 """Multiplies once with the matrix at the given number; numbers count round the buffer."""
@@ -32,6 +38,10 @@ def _cells() -> Iterator[tuple[str, tuple[int, int], int]]:
             yield "bf16", shape, rows
         yield "f32", shape, 1
         yield "f32", shape, 128
+        if native.available():
+            for name in _NATIVE:
+                for rows in _NATIVE_ROWS:
+                    yield name, shape, rows
 
 
 def probe_kernels(
@@ -49,7 +59,8 @@ def probe_kernels(
         share = seconds / count_cells()
         found = []
         for name, shape, rows in _cells():
-            cell = _torch_cell(buffer, name, shape, rows, threads, share)
+            make = _native_cell if name in _NATIVE else _torch_cell
+            cell = make(buffer, name, shape, rows, threads, share)
             if cell is not None:
                 found.append(cell)
             progress()
@@ -77,6 +88,28 @@ def _torch_cell(
 
     with torch.inference_mode():
         return KernelSpeed(name, "torch", items * dtype.itemsize, rows, threads, _timed(product, seconds))
+
+
+def _native_cell(
+    buffer: Words, name: str, shape: tuple[int, int], rows: int, threads: int, seconds: float
+) -> KernelSpeed | None:
+    matrix = native.Matrix(name.upper(), *shape, _NATIVE[name])
+    count = buffer.nbytes // matrix.nbytes
+    if count == 0:
+        return None
+    inputs = np.full((rows, shape[1]), 0.01, np.float32)
+    outputs = np.empty((rows, shape[0]), np.float32)
+
+    def product(number: int) -> None:
+        address = buffer.ctypes.data + number % count * matrix.nbytes
+        native.linear(matrix, address, inputs, outputs)
+
+    before = native.num_threads()
+    native.set_num_threads(threads)
+    try:
+        return KernelSpeed(name, "native", matrix.nbytes, rows, threads, _timed(product, seconds))
+    finally:
+        native.set_num_threads(before)
 
 
 def _timed(product: Product, seconds: float) -> Figure:
