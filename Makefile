@@ -3,6 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+BUILD_TOOLS := cmake nanobind ninja scikit-build-core
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet --constraint constraints.txt
 
 .PHONY: chat test lint slow check soak clean
@@ -35,12 +36,14 @@ $(VENV)/bin/python:
 	@echo "Setting up .venv (some minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
-	@$(PIP) --editable .
+# The build tools come first and from constraints.txt: pip's own build environment would take the newest.
+$(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt $(shell find native -type f)
+	@$(PIP) $(BUILD_TOOLS)
+	@$(PIP) --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	@$(PIP) --editable '.[dev]'
+	@$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 clean:

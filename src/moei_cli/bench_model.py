@@ -25,6 +25,7 @@ class ModelBenchOptions:
     model: str | None = None
     synthetic: str | None = None
     layers: int | None = None
+    quant: str | None = None
     trace: str | None = None
     policy: str | None = None
     predictor: str | None = None
@@ -70,6 +71,8 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
                     prefetch=parse_prefetch(options.prefetch),
                 ),
             )
+    for sentence in loaded.notes:
+        render.note(sentence)
     with loaded as model:
         if options.trace is not None:
             model.runtime.routing = ForcedRouting(read_trace(options.trace), model.spec)
@@ -115,10 +118,17 @@ def _find(options: ModelBenchOptions) -> ModelFiles:
         assert options.model is not None
         return resolve_model(options.model)
     from moei_cli import render
+    from moei_cli.packing import pack_model
+    from moei_core.hub.packed import UNPACKED, check_format
     from moei_core.hub.synthetic import make_synthetic
 
+    form = check_format(options.quant or UNPACKED, UNPACKED)
     with render.PullBar(options.synthetic, verb="Making") as bar:
-        return make_synthetic(options.synthetic, options.layers, progress=bar)
+        files = make_synthetic(options.synthetic, options.layers, progress=bar)
+    if form != UNPACKED:
+        with render.PullBar(files.name, verb="Packing") as bar:
+            pack_model(files, form, bar)
+    return resolve_model(f"{files.name}:{form}")
 
 
 def _report(model: LoadedModel, name: str, options: ModelBenchOptions) -> dict[str, Any]:
@@ -127,6 +137,7 @@ def _report(model: LoadedModel, name: str, options: ModelBenchOptions) -> dict[s
     budget = model.budget
     return {
         "model": name,
+        "format": model.adapter.packed.format.lower() if model.adapter.packed else "as published",
         "routing": "the router's" if options.trace is None else f"follows {options.trace}",
         "moe_layers": len(model.spec.num_experts),
         "num_experts": max(model.spec.num_experts.values()),
@@ -202,6 +213,7 @@ def _show(report: dict[str, Any]) -> None:
         [
             ("model", f"{report['model']}: {report['moe_layers']} MoE layers x {report['num_experts']} experts, "
              f"top-{report['num_experts_per_tok']}; {format_size(report['expert_bytes'])} an expert"),
+            ("format", report["format"]),
             ("routing", report["routing"]),
             ("experts in RAM", f"{slots['slots']} of {total}, {format_size(report['slots_bytes'])}: {slots['reason']}"),
             ("policy", report["policy"]),

@@ -33,7 +33,7 @@ def shape_of(text: str) -> tuple[ModelShape, Path | None]:
     try:
         files = resolve_model(text)
     except ModelNotFoundError:
-        if (shape := bundled_shape(text.partition("@")[0])) is not None:
+        if (shape := bundled_shape(text.partition("@")[0].partition(":")[0])) is not None:
             return shape, None
         if name.kind != "hub":
             raise

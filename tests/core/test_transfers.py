@@ -26,7 +26,7 @@ class ScriptedStore:
     def __init__(self) -> None:
         self.layouts = {
             key: lay_out(
-                [StoredTensor("down_proj", 0, Path("m"), PAGE * 100 * key.expert, NBYTES, "U8", (NBYTES,))]
+                [StoredTensor("down_proj", 0, Path("m"), PAGE * 100 * key.expert, NBYTES, "F16", (NBYTES,))]
             )
             for key in KEYS
         }
@@ -101,7 +101,7 @@ def test_chunks_cover_an_expert_at_page_boundaries() -> None:
     for _ in range(200):
         tensors = [
             StoredTensor(
-                "down_proj", i, Path(f"{i}"), rng.randrange(10**7), rng.randrange(1, 10**5), "U8", (1,)
+                "down_proj", i, Path(f"{i}"), rng.randrange(10**7), rng.randrange(1, 10**5), "F16", (1,)
             )
             for i in range(rng.randrange(1, 4))
         ]

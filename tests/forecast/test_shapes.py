@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moei_cli.forecasts import shape_of_files
 from moei_core.errors import MoeiError, OfflineError, UnsupportedModelError
 from moei_core.forecast.formats import FORMATS
 from moei_core.forecast.shape import (
@@ -19,8 +20,10 @@ from moei_core.forecast.shape import (
 )
 from moei_core.hub.aliases import aliases
 from moei_core.hub.remote import Remote
+from moei_core.hub.resolve import resolve_model
 from moei_core.hub.summary import summarize
 from moei_core.hub.synthetic_models import SYNTHETIC_MODELS
+from tests.cli.conftest import Outcome
 from tests.hub.conftest import REPO, Place
 from tests.tiny_models import FAMILIES
 
@@ -70,6 +73,15 @@ def test_a_folder_is_measured_and_not_counted(family: str, chat_folder: Callable
     assert shape.expert_nbytes(shape.format) == found.expert_nbytes
     assert shape.dense_nbytes == found.dense_nbytes
     assert shape.nbytes(shape.format) == found.total_nbytes
+
+
+def test_a_packed_model_has_its_experts_in_blocks(moei: Callable[..., Outcome]) -> None:
+    assert moei("quantize", "moei-demo", "q8_0").code == 0
+    plain, packed = (shape_of_files(resolve_model(f"moei-demo:{form}")) for form in ("none", "q8_0"))
+    assert (plain.format.name, packed.format.name, packed.dense_format.name) == ("bf16", "q8_0", "bf16")
+    assert packed.total_experts == plain.total_experts
+    assert packed.expert_weights == pytest.approx(plain.expert_weights, rel=0.01)
+    assert packed.dense_weights == pytest.approx(plain.dense_weights, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,7 @@ def test_exit_codes(place: Place, tiny: dict[str, bytes], monkeypatch: pytest.Mo
     assert offline.returncode == 5 and "HF_HUB_OFFLINE" in offline.stderr
     assert place.run("pull", "mixtral").returncode == 3
     assert place.run("pull", str(place.root)).returncode == 2
-    assert place.run("pull", REPO, "--quant", "q8_0").returncode == 2
+    assert place.run("pull", REPO, "--quant", "q9_9").returncode == 2
     place.hub.fail(SHARD, "corrupt", times=2)
     damaged = place.run("pull", REPO)
     assert damaged.returncode == 6 and "damaged twice" in damaged.stderr

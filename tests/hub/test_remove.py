@@ -15,7 +15,8 @@ from moei_core.errors import (
 )
 from moei_core.hub import registry
 from moei_core.hub.layout import RepoCache
-from moei_core.hub.library import describe, plan_removal, remove
+from moei_core.hub.library import describe
+from moei_core.hub.removal import plan_removal, remove
 from moei_core.hub.resolve import resolve_model
 from moei_core.hub.transfer import SilentProgress, blob_lock
 from tests.hub.checkpoints import mixtral, write_files

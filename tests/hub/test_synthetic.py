@@ -12,7 +12,8 @@ import pytest
 from moei_core.errors import DoesNotFitError, ModelNotFoundError, UsageError
 from moei_core.hub import synthetic
 from moei_core.hub.aliases import aliases
-from moei_core.hub.library import list_models, plan_removal, remove
+from moei_core.hub.library import list_models
+from moei_core.hub.removal import plan_removal, remove
 from moei_core.hub.resolve import resolve_model, synthetic_root
 from moei_core.hub.summary import summarize
 from moei_core.hub.synthetic import made_models, make_synthetic, write_checkpoint

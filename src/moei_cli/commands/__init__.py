@@ -6,11 +6,23 @@ from collections.abc import Callable
 
 import typer
 
-from moei_cli.commands import bench, chat, list_models, plan, profile_hardware, pull, rm, show, trace
+from moei_cli.commands import (
+    bench,
+    chat,
+    list_models,
+    plan,
+    profile_hardware,
+    pull,
+    quantize,
+    rm,
+    show,
+    trace,
+)
 
 COMMANDS: list[Callable[[typer.Typer], None]] = [
     chat.register,
     pull.register,
+    quantize.register,
     list_models.register,
     show.register,
     rm.register,

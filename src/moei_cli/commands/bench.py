@@ -23,7 +23,7 @@ _SIMULATE = (
     "disk",
     "workers",
 )
-_MEASURE = ("layers", "context", "prompt_tokens", "new_tokens", "repeats")
+_MEASURE = ("layers", "quant", "context", "prompt_tokens", "new_tokens", "repeats")
 
 
 def register(app: typer.Typer) -> None:
@@ -55,6 +55,9 @@ def bench(
         typer.Option(help="Measure the shapes of a well-known model with random weights."),
     ] = None,
     layers: Annotated[int | None, typer.Option(help="MoE layers of --synthetic.")] = None,
+    quant: Annotated[
+        str | None, typer.Option(help="Format of --synthetic: q8_0 or q4_0 packs it first; none.")
+    ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of context.")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(help="Tokens of a prompt; 64.")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate; 32.")] = None,
@@ -98,6 +101,10 @@ def bench(
         _refuse(given, _SIMULATE, "only simulates; leave out the model")
         if synthetic is None and layers is not None:
             raise UsageError("--layers cuts a --synthetic model; a real one runs whole.")
+        if synthetic is None and quant is not None:
+            raise UsageError(
+                "--quant packs a --synthetic model.", hint=f"Of a real one, name the format: {model}:{quant}"
+            )
         from moei_cli.bench_model import ModelBenchOptions, run_model_bench
 
         run_model_bench(ModelBenchOptions(**given), json=json)

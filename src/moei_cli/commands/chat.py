@@ -31,7 +31,9 @@ def register(app: typer.Typer) -> None:
 def chat(
     model: Annotated[
         str | None,
-        typer.Argument(help="moei-demo or a model folder; left out: the one used last, else moei-demo."),
+        typer.Argument(
+            help="A name, with :q4_0 if packed so, or a folder; left out: the one used last, else moei-demo."
+        ),
     ] = None,
     prompt: Annotated[str | None, typer.Argument(help="Answer this and exit.")] = None,
     experts: Annotated[
@@ -159,7 +161,7 @@ def _open(
     given = {name: value for name, value in overrides.items() if value is not None}
     GenerationSettings(**given)  # a wrong value is told before gigabytes are read
     chosen = experts
-    if experts is None and ram is None and files.name == DEMO_NAME:
+    if experts is None and ram is None and files.name.partition(":")[0] == DEMO_NAME:
         # The whole demo would fit; with a quarter of it there is something to watch.
         chosen = DEMO_EXPERTS
     budget = ExpertBudget.parse(chosen) if chosen else None
@@ -187,6 +189,8 @@ def _open(
                     parse_prefetch(prefetch),
                 ),
             )
+    for sentence in model.notes:
+        render.note(sentence)
     if not quiet:
         spec, slots = model.spec, model.budget
         reason = (

@@ -60,7 +60,7 @@ def state(model: LibraryModel) -> str:
     """``complete``, or what is missing and the way on."""
     if model.state == "complete":
         return "complete"
-    if model.state == "partial" and model.expected_nbytes:
+    if model.state == "partial" and model.source != "packed" and model.expected_nbytes:
         return f"partial: {100 * model.nbytes / model.expected_nbytes:.0f}%, `moei pull` resumes"
     return f"{model.state}: {model.problem}"
 

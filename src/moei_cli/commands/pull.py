@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from moei_core.hub.pull import PullPlan
+
+
+_EPILOG = "Examples:  moei pull qwen3-30b-a3b --dry-run        moei pull mixtral-8x7b --quant q4_0"
+
 
 def register(app: typer.Typer) -> None:
-    app.command("pull", epilog="Example: moei pull qwen3-30b-a3b --dry-run")(pull)
+    app.command("pull", epilog=_EPILOG)(pull)
 
 
 def pull(
@@ -18,16 +25,33 @@ def pull(
         bool,
         typer.Option("--dry-run", help="Say what would be downloaded and whether it fits; write nothing."),
     ] = False,
+    quant: Annotated[
+        str | None, typer.Option(help="Pack it afterwards: q8_0 or q4_0; none: use it as published.")
+    ] = None,
+    keep_source: Annotated[
+        bool,
+        typer.Option(
+            "--keep-source/--drop-source", help="With --quant: whether the downloaded weights stay."
+        ),
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Report as one JSON object.")] = False,
 ) -> None:
     """Download a model into the Hugging Face cache. An interrupted download goes on where it stopped."""
     from moei_cli.render import PullBar, note, print_json
     from moei_core.errors import UsageError
     from moei_core.hub import pull as hub
+    from moei_core.hub.packed import UNPACKED, check_format, place_of, prefer
     from moei_core.hub.remote import Remote
     from moei_core.hub.resolve import parse_name
 
     name = parse_name(model)
+    if name.format is not None and quant not in (None, name.format):
+        raise UsageError(f"{model} and --quant {quant} name two formats.", hint="Give one of them.")
+    wanted = quant or name.format
+    form = check_format(wanted, UNPACKED) if wanted else None
+    packs = form not in (None, UNPACKED)
+    if not keep_source and not packs:
+        raise UsageError("--drop-source needs --quant q8_0 or q4_0: without it nothing would be left.")
     if name.kind != "hub":
         kinds = {
             "bundled": "part of moei",
@@ -37,23 +61,32 @@ def pull(
         raise UsageError(f"{model} is not on the hub: it is {kinds[name.kind]}.")
     if revision is not None and name.revision is not None and revision != name.revision:
         raise UsageError(f"{model} and --revision {revision} name two revisions.", hint="Give one of them.")
+    revision = revision or name.revision
     with PullBar(name.repo) as bar:
         remote = Remote(name.repo, note=bar.note)
-        plan = hub.plan_pull(name.repo, revision or name.revision, remote=remote)
+        plan = hub.plan_pull(name.repo, revision, remote=remote, packed_as=form if packs else None)
         before = plan.needed_nbytes
         if not plan.is_moe:
             bar.note(f"{plan.repo} does not look like a Mixture-of-Experts model; moei may not run it.")
-        if not dry_run:
+        if not dry_run and not plan.is_packed:
             try:
                 folder = hub.pull(plan, bar, remote=remote)
             except KeyboardInterrupt:
                 bar.note("Interrupted. What has arrived is kept; the same command goes on from there.")
                 raise typer.Exit(130) from None
+    if not dry_run and form is not None:
+        place = place_of("hub", _shown(name.repo, revision), plan.commit)
+        if packs and not plan.is_packed:
+            folder = _pack(plan, form, revision, keep_source)
+        else:
+            folder = place / form if packs else folder
+            prefer(place, form)
     report = {
         "model": plan.repo,
         "revision": plan.revision,
         "commit": plan.commit,
-        "folder": str(plan.folder),
+        "folder": str(plan.folder if dry_run else folder),
+        "format": form or UNPACKED,
         "online": plan.online,
         "licence": plan.licence,
         "gated": plan.gated,
@@ -75,12 +108,32 @@ def pull(
         print(folder)
 
 
-def _print_dry_run(plan: object) -> None:
+def _shown(repo: str, revision: str | None) -> str:
+    from moei_core.hub.resolve import ModelName, shown_name
+
+    return shown_name(ModelName(repo, "hub", repo=repo, revision=revision))
+
+
+def _pack(plan: PullPlan, form: str, revision: str | None, keep_source: bool) -> Path:
+    from moei_cli.packing import drop_source, pack_model
+    from moei_cli.render import PullBar
+    from moei_core.hub.resolve import ModelFiles
+
+    files = ModelFiles(_shown(plan.repo, revision), plan.folder, "hub", plan.commit)
+    with PullBar(plan.repo, verb="Packing") as bar:
+        folder = pack_model(files, form, bar, revision)
+        if not keep_source:
+            drop_source(plan.repo if revision is None else f"{plan.repo}@{revision}", bar)
+    return folder
+
+
+def _print_dry_run(plan: PullPlan) -> None:
     from moei_cli.render import print_facts
     from moei_core.config import format_size
-    from moei_core.hub.pull import PullPlan
 
-    assert isinstance(plan, PullPlan)
+    if plan.is_packed:
+        print_facts([("model", plan.repo), ("state", f"packed already: {plan.packed_as}")])
+        return
     if not plan.online:
         print_facts([("model", plan.repo), ("state", "complete; offline, so not compared with the hub")])
         return
@@ -94,6 +147,7 @@ def _print_dry_run(plan: object) -> None:
             ("weights", f"{len(weights)} files, {format_size(sum(file.nbytes for file in weights))}"),
             ("others", ", ".join(file.name for file in others)),
             ("download", f"{format_size(plan.needed_nbytes)} of {format_size(plan.total_nbytes)}"),
+            *([("packing", f"about {format_size(plan.packed_nbytes)} more")] if plan.packed_nbytes else []),
             ("disk", f"{sizes} in {plan.cache.cache_dir}: " + ("fits" if plan.fits else "does not fit")),
         ]
     )

@@ -25,7 +25,7 @@ def rm(
     from moei_cli.render import note, print_json
     from moei_core.config import format_size
     from moei_core.errors import UsageError
-    from moei_core.hub.library import plan_removal, remove
+    from moei_core.hub.removal import plan_removal, remove
 
     removal = plan_removal(model)
     own, other = removal.nbytes(removal.own), removal.nbytes(removal.foreign)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from moei_core.adapters.transformers_private import Source, UnknownConversionError, map_checkpoint
 from moei_core.errors import DamagedFileError, ModelNotFoundError, UnsupportedModelError
+from moei_core.quant.formats import FLOAT_FORMATS, FORMATS
 from moei_core.store.base import StoredTensor
 from moei_core.store.safetensors_header import TensorEntry, read_header
 from moei_core.types import ExpertKey
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""The float formats that experts can be read in, by safetensors' name."""
 
 
 def read_tensors(folder: Path) -> dict[str, TensorEntry]:
@@ -63,10 +60,15 @@ def read_tensors(folder: Path) -> dict[str, TensorEntry]:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint taken apart. experts: the stored tensors of each routed expert; dense: all the rest."""
+    """A checkpoint taken apart.
+
+    experts: the stored tensors of each routed expert. dense: all the rest. routers: those names of ``dense`` that
+    decide over experts.
+    """
 
     experts: dict[ExpertKey, list[StoredTensor]]
     dense: dict[str, TensorEntry]
+    routers: frozenset[str]
 
 
 def take_apart(
@@ -94,7 +96,50 @@ def take_apart(
         shape = tuple(model.get_parameter(parameter).shape)
         for expert, stored in enumerate(_per_expert(parameter, source, shape, tensors)):
             experts.setdefault(ExpertKey(layer, expert), []).extend(stored)
-    return Checkpoint(experts, {name: tensors[name] for name in dense})
+    check_shapes(model, expert_parameters, experts)
+    routers = _routers(model, expert_parameters, dense)
+    return Checkpoint(experts, {name: tensors[name] for name in dense}, routers)
+
+
+def check_shapes(
+    model: PreTrainedModel,
+    expert_parameters: Mapping[str, int],
+    experts: Mapping[ExpertKey, list[StoredTensor]],
+) -> None:
+    """Compare the stored experts with what the model's configuration asks for. Raises: DamagedFileError."""
+    wanted = set()
+    for parameter, layer in expert_parameters.items():
+        num_experts, *dimensions = model.get_parameter(parameter).shape
+        leaf = parameter.rpartition(".")[2]
+        for expert in range(num_experts):
+            stored = experts.get(ExpertKey(layer, expert), [])
+            found = _joined_shape([tensor for tensor in stored if tensor.param == leaf])
+            if found != (expected := tuple(dimensions)):
+                raise _mismatch(f"'{parameter}' of expert {expert} has shape {found}, not {expected}.")
+            wanted.add(ExpertKey(layer, expert))
+    if extra := sorted(set(experts) - wanted):
+        raise _mismatch(f"There is no {extra[0]} in its configuration.")
+
+
+def _routers(
+    model: PreTrainedModel, expert_parameters: Mapping[str, int], dense: Mapping[str, str]
+) -> frozenset[str]:
+    """The names in ``dense`` (checkpoint name -> parameter) of matrices that score experts.
+
+    They are beside the experts in their block, with a row for each expert, or one row (the gate of a shared expert).
+    """
+    blocks = {
+        parameter.rpartition(".")[0].rpartition(".")[0]: model.get_parameter(parameter).shape[0]
+        for parameter in expert_parameters
+    }
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = set()
+    for name, parameter in dense.items():
+        shape = shapes.get(parameter, ())
+        for block, num_experts in blocks.items():
+            if parameter.startswith(f"{block}.") and len(shape) == 2 and shape[0] in (1, num_experts):
+                found.add(name)
+    return frozenset(found)
 
 
 def _per_expert(
@@ -118,10 +163,6 @@ def _per_expert(
         pieces.append(
             [_stored(leaf, index, entry, each, expert, num_experts, swapped) for expert in range(num_experts)]
         )
-    for expert in range(num_experts):
-        found = _joined_shape([piece[expert] for piece in pieces])
-        if found != expected:
-            raise _mismatch(f"'{parameter}' of expert {expert} has shape {found}, not {expected}.")
     return [[piece[expert] for piece in pieces] for expert in range(num_experts)]
 
 
@@ -137,19 +178,21 @@ def _stored(
 def _joined_shape(pieces: list[StoredTensor]) -> tuple[int, ...]:
     """The shape after concatenating the pieces of one expert along the first dimension."""
     shapes = [piece.shape[::-1] if piece.transposed else piece.shape for piece in pieces]
+    if not shapes or any(not shape for shape in shapes):
+        return ()
     if any(shape[1:] != shapes[0][1:] for shape in shapes):
         return (-1, *shapes[0][1:])
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def _float_entry(name: str, entry: TensorEntry) -> TensorEntry:
-    if entry.dtype not in TORCH_DTYPES:
+    if entry.dtype not in FLOAT_FORMATS:
         raise UnsupportedModelError(
             f"The experts of this checkpoint are stored as {entry.dtype}, which moei does not read yet.",
-            f"Found at '{name}'; supported are {', '.join(TORCH_DTYPES)}.",
+            f"Found at '{name}'; supported are {', '.join(FLOAT_FORMATS)}.",
             "Use a bf16 version of the model.",
         )
-    if entry.nbytes != math.prod(entry.shape) * TORCH_DTYPES[entry.dtype].itemsize:
+    if entry.nbytes != FORMATS[entry.dtype].nbytes(entry.shape):
         raise _mismatch(f"'{name}' has {entry.nbytes} bytes, too few or too many for its shape.")
     return entry
 

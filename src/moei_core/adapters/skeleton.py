@@ -6,29 +6,31 @@ and ``to_empty`` leaves non-persistent buffers as garbage.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Mapping
-from mmap import mmap
 from pathlib import Path
 from types import EllipsisType
 
+import numpy as np
 import torch
+import xxhash
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from moei_core.adapters.transformers_private import build_on_meta, causal_lm_class, load_dense
 from moei_core.errors import DamagedFileError, UnsupportedModelError
-from moei_core.store.base import PAGE, align_up
+from moei_core.quant.formats import FORMATS, decode
 from moei_core.store.file_reader import FileReader
 from moei_core.store.safetensors_header import TensorEntry
 
-_BOUNCE_NBYTES = 4 << 20
-_DTYPES = {
+# Read at once through a small buffer; whole blocks of every format whose rows are whole blocks.
+_CHUNK_NBYTES = {name: (4 << 20) // form.block_nbytes * form.block_nbytes for name, form in FORMATS.items()}
+TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+"""torch's types by safetensors' names."""
 
 
 def is_experts_module(module: nn.Module) -> bool:
@@ -87,44 +89,55 @@ def _remove(model: PreTrainedModel, parameters: Iterable[str]) -> None:
 class _LazyTensor:
     """A tensor that is read from its file when transformers asks for ``tensor[...]``."""
 
-    def __init__(self, entry: TensorEntry, reader: FileReader) -> None:
+    def __init__(self, name: str, entry: TensorEntry, reader: FileReader, dtype: torch.dtype) -> None:
+        self._name = name
         self._entry = entry
         self._reader = reader
+        self._dtype = dtype
 
     def __getitem__(self, index: EllipsisType) -> torch.Tensor:
-        return read_tensor(self._entry, self._reader)
+        return read_tensor(self._name, self._entry, self._reader, self._dtype)
 
 
-_bounce = threading.local()
+def read_tensor(name: str, entry: TensorEntry, reader: FileReader, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of its own memory, read past the page cache: as stored, or blocks decoded to ``dtype``.
 
-
-def read_tensor(entry: TensorEntry, reader: FileReader) -> torch.Tensor:
-    """A tensor of its own memory, read past the page cache through a small buffer per thread."""
-    if entry.dtype not in _DTYPES:
+    Raises: UnsupportedModelError for an unknown number format, DamagedFileError.
+    """
+    blocks = FORMATS.get(entry.dtype)
+    if blocks is not None and blocks.is_float:
+        blocks = None
+    if blocks is None and entry.dtype not in TORCH_DTYPES:
         raise UnsupportedModelError(
             f"The weights are stored as {entry.dtype}, which moei does not read yet.",
             hint="Use a bf16 version of the model.",
         )
-    if not hasattr(_bounce, "buffer"):
-        _bounce.buffer = mmap(-1, _BOUNCE_NBYTES + 2 * PAGE)
-    result = torch.empty(entry.nbytes, dtype=torch.uint8)
-    target = memoryview(result.numpy())  # type: ignore[arg-type]
-    with memoryview(_bounce.buffer) as buffer:
-        done = 0
-        while done < entry.nbytes:
-            offset = entry.offset + done
-            # Up to a page boundary first, whole pages after that.
-            count = min(align_up(offset + _BOUNCE_NBYTES - PAGE) - offset, entry.nbytes - done)
-            lead = offset % PAGE
-            try:
-                reader.read_into(offset, count, buffer, lead)
-            except (OSError, EOFError) as error:
-                raise DamagedFileError(
-                    f"Reading {entry.file.name} failed.", f"{entry.file}: {error}.", "Pull the model again."
-                ) from error
-            target[done : done + count] = buffer[lead : lead + count]
+    digest = xxhash.xxh3_64()
+    if blocks is None:
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        result = raw.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+    else:
+        result = torch.empty(entry.shape, dtype=dtype)
+        flat = result.view(-1)
+    done = 0
+    for chunk in reader.chunks(entry.offset, entry.nbytes, _CHUNK_NBYTES.get(entry.dtype, 4 << 20)):
+        piece = np.frombuffer(chunk, np.uint8)
+        if entry.checksum:
+            digest.update(chunk)
+        if blocks is None:
+            raw[done : done + len(piece)] = torch.from_numpy(piece)
+            done += len(piece)
+        else:
+            count = len(piece) // blocks.block_nbytes * blocks.block_size
+            flat[done : done + count] = torch.from_numpy(decode(blocks.name, piece, (count,)))
             done += count
-    return result.view(_DTYPES[entry.dtype]).view(entry.shape)
+    if entry.checksum and digest.hexdigest() != entry.checksum:
+        raise DamagedFileError(
+            f"The bytes of '{name}' in {entry.file.name} are damaged.",
+            f"{entry.file}: at byte {entry.offset:,} the checksum is not the one of packing.",
+            "Check the disk, then pack the model again with `moei quantize`.",
+        )
+    return result
 
 
 def load_dense_weights(
@@ -142,7 +155,7 @@ def load_dense_weights(
         for entry in dense.values():
             if entry.file not in readers:
                 readers[entry.file] = FileReader(entry.file)
-        lazy = {name: _LazyTensor(entry, readers[entry.file]) for name, entry in dense.items()}
+        lazy = {name: _LazyTensor(name, entry, readers[entry.file], dtype) for name, entry in dense.items()}
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         report = load_dense(model, lazy, dtype, expert_parameters)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from moei_core.adapters.base import ExpertsRuntime
-from moei_core.adapters.checkpoint import TORCH_DTYPES, read_tensors, take_apart
+from moei_core.adapters.checkpoint import check_shapes, read_tensors, take_apart
 from moei_core.adapters.skeleton import (
+    TORCH_DTYPES,
     build_skeleton,
     dense_nbytes,
     experts_modules,
@@ -23,7 +25,14 @@ from moei_core.adapters.skeleton import (
 )
 from moei_core.adapters.transformers_private import IMPLEMENTATION, register_experts_function
 from moei_core.errors import DamagedFileError, ModelNotFoundError, MoeiError, UnsupportedModelError
-from moei_core.store.base import StoredTensor
+from moei_core.quant.formats import FLOAT_FORMATS, FORMATS
+from moei_core.store.base import ExpertStore, StoredTensor
+from moei_core.store.packed_folder import is_packed
+from moei_core.store.packed_manifest import Manifest, PackedSource, read_manifest
+from moei_core.store.packed_store import PackedStore
+from moei_core.store.packing import PackSource
+from moei_core.store.safetensors_header import TensorEntry
+from moei_core.store.safetensors_store import SafetensorsStore
 from moei_core.types import ExpertKey, ModelSpec
 
 _installed: WeakKeyDictionary[nn.Module, tuple[ExpertsRuntime, int]] = WeakKeyDictionary()
@@ -76,6 +85,8 @@ def read_config(folder: Path) -> PretrainedConfig:
 class TransformersAdapter:
     """A causal language model from a local folder, its experts left on disk.
 
+    The folder holds safetensors weights, or a packed store (``packed`` is then its manifest).
+
     ``__init__`` reads only configuration and file headers; ``load`` brings in the dense weights and proves that
     every MoE layer runs through the hook. Between ``install`` and ``uninstall`` the experts are the runtime's.
     """
@@ -84,7 +95,8 @@ class TransformersAdapter:
         """dtype: compute in this float type instead of the checkpoint's own."""
         self.folder = folder
         self.config = read_config(folder)
-        tensors = read_tensors(folder)
+        self.packed: Manifest | None = read_manifest(folder) if is_packed(folder) else None
+        tensors = read_tensors(folder) if self.packed is None else self.packed.dense_entries(folder)
         stored = self.config.dtype if isinstance(self.config.dtype, torch.dtype) else _first_dtype(tensors)
         self.dtype = dtype or stored
         self.model = build_skeleton(self.config, self.dtype)
@@ -94,9 +106,18 @@ class TransformersAdapter:
             for name, _ in module.named_parameters(recurse=False)
         }
         self._expert_parameters = tuple(parameters)
-        checkpoint = take_apart(self.model, parameters, tensors)
-        self.experts: dict[ExpertKey, list[StoredTensor]] = checkpoint.experts
-        self._dense = checkpoint.dense
+        self.experts: dict[ExpertKey, list[StoredTensor]]
+        self._dense: Mapping[str, TensorEntry]
+        if self.packed is None:
+            checkpoint = take_apart(self.model, parameters, tensors)
+            self.experts, self._dense, self._routers = (
+                checkpoint.experts,
+                checkpoint.dense,
+                checkpoint.routers,
+            )
+        else:
+            self.experts, self._dense = self.packed.stored_experts(folder), tensors
+            check_shapes(self.model, parameters, self.experts)
         self._spec = self._make_spec()
 
     def _make_spec(self) -> ModelSpec:
@@ -117,11 +138,22 @@ class TransformersAdapter:
     def expected_dense_nbytes(self) -> int:
         """Bytes of the dense weights once loaded, known before loading (an upper bound: tied weights)."""
         item = self.dtype.itemsize
-        sizes = {"BF16": 2, "F16": 2, "F32": 4}
         return sum(
-            entry.nbytes // sizes[entry.dtype] * item if entry.dtype in sizes else entry.nbytes
+            math.prod(entry.shape) * item if entry.dtype in FORMATS else entry.nbytes
             for entry in self._dense.values()
         )
+
+    def open_store(self) -> ExpertStore:
+        """The experts' bytes. Raises: DamagedFileError."""
+        if self.packed is not None:
+            return PackedStore(self.folder, self.packed)
+        return SafetensorsStore(self.experts)
+
+    def pack_source(self, source: PackedSource) -> PackSource:
+        """This checkpoint as packing needs it. Not for a model that is packed already, nor after ``load``."""
+        assert self.packed is None
+        transposed = {layer: bool(module.is_transposed) for _, layer, module in experts_modules(self.model)}
+        return PackSource(source, self.experts, transposed, self._dense, self._routers)
 
     @property
     def dense_nbytes(self) -> int:
@@ -200,4 +232,4 @@ class _Probe:
 
 
 def _first_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
-    return next((TORCH_DTYPES[t.dtype] for t in tensors.values() if t.dtype in TORCH_DTYPES), torch.float32)
+    return next((TORCH_DTYPES[t.dtype] for t in tensors.values() if t.dtype in FLOAT_FORMATS), torch.float32)

@@ -7,6 +7,7 @@ Everything here is a thin, named door: what the rest of the adapters needs from 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,8 +73,10 @@ class UnknownConversionError(Exception):
 
 def map_checkpoint(
     model: PreTrainedModel, names: Iterable[str], wanted: Iterable[str]
-) -> tuple[dict[str, Source], list[str]]:
-    """Which checkpoint tensors make up each parameter of ``wanted``, and the names that are for the rest.
+) -> tuple[dict[str, Source], dict[str, str]]:
+    """Which checkpoint tensors make up each parameter of ``wanted``; the other names with their parameter's.
+
+    Names that the model's class ignores (multi-token prediction layers) are in neither.
 
     Must be called while ``model`` still has these parameters (on meta), since transformers resolves prefixes
     by looking at the model's state dict. Raises: UnknownConversionError.
@@ -85,15 +88,16 @@ def map_checkpoint(
     state: dict[str, torch.Tensor] = model.state_dict()
     targets = set(wanted)
     found: dict[str, dict[str, list[str]]] = {}
-    dense: list[str] = []
+    dense: dict[str, str] = {}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
         if target in targets:
             found.setdefault(target, {}).setdefault(pattern or "", []).append(name)
-        else:
-            dense.append(name)
+        elif target in state or not any(pattern.search(name) for pattern in ignored):
+            dense[name] = target
     return {target: _source(converter_of, pieces) for target, pieces in found.items()}, dense
 
 

@@ -18,6 +18,7 @@ from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES, CachePolicy
 from moei_core.config import ExpertBudget, GenerationSettings
+from moei_core.engine.expert_compute import DECODED_NBYTES
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.slots import SlotPool
 from moei_core.errors import DamagedFileError, UsageError
@@ -34,7 +35,6 @@ from moei_core.hardware.pressure import MemoryGovernor
 from moei_core.predict import PREDICTORS, ExpertPredictor
 from moei_core.prefetch import PrefetchMode
 from moei_core.scheduler import ExpertScheduler
-from moei_core.store.safetensors_store import SafetensorsStore
 from moei_core.types import ModelSpec
 
 DEFAULT_CONTEXT = 4096
@@ -76,7 +76,7 @@ class LoadedModel:
         torch.set_num_threads(compute_threads(self.spec))
         self.context = _context(self.adapter.config.get_text_config(), options.context)
         self.tokenizer: Any = _load_tokenizer(folder)
-        store = SafetensorsStore(self.adapter.experts)
+        store = self.adapter.open_store()
         try:
             slot_nbytes = max(store.layout(key).slot_nbytes for key in store.experts())
             self._refuse_hopeless(options, slot_nbytes)
@@ -129,6 +129,8 @@ class LoadedModel:
             slot_nbytes,
             getattr(config, "_attn_implementation", None) == "eager",
         )
+        if self.adapter.packed is not None:
+            workspace += DECODED_NBYTES
         kv = self.kv_nbytes_per_token * self.context
         return MemoryUse(process, kv, workspace, self.adapter.dense_nbytes, self.context)
 
@@ -138,6 +140,14 @@ class LoadedModel:
         width = kv_width(self.adapter.config.get_text_config().to_dict())
         layers = len(DynamicCache(config=self.adapter.config).layers)
         return layers * width * self.adapter.dtype.itemsize
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know about how this model runs."""
+        if self.adapter.packed is None:
+            return ()
+        name = self.adapter.packed.format.lower()
+        return (f"No native kernels: {name} experts are computed on a slow torch path.",)
 
     def generation_defaults(self) -> GenerationSettings:
         """What the model's authors recommend in ``generation_config.json``, else ours."""

@@ -248,6 +248,11 @@ def shape_of_folder(name: str, folder: Path, *, uniform_routing: bool = False) -
             "None of its tensors is one.",
             "Is it a Mixture-of-Experts model?",
         )
+    if found.quantization in FORMATS and found.quantization != "fp8":
+        # Packed: experts stay in blocks, the dense part is decoded when it is loaded.
+        form = FORMATS[found.quantization]
+        weights = round(found.expert_nbytes * 8 / form.bits)
+        return replace(shape, expert_weights=weights, format=form, uniform_routing=uniform_routing)
     form = FORMATS[stored_format(next(iter(found.formats), "BF16"))]
     width = form.bits / 8
     active = found.active_nbytes - found.moe_layers * found.top_k * found.expert_nbytes

@@ -1,22 +1,34 @@
-"""The models on this machine: listing them, and removing what moei brought."""
+"""The models on this machine, listed with what is known about each."""
 
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from filelock import Timeout
-
-from moei_core.errors import ModelNotFoundError, MoeiError, UsageError
+from moei_core.errors import MoeiError
 from moei_core.hub import registry
 from moei_core.hub.layout import RepoCache, default_cache_dir, missing_files
+from moei_core.hub.packed import (
+    UNPACKED,
+    FoundStore,
+    all_stores,
+    is_current,
+    is_repo_place,
+    packed_commit,
+    place_of,
+    repo_place,
+    stores_at,
+)
 from moei_core.hub.resolve import DEMO_NAME, ModelName, bundled_folder, parse_name, resolve_model
 from moei_core.hub.summary import ModelSummary, is_moe, summarize
 from moei_core.hub.synthetic import made_models
+from moei_core.store.packed_folder import is_packed, packed_share
+
+if TYPE_CHECKING:
+    from moei_core.store.packed_manifest import PackedSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +36,9 @@ class LibraryModel:
     """One model of the library.
 
     source: ``moei`` (downloaded by moei), ``mixed``, ``other`` (another tool), ``bundled``, ``synthetic``,
-    ``folder``.
-    state: ``complete``, ``partial`` or ``damaged``; problem says what is missing or wrong.
+    ``folder``, ``packed`` (by moei from another one).
+    state: ``complete``, ``partial``, ``damaged`` or ``outdated`` (packed from weights that have been replaced); problem
+    says what is missing or wrong.
     nbytes: on disk. expected_nbytes: when complete, if known, else 0.
     """
 
@@ -56,23 +69,81 @@ def list_models(cache_dir: Path | None = None) -> list[LibraryModel]:
             # One folder that cannot be read must not hide the others.
             problem = f"{error.filename or cache.folder}: {error.strerror or error}"
             found.append(LibraryModel(cache.repo, cache.folder, "other", "damaged", 0, problem=problem))
+    found.extend(_describe_store(store) for store in all_stores())
     return found
 
 
 def describe(text: str, cache_dir: Path | None = None) -> list[LibraryModel]:
     """What is here of the model that ``text`` names; empty if nothing. Raises: ModelNotFoundError."""
     name = parse_name(text)
+    stores = [_describe_store(store) for store in stores_of(name)]
+    if name.format not in (None, UNPACKED):
+        return stores
     if name.kind != "hub":
         assert name.folder is not None
         if not name.folder.is_dir():
-            # Says why, and what to do.
-            resolve_model(text)
-        return [_describe_folder(name.text, name.folder, name.kind)]
+            if not stores:
+                # Says why, and what to do.
+                resolve_model(text)
+            return stores
+        if is_packed(name.folder):
+            return [_describe_store(FoundStore(name.folder, name.folder.name))]
+        return [_describe_folder(name.text, name.folder, name.kind), *stores]
     cache = RepoCache((cache_dir or default_cache_dir()).absolute(), name.repo)
-    models = _describe_repo(cache, any_kind=True)
+    models = [*_describe_repo(cache, any_kind=True), *stores]
     if name.revision is None:
         return models
     return [model for model in models if name.revision in (*model.revisions, model.commit)]
+
+
+def stores_of(name: ModelName) -> list[FoundStore]:
+    """The packed stores of a model, finished or not; those of all revisions without one, of one format if named."""
+    if name.kind == "hub":
+        place = repo_place(name.repo)
+        found = [store for store in all_stores() if store.folder.parent.parent == place]
+        if name.revision is not None:
+            commit = RepoCache(default_cache_dir(), name.repo).commit_of(name.revision)
+            commit = commit or packed_commit(name.repo, name.revision)
+            found = [store for store in found if store.folder.parent.name == commit]
+    else:
+        assert name.folder is not None
+        known = str(name.folder.resolve()) if name.kind == "folder" else name.text
+        found = stores_at(place_of(name.kind, known))
+    return [store for store in found if name.format in (None, UNPACKED, store.format)]
+
+
+def _describe_store(store: FoundStore) -> LibraryModel:
+    nbytes = sum(path.stat().st_blocks * 512 for path in store.folder.iterdir() if path.is_file())
+    place = store.folder.parent
+    model = LibraryModel(f"{place.name}:{store.format}", store.folder, "packed", "complete", nbytes)
+    if is_repo_place(place.parent):
+        repo = place.parent.name.removeprefix("models--").replace("--", "/", 1)
+        model = replace(model, name=f"{repo}@{place.name}:{store.format}", repo=repo, commit=place.name)
+    if not store.is_complete:
+        problem = f"{packed_share(store.folder):.0%} packed, `moei quantize` resumes"
+        return replace(model, state="partial", problem=problem)
+    try:
+        source = store.manifest().source
+        model = replace(
+            model,
+            name=f"{source.name}:{store.format}",
+            revisions=tuple(filter(None, [source.revision])),
+            summary=summarize(store.folder),
+        )
+        if (folder := _source_folder(source)) is not None and not is_current(store, folder):
+            problem = "its source has other weights now, `moei quantize` packs them"
+            return replace(model, state="outdated", problem=problem)
+    except MoeiError as error:
+        return replace(model, state="damaged", problem=error.what)
+    return model
+
+
+def _source_folder(source: PackedSource) -> Path | None:
+    """Where the source of a store is if it can have changed: a commit of the hub never does."""
+    with suppress(MoeiError):
+        if source.kind != "hub" and (folder := parse_name(source.name).folder) is not None:
+            return folder if folder.is_dir() else None
+    return None
 
 
 def _describe_folder(name: str, folder: Path, source: str) -> LibraryModel:
@@ -103,9 +174,9 @@ def _describe_repo(cache: RepoCache, any_kind: bool = False) -> list[LibraryMode
         folder, record = cache.snapshot(commit), records.get(commit)
         if not (any_kind or record is not None or is_moe(folder)):
             continue
-        blobs = _blobs_of(folder)
+        blobs = blobs_of(folder)
         partial = sum(
-            _size(cache.partial(etag)) for etag in (record.etags if record else ()) if etag not in blobs
+            file_size(cache.partial(etag)) for etag in (record.etags if record else ()) if etag not in blobs
         )
         own = sum(1 for etag in blobs if etag in ours)
         source = "moei" if own == len(blobs) else "mixed" if own else "other"
@@ -128,17 +199,17 @@ def _describe_repo(cache: RepoCache, any_kind: bool = False) -> list[LibraryMode
     return models
 
 
-def _blobs_of(snapshot: Path) -> dict[str, int]:
+def blobs_of(snapshot: Path) -> dict[str, int]:
     """Blob name -> bytes of the files of one snapshot; links that lead elsewhere count with their size."""
     found: dict[str, int] = {}
-    for path in _files(snapshot):
+    for path in files_below(snapshot):
         target = Path(os.readlink(path)) if path.is_symlink() else path  # noqa: PTH115
         with suppress(OSError):
             found[target.name] = path.stat().st_size
     return found
 
 
-def _files(folder: Path) -> list[Path]:
+def files_below(folder: Path) -> list[Path]:
     """All files and links below ``folder``, never going through a linked folder."""
     found: list[Path] = []
     for root, folders, names in os.walk(folder, followlinks=False):
@@ -147,179 +218,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _size(path: Path) -> int:
+def file_size(path: Path) -> int:
     with suppress(OSError):
         return path.lstat().st_size
     return 0
-
-
-@dataclass(frozen=True, slots=True)
-class Removal:
-    """What ``rm`` would delete.
-
-    own: files that moei downloaded (blobs and partial files). foreign: what other tools brought.
-    kept: what is never deleted, with the reason. folder: of a synthetic model, which goes as a whole.
-    """
-
-    cache: RepoCache
-    name: str
-    commits: tuple[str, ...]
-    own: tuple[Path, ...]
-    foreign: tuple[Path, ...]
-    kept: tuple[tuple[Path, str], ...]
-    revisions: tuple[str, ...] = ()
-    folder: Path | None = None
-
-    def nbytes(self, paths: Iterable[Path]) -> int:
-        return sum(_size(path) for path in paths)
-
-
-def plan_removal(text: str, cache_dir: Path | None = None) -> Removal:
-    """Sort what is here of the model into own, foreign and kept.
-
-    Raises: ModelNotFoundError if nothing is here, UsageError for a folder or the demo: those are not moei's.
-    """
-    name = parse_name(text)
-    if name.kind == "bundled":
-        raise UsageError(f"{DEMO_NAME} is part of moei and cannot be removed.")
-    if name.kind == "synthetic":
-        folder = resolve_model(text).folder
-        return Removal(RepoCache(folder, ""), name.text, (), tuple(_files(folder)), (), (), folder=folder)
-    if name.kind == "folder":
-        raise UsageError(
-            f"{text} is a folder that moei did not make.",
-            hint="moei removes models of its library only; delete the folder yourself if you want that.",
-        )
-    cache = RepoCache((cache_dir or default_cache_dir()).absolute(), name.repo)
-    commits, revisions = _chosen(cache, name)
-    ours = registry.owned(cache)
-    own: dict[Path, None] = {}
-    foreign: dict[Path, None] = {}
-    kept: dict[Path, str] = {}
-    # A blob that another snapshot uses as well stays; the links of this one go.
-    others = [cache.snapshot(other) for other in cache.commits() if other not in commits]
-    used_elsewhere = {blob for other in others for blob in _blobs_of(other)}
-    for commit in commits:
-        for path in _files(cache.snapshot(commit)):
-            blob = _blob_behind(cache, path)
-            if blob is None and path.is_symlink():
-                kept[path.resolve()] = "outside the cache; only the link to it goes"
-                foreign[path] = None
-            elif blob is None:
-                foreign[path] = None
-            elif blob.name in used_elsewhere:
-                kept[blob] = "another revision uses it"
-            else:
-                (own if blob.name in ours else foreign)[blob] = None
-    if _leads_elsewhere(cache):
-        kept[(cache.folder / "blobs").resolve()] = "outside the cache; only the links to it go"
-        return Removal(cache, name.text, commits, (), tuple(foreign), tuple(kept.items()), revisions)
-    records = registry.records(cache.repo, cache.cache_dir)
-    mine = {etag for record in records if record.revision in revisions for etag in record.etags}
-    theirs = {etag for record in records if record.revision not in revisions for etag in record.etags}
-    for etag, path in cache.partials().items():
-        if etag not in theirs and (etag in mine or name.revision is None):
-            own[path] = None
-    for etag in ours - used_elsewhere - theirs:
-        # Blobs whose snapshot never got its link, because the pull died in between.
-        if _size(cache.blob(etag)) and (etag in mine or name.revision is None):
-            own[cache.blob(etag)] = None
-    return Removal(cache, name.text, commits, tuple(own), tuple(foreign), tuple(kept.items()), revisions)
-
-
-def _chosen(cache: RepoCache, name: ModelName) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The commits and recorded revisions that ``name`` means: all of the repository without a revision."""
-    records = registry.records(cache.repo, cache.cache_dir)
-    if name.revision is None:
-        commits = {*cache.commits(), *(record.commit for record in records)}
-    else:
-        commit = cache.commit_of(name.revision)
-        commits = {commit} if commit else set()
-        commits |= {record.commit for record in records if record.revision == name.revision}
-    if not commits and not (name.revision is None and cache.partials()):
-        raise ModelNotFoundError(f"{name.text} is not on this machine.", hint="See `moei list`.")
-    return tuple(sorted(commits)), tuple(record.revision for record in records if record.commit in commits)
-
-
-def _blob_behind(cache: RepoCache, path: Path) -> Path | None:
-    """The blob of this repository that a snapshot's link points to, or None if it leads anywhere else."""
-    if not path.is_symlink():
-        return None
-    blobs = cache.folder / "blobs"
-    # One step only: the blob itself may be a link into the store that hf shares among models.
-    target = Path(os.path.normpath(path.parent / os.readlink(path)))  # noqa: PTH115
-    inside = target.parent == blobs and not _leads_elsewhere(cache) and target.exists()
-    return target if inside else None
-
-
-def _leads_elsewhere(cache: RepoCache) -> bool:
-    """Whether somebody put this repository's blobs elsewhere by a link."""
-    return cache.folder.is_symlink() or (cache.folder / "blobs").is_symlink()
-
-
-def remove(removal: Removal, *, foreign: bool = False) -> int:
-    """Delete what is moei's own, and with ``foreign`` also the rest of the model. Returns the bytes freed.
-
-    Links are removed, never followed. Raises: MoeiError if a download of the model is running.
-    """
-    from huggingface_hub.utils import WeakFileLock
-
-    if removal.folder is not None:
-        freed = removal.nbytes(removal.own)
-        shutil.rmtree(removal.folder)
-        return freed
-    cache = removal.cache
-    doomed = [*removal.own, *(removal.foreign if foreign else ())]
-    freed = removal.nbytes(doomed)
-    with ExitStack() as locks:
-        for etag in sorted({path.name.split(".")[0] for path in doomed if path.parent.name == "blobs"}):
-            path = cache.lock(etag)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                locks.enter_context(WeakFileLock(path, timeout=0.05))
-            except Timeout as error:
-                raise MoeiError(
-                    f"{removal.name} is being downloaded right now.",
-                    hint="Stop that download, then remove it.",
-                ) from error
-        try:
-            _delete(cache, removal, doomed, foreign)
-        except OSError as error:
-            raise MoeiError(
-                f"{error.filename or cache.folder} cannot be deleted.", f"{error.strerror or error}."
-            ) from error
-    registry.disown(cache, [path.name for path in removal.own])
-    for revision in removal.revisions:
-        registry.forget_record(cache.repo, revision)
-    if not cache.folder.exists():
-        shutil.rmtree(cache.cache_dir / ".locks" / cache.folder.name, ignore_errors=True)
-    return freed
-
-
-def _delete(cache: RepoCache, removal: Removal, doomed: list[Path], foreign: bool) -> None:
-    blobs = set(doomed)
-    for commit in removal.commits:
-        # Links before blobs: a death in between leaves no link to nothing.
-        for path in _files(cache.snapshot(commit)):
-            blob = _blob_behind(cache, path)
-            kept_blob = any(blob == other for other, _ in removal.kept)
-            if path in blobs or blob in blobs or (blob is not None and kept_blob):
-                path.unlink(missing_ok=True)
-    for path in doomed:
-        path.unlink(missing_ok=True)
-    for commit in removal.commits:
-        _remove_empty(cache.snapshot(commit))
-        if not cache.snapshot(commit).exists():
-            for name, at in cache.refs().items():
-                if at == commit:
-                    cache.ref(name).unlink(missing_ok=True)
-            (cache.folder / "trees" / f"{commit}.json").unlink(missing_ok=True)
-            shutil.rmtree(cache.folder / ".no_exist" / commit, ignore_errors=True)
-    _remove_empty(cache.folder)
-
-
-def _remove_empty(folder: Path) -> None:
-    """Remove ``folder`` and the folders in it that hold nothing."""
-    for root, _, _ in os.walk(folder, topdown=False, followlinks=False):
-        with suppress(OSError):
-            Path(root).rmdir()

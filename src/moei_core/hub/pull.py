@@ -7,13 +7,12 @@ name), links of the snapshot, and last the branch's name, by which other tools f
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -22,16 +21,15 @@ from huggingface_hub import constants
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import WeakFileLock
 
-from moei_core.config import format_size
 from moei_core.errors import (
     DamagedFileError,
-    DoesNotFitError,
     MoeiError,
     OfflineError,
     UnsupportedModelError,
 )
 from moei_core.hub import registry
 from moei_core.hub.layout import (
+    COMPANION_FILES,
     DEFAULT_REVISION,
     INDEX_NAME,
     SINGLE_NAME,
@@ -43,6 +41,8 @@ from moei_core.hub.layout import (
     missing_files,
     read_weight_map,
 )
+from moei_core.hub.packed import packed_commit, repo_place
+from moei_core.hub.pull_plan import PullPlan, check_space, free_space
 from moei_core.hub.remote import Remote, Stopped
 from moei_core.hub.summary import expert_count
 from moei_core.hub.transfer import (
@@ -57,71 +57,11 @@ from moei_core.hub.transfer import (
     nbytes_here,
     new_checksum,
 )
+from moei_core.store.packed_folder import is_packed
 
-# What transformers 5.23 reads beside config and weights to make a tokenizer and its chat template.
-_WANTED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "tiktoken.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
 # As many as huggingface_hub uses: one connection to a CDN seldom fills a fast line.
 _CONNECTIONS = 8
 _LEFTOVER_AGE_S = 24 * 3600
-
-
-@dataclass(frozen=True, slots=True)
-class PullPlan:
-    """What a pull will do.
-
-    present_nbytes: of ``total_nbytes``, in the cache already, whole or in part.
-    free_nbytes: on the disk of the cache. is_moe: whether the model's config names routed experts.
-    online: False if the hub was not asked, and the snapshot is complete as far as can be seen from here.
-    """
-
-    cache: RepoCache
-    revision: str
-    commit: str
-    files: tuple[PlannedFile, ...]
-    present_nbytes: int
-    free_nbytes: int
-    licence: str = ""
-    gated: bool = False
-    is_moe: bool = True
-    online: bool = True
-
-    @property
-    def repo(self) -> str:
-        return self.cache.repo
-
-    @property
-    def folder(self) -> Path:
-        """Where the model is when the pull is done."""
-        return self.cache.snapshot(self.commit)
-
-    @property
-    def total_nbytes(self) -> int:
-        return sum(file.nbytes for file in self.files)
-
-    @property
-    def needed_nbytes(self) -> int:
-        """What must still be downloaded, which is also the space it takes."""
-        return self.total_nbytes - self.present_nbytes
-
-    @property
-    def fits(self) -> bool:
-        return self.needed_nbytes <= self.free_nbytes
 
 
 def plan_pull(
@@ -130,10 +70,12 @@ def plan_pull(
     *,
     cache_dir: Path | None = None,
     remote: Remote | None = None,
+    packed_as: str | None = None,
 ) -> PullPlan:
     """Ask the hub what ``repo`` holds and choose the files that a chat needs. Writes nothing.
 
-    Without network the cache is asked instead. Raises: OfflineError if it is not complete there,
+    packed_as: the model is wanted in this format; packed so already, it needs no files. Without network the cache is
+    asked instead. Raises: OfflineError if it is not complete there,
     ModelNotFoundError, UnsupportedModelError, MoeiError.
     """
     cache = RepoCache((cache_dir or default_cache_dir()).absolute(), repo)
@@ -144,7 +86,10 @@ def plan_pull(
     try:
         info = remote.model_info(wanted)
     except OfflineError as error:
-        return _plan_offline(cache, wanted, error)
+        here = packed_commit(repo, revision) if packed_as else None
+        if here is not None and packed_as is not None and is_packed(repo_place(repo) / here / packed_as):
+            return _nothing_to_do(cache, wanted, here, packed_as, online=False)
+        return replace(_plan_offline(cache, wanted, error), packed_as=packed_as or "")
     commit = info.sha or ""
     if not is_commit(commit):
         raise MoeiError(
@@ -152,6 +97,8 @@ def plan_pull(
             "It names no commit.",
             "Check HF_ENDPOINT.",
         )
+    if packed_as is not None and is_packed(repo_place(repo) / commit / packed_as):
+        return _nothing_to_do(cache, wanted, commit, packed_as, online=True)
     files = _choose(repo, info, commit, remote)
     config = next(file.content for file in files if file.name == "config.json") or b""
     card = vars(info.card_data) if info.card_data is not None else {}
@@ -165,7 +112,13 @@ def plan_pull(
         licence=_licence(card, info.tags or ()),
         gated=bool(info.gated),
         is_moe=_counts_experts(config),
+        packed_as=packed_as or "",
     )
+
+
+def _nothing_to_do(cache: RepoCache, revision: str, commit: str, packed_as: str, online: bool) -> PullPlan:
+    free = free_space(cache.cache_dir)
+    return PullPlan(cache, revision, commit, (), 0, free, online=online, packed_as=packed_as, is_packed=True)
 
 
 def _plan_offline(cache: RepoCache, revision: str, error: OfflineError) -> PullPlan:
@@ -191,7 +144,7 @@ def _choose(repo: str, info: ModelInfo, commit: str, remote: Remote) -> tuple[Pl
             "moei reads safetensors checkpoints for transformers"
             + (" and not GGUF files yet." if gguf else "."),
         )
-    names = [name for name in sorted(there) if any(fnmatchcase(name, pattern) for pattern in _WANTED)]
+    names = [name for name in sorted(there) if any(fnmatchcase(name, pattern) for pattern in COMPANION_FILES)]
     read = {"config.json": _read(repo, commit, there["config.json"], remote)}
     if INDEX_NAME in there:
         read[INDEX_NAME] = _read(repo, commit, there[INDEX_NAME], remote)
@@ -256,24 +209,6 @@ def _nbytes_present(cache: RepoCache, commit: str, files: Iterable[PlannedFile])
         file.nbytes if is_copy(cache.snapshot(commit) / file.name, file) else nbytes_here(cache, file)
         for file in files
     )
-
-
-def free_space(folder: Path) -> int:
-    """Free bytes on the disk where ``folder`` is or will be."""
-    for path in (folder, *folder.parents):
-        with suppress(OSError):
-            return shutil.disk_usage(path).free
-    return 0
-
-
-def check_space(plan: PullPlan) -> None:
-    """Raises: DoesNotFitError, saying how much is needed and how much is free."""
-    if not plan.fits:
-        raise DoesNotFitError(
-            f"{plan.repo} does not fit on the disk of {plan.cache.cache_dir}.",
-            f"{format_size(plan.needed_nbytes)} are needed, {format_size(plan.free_nbytes)} are free.",
-            "Free some space (`moei list`, `moei rm`) or set HF_HOME to a larger disk.",
-        )
 
 
 def pull(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from importlib import resources
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moei_core.errors import ModelNotFoundError, UnsupportedModelError
 from moei_core.hub.aliases import aliases, find_alias, near_matches
@@ -18,7 +18,20 @@ from moei_core.hub.layout import (
     is_safe_name,
     missing_files,
 )
+from moei_core.hub.packed import (
+    PACKED_NAMES,
+    UNPACKED,
+    FoundStore,
+    choose_store,
+    file_identities,
+    packed_commit,
+    place_of,
+)
 from moei_core.paths import cache_dir
+from moei_core.store.packed_folder import is_packed
+
+if TYPE_CHECKING:
+    from moei_core.store.packed_manifest import PackedSource
 
 DEMO_NAME = "moei-demo"
 SYNTHETIC_PREFIX = "synthetic:"
@@ -29,29 +42,34 @@ class ModelFiles:
     """A complete model on this machine.
 
     name: short, for people; a folder's own name. source: ``bundled``, ``folder``, ``hub`` or ``synthetic``.
-    revision: the commit of a model from the hub, else empty.
+    revision: the commit of a model from the hub, else empty. format: of a packed store (``q4_0``), else empty.
     """
 
     name: str
     folder: Path
     source: str
     revision: str = ""
+    format: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelName:
-    """A name taken apart. kind: ``bundled``, ``folder``, ``synthetic`` or ``hub`` (with repo and revision)."""
+    """A name taken apart. kind: ``bundled``, ``folder``, ``synthetic`` or ``hub`` (with repo and revision).
+
+    text: without the format. format: ``q8_0``, ``q4_0``, ``none`` for the model's own, or None: not asked for.
+    """
 
     text: str
     kind: str
     folder: Path | None = None
     repo: str = ""
     revision: str | None = None
+    format: str | None = None
 
 
 def bundled_folder() -> Path:
     """Where the demo model is if this installation has it."""
-    return Path(str(resources.files("moei_core"))) / "bundled" / DEMO_NAME
+    return Path(__file__).parents[1] / "bundled" / DEMO_NAME
 
 
 def synthetic_root() -> Path:
@@ -60,12 +78,20 @@ def synthetic_root() -> Path:
 
 
 def parse_name(text: str) -> ModelName:
-    """Take ``text`` apart: the demo, a folder, an alias or ``owner/name`` with an optional ``@revision``.
+    """Take ``text`` apart: the demo, a folder, an alias or ``owner/name`` with an optional ``@revision``; after any
+    of them ``:q4_0`` or another format to pack to, or ``:none``.
 
     An existing folder wins over a hub id of the same spelling, as in transformers.
     Raises: ModelNotFoundError with near matches, UnsupportedModelError for GGUF.
     """
     text = text.strip()
+    base, _, form = text.rpartition(":")
+    if base and form in (*PACKED_NAMES, UNPACKED) and not Path(text).expanduser().is_dir():
+        return replace(_parse_plain(base), format=form)
+    return _parse_plain(text)
+
+
+def _parse_plain(text: str) -> ModelName:
     if text == DEMO_NAME:
         return ModelName(text, "bundled", folder=bundled_folder())
     if text.startswith(SYNTHETIC_PREFIX):
@@ -114,9 +140,62 @@ def unknown_name(text: str) -> ModelNotFoundError:
 def resolve_model(text: str) -> ModelFiles:
     """Find the model that ``text`` names on this machine; never uses the network.
 
+    A plain name means the packed store that was asked for last, if there is one, else the model as published.
     Raises: ModelNotFoundError if it is not here or only in part, UnsupportedModelError, DamagedFileError.
     """
     name = parse_name(text)
+    if name.format == UNPACKED:
+        return _resolve_source(name)
+    try:
+        source = _resolve_source(name)
+    except ModelNotFoundError as error:
+        # The source may have been dropped after packing.
+        if (found := _resolve_without_source(name)) is None:
+            raise error
+        return found
+    if source.format:
+        return source
+    place = place_of(source.source, _place_name(source), source.revision)
+    store = choose_store(place, name.format, source.folder, name.text)
+    return source if store is None else _packed(source, store)
+
+
+def _resolve_without_source(name: ModelName) -> ModelFiles | None:
+    if name.kind == "hub":
+        commit = packed_commit(name.repo, name.revision)
+        files = ModelFiles(shown_name(name), Path(), "hub", commit or "")
+        if commit is None:
+            return None
+    elif name.kind == "synthetic":
+        files = ModelFiles(name.text, Path(), name.kind)
+    else:
+        return None
+    place = place_of(files.source, files.name, files.revision)
+    store = choose_store(place, name.format, None, name.text)
+    return None if store is None else _packed(files, store)
+
+
+def _packed(source: ModelFiles, store: FoundStore) -> ModelFiles:
+    return replace(source, name=f"{source.name}:{store.format}", folder=store.folder, format=store.format)
+
+
+def _place_name(files: ModelFiles) -> str:
+    """What stores call their source: a folder by its path, which names it from everywhere."""
+    return str(files.folder) if files.source == "folder" else files.name
+
+
+def packed_source(files: ModelFiles, revision: str | None = None) -> PackedSource:
+    """What a store packed from ``files`` says about its source. revision: as a person gave it, of a hub's model."""
+    from moei_core.store.packed_manifest import PackedSource
+
+    named = (revision or DEFAULT_REVISION) if files.source == "hub" else ""
+    return PackedSource(
+        files.source, _place_name(files), named, files.revision, file_identities(files.folder)
+    )
+
+
+def _resolve_source(name: ModelName) -> ModelFiles:
+    """The model as published; or the packed store in a folder that is given by its path."""
     if name.kind == "hub":
         return _resolve_cached(name)
     assert name.folder is not None
@@ -141,6 +220,12 @@ def resolve_model(text: str) -> ModelFiles:
     folder = name.folder.resolve()
     if name.kind == "synthetic":
         return ModelFiles(name.text, folder, name.kind)
+    if is_packed(folder):
+        from moei_core.store.packed_manifest import read_manifest
+
+        manifest = read_manifest(folder)
+        form = manifest.format.lower()
+        return ModelFiles(f"{manifest.source.name}:{form}", folder, name.kind, format=form)
     return ModelFiles(folder.name, folder, name.kind)
 
 
@@ -164,5 +249,9 @@ def _resolve_cached(name: ModelName) -> ModelFiles:
             f"{name.text} is only partly on this machine: {missing[0]} is missing.",
             hint=f"Finish it with: {command}",
         )
-    shown = name.repo if name.revision is None or is_commit(name.revision) else f"{name.repo}@{name.revision}"
-    return ModelFiles(shown, folder, "hub", commit)
+    return ModelFiles(shown_name(name), folder, "hub", commit)
+
+
+def shown_name(name: ModelName) -> str:
+    """What a model from the hub is called in reports."""
+    return name.repo if name.revision is None or is_commit(name.revision) else f"{name.repo}@{name.revision}"

@@ -17,6 +17,7 @@ from typing import Any
 
 from moei_core.errors import DamagedFileError
 from moei_core.hub.layout import weight_files
+from moei_core.store.packed_folder import is_packed
 from moei_core.store.safetensors_header import TensorEntry, read_header
 
 # Layers have these names in all families of transformers.
@@ -29,6 +30,8 @@ _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in)\
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|output|embed_out)\.weight$")
 
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+_NUM_LAYERS = ("num_hidden_layers", "n_layers", "n_layer")
+_CONTEXT = ("max_position_embeddings", "max_seq_len", "n_positions")
 _TOP_K = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -129,10 +132,12 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, TensorEntry]]:
 
 
 def summarize(folder: Path) -> ModelSummary:
-    """Read config and headers. Raises: DamagedFileError, MoeiError."""
+    """Read config and headers, or a packed store's manifest. Raises: DamagedFileError, MoeiError."""
     config = read_config(folder)
+    if is_packed(folder):
+        return _summarize_packed(folder, config)
     text = text_config(config)
-    num_layers = _first_int(config, ("num_hidden_layers", "n_layers", "n_layer"))
+    num_layers = _first_int(config, _NUM_LAYERS)
     count, top_k = expert_count(config), expert_top_k(config)
     formats: Counter[str] = Counter()
     layers: dict[int, Counter[int]] = {}  # layer -> expert -> bytes
@@ -167,7 +172,7 @@ def summarize(folder: Path) -> ModelSummary:
         moe_layers=len(layers),
         num_experts=max((len(experts) for experts in layers.values()), default=0),
         top_k=top_k,
-        context=_first_int(config, ("max_position_embeddings", "max_seq_len", "n_positions")),
+        context=_first_int(config, _CONTEXT),
         expert_nbytes=max((max(experts.values()) for experts in layers.values()), default=0),
         experts_nbytes=sum(fused.values()) * bool(count)
         + sum(sum(experts.values()) for layer, experts in layers.items() if layer not in fused),
@@ -176,6 +181,44 @@ def summarize(folder: Path) -> ModelSummary:
         active_nbytes=active,
         formats=dict(formats.most_common()),
         quantization=_quantization(config),
+    )
+
+
+def _summarize_packed(folder: Path, config: Mapping[str, Any]) -> ModelSummary:
+    from moei_core.store.packed_manifest import read_manifest
+
+    manifest, text, top_k = read_manifest(folder), text_config(config), expert_top_k(config)
+    formats: Counter[str] = Counter()
+    layers: dict[int, list[int]] = {}
+    for key, expert in manifest.experts.items():
+        parts = manifest.kinds[expert.kind]
+        layers.setdefault(key.layer, []).append(sum(part.nbytes for part in parts))
+        for part in parts:
+            formats[part.format] += part.nbytes
+    dense = embedding = row = 0
+    has_head = False
+    for name, tensor in manifest.dense.items():
+        formats[tensor.format] += tensor.nbytes
+        dense += tensor.nbytes
+        has_head = has_head or _HEAD.search(name) is not None
+        if _EMBEDDING.search(name):
+            embedding, row = tensor.nbytes, tensor.nbytes // max(1, tensor.shape[0])
+    active = dense - (embedding - row if has_head else 0)
+    active += sum(max(experts) * min(top_k, len(experts)) for experts in layers.values())
+    return ModelSummary(
+        model_type=str(config.get("model_type") or text.get("model_type") or "?"),
+        num_hidden_layers=_first_int(config, _NUM_LAYERS),
+        moe_layers=len(layers),
+        num_experts=max((len(experts) for experts in layers.values()), default=0),
+        top_k=top_k,
+        context=_first_int(config, _CONTEXT),
+        expert_nbytes=max((max(experts) for experts in layers.values()), default=0),
+        experts_nbytes=sum(sum(experts) for experts in layers.values()),
+        dense_nbytes=dense,
+        unused_nbytes=0,
+        active_nbytes=active,
+        formats=dict(formats.most_common()),
+        quantization=manifest.format.lower(),
     )
 
 

@@ -1,1 +1,1 @@
-"""How weights are stored in blocks, and the native kernels that compute with them."""
+"""Number formats of weights, how rows of blocks are laid out, and the native kernels that compute with them."""

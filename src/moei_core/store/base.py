@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from moei_core.quant.layouts import PLAIN
 from moei_core.types import ExpertKey
 
 PAGE = 4096
@@ -34,8 +35,9 @@ class StoredTensor:
 
     param: the parameter of transformers' experts module that it belongs to, such as ``gate_up_proj``.
     index: its place among the tensors that are concatenated (along the output dimension) to that parameter.
-    dtype: safetensors' name, such as ``BF16``. shape: as stored.
+    format: a name of ``moei_core.quant.formats.FORMATS``, such as ``BF16``. shape: as stored, in weights.
     transposed: stored with its two dimensions swapped, compared with the parameter.
+    layout: how its blocks follow each other, see ``moei_core.quant.layouts``.
     """
 
     param: str
@@ -43,9 +45,10 @@ class StoredTensor:
     file: Path
     offset: int
     nbytes: int
-    dtype: str
+    format: str
     shape: tuple[int, ...]
     transposed: bool = False
+    layout: str = PLAIN
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,14 @@ _VERSION = 1
 Identity = tuple[int, int, int, int]
 
 
+def checksum(pieces: Iterable[memoryview | bytes]) -> str:
+    """The xxh3 (64 bits, hexadecimal) of the pieces one after the other."""
+    digest = xxhash.xxh3_64()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
 class ChecksumLedger:
     """The known checksums of one set of files. Thread-safe; a home that cannot be written is no error."""
 
@@ -39,10 +47,7 @@ class ChecksumLedger:
 
     def check(self, key: ExpertKey, pieces: Iterable[memoryview]) -> bool:
         """Whether the bytes of ``key`` are those of its first read. The first read itself always is."""
-        digest = xxhash.xxh3_64()
-        for piece in pieces:
-            digest.update(piece)
-        found, name = digest.hexdigest(), f"{key.layer}.{key.expert}"
+        found, name = checksum(pieces), f"{key.layer}.{key.expert}"
         with self._lock:
             known = self._known.setdefault(name, found)
             self._dirty |= len(self._known) != self._saved

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from mmap import mmap
 from pathlib import Path
 
 from moei_core.errors import DamagedFileError
@@ -94,6 +96,23 @@ class FileReader:
         os.dup2(descriptor, self._descriptor, inheritable=False)
         os.close(descriptor)
         self.direct = False
+
+    def chunks(self, offset: int, nbytes: int, size: int) -> Iterator[memoryview]:
+        """A range of the file in pieces of ``size`` bytes (the last may be shorter), through one buffer.
+
+        Each piece is valid until the next is asked for. Raises: DamagedFileError.
+        """
+        # Not closed at the end: a piece may still be seen by somebody, and its memory goes with the last view.
+        buffer = memoryview(mmap(-1, align_up(size) + 2 * PAGE))
+        for done in range(0, nbytes, size):
+            count, lead = min(size, nbytes - done), (offset + done) % PAGE
+            try:
+                self.read_into(offset + done, count, buffer, lead)
+            except (OSError, EOFError) as error:
+                raise DamagedFileError(
+                    f"Reading {self.file.name} failed.", f"{self.file}: {error}.", "Pull the model again."
+                ) from error
+            yield buffer[lead : lead + count]
 
     def identity(self) -> tuple[int, int, int, int]:
         """(device, inode, size, modification time in ns): changes when the file is replaced or rewritten."""

@@ -23,13 +23,17 @@ _LARGEST_HEADER = 100 << 20
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of one file: ``offset`` is absolute in the file, in bytes."""
+    """One tensor of one file: ``offset`` is absolute in the file, in bytes.
+
+    dtype: safetensors' name, or a block format's in a packed store. checksum: xxh3 of its bytes, where known.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    checksum: str = ""
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:

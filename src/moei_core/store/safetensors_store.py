@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-from moei_core.errors import DamagedFileError, ExpertReadError
-from moei_core.store.base import ExpertLayout, Extent, StoredTensor, lay_out
+from moei_core.errors import ExpertReadError
+from moei_core.store.base import StoredTensor, lay_out
 from moei_core.store.checksums import ChecksumLedger
-from moei_core.store.file_reader import FileReader
+from moei_core.store.file_store import FileStore
 from moei_core.types import ExpertKey
 
 
-class SafetensorsStore:
+class SafetensorsStore(FileStore):
     """An ``ExpertStore`` over files that are never copied or converted."""
 
     def __init__(
@@ -25,42 +24,12 @@ class SafetensorsStore:
 
         Raises: DamagedFileError if a file cannot be opened.
         """
-        self._layouts = {key: lay_out(experts[key]) for key in sorted(experts)}
-        files = {extent.file for layout in self._layouts.values() for extent in layout.extents}
-        self._readers: dict[Path, FileReader] = {}
-        try:
-            for file in sorted(files):
-                self._readers[file] = FileReader(file, direct)
-        except DamagedFileError:
-            self.close()
-            raise
+        super().__init__({key: lay_out(experts[key]) for key in sorted(experts)}, direct)
         self._ledger = (
             ChecksumLedger({file.resolve(): reader.identity() for file, reader in self._readers.items()})
             if checksums
             else None
         )
-
-    def experts(self) -> Iterable[ExpertKey]:
-        return self._layouts.keys()
-
-    def layout(self, key: ExpertKey) -> ExpertLayout:
-        return self._layouts[key]
-
-    @property
-    def direct(self) -> bool:
-        """Whether reads go past the page cache."""
-        return all(reader.direct for reader in self._readers.values())
-
-    def read_extent(self, key: ExpertKey, extent: Extent, slot: memoryview) -> None:
-        try:
-            self._readers[extent.file].read_into(extent.offset, extent.nbytes, slot, extent.slot_offset)
-        except (OSError, EOFError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise ExpertReadError(
-                f"Reading {key} from {extent.file.name} failed.",
-                f"{extent.file}: {reason}.",
-                "The conversation is as it was before this turn. Check the disk, then ask again.",
-            ) from error
 
     def verify(self, key: ExpertKey, slot: memoryview) -> None:
         if self._ledger is None:
@@ -81,8 +50,5 @@ class SafetensorsStore:
             self._ledger.save()
 
     def close(self) -> None:
-        if getattr(self, "_ledger", None) is not None:
-            self.save_checksums()
-        for reader in self._readers.values():
-            reader.close()
-        self._readers = {}
+        self.save_checksums()
+        super().close()
