@@ -105,7 +105,7 @@ def _actual(conditions: dict[str, Any]) -> Actual:
     return Actual(
         changing["decode_tokens_per_s"]["median"],
         conditions["cold"]["ttft_s"]["median"],
-        changing["hit_rate"],
+        changing["decode_hit_rate"]["median"],
         changing["decode_stall_share"]["median"],
         changing["decode_expert_share"]["median"],
     )

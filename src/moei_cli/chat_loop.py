@@ -85,7 +85,7 @@ class ChatLoop:
             and self._session.report is not None
         ):
             # The prompt's length was not known beforehand, so only the speed can be compared.
-            actual = actual_of(self._session.report, cold=False)
+            actual = actual_of(self._session.report, self._session.model, cold=False)
             if actual.tokens_per_s is not None:
                 self._prediction.settle(actual)
 

@@ -167,14 +167,18 @@ def speed_of_the_smallest(error: DoesNotFitError, files: ModelFiles, profile: Ha
     return f" It would decode about {one.tokens_per_s.value:.2g} tokens/s."
 
 
-def actual_of(report: TurnReport, *, cold: bool = True) -> Actual:
+def actual_of(report: TurnReport, model: LoadedModel, *, cold: bool = True) -> Actual:
     """What a turn came to. cold: its prompt was read by an empty cache. A few tokens are no measure of speed."""
+    from moei_core.engine.measure import decode_hit_rate
+
     stall, experts = report.decode_shares
     measured = len(report.times.token_s) >= _LEAST_TOKENS
     return Actual(
         report.decode_tokens_per_s if measured else None,
         report.times.prefill_s if cold and report.times.prefill_s else None,
-        report.cache.hit_rate if measured else None,
+        decode_hit_rate(report.cache.misses, len(report.times.token_s), report.times, model.spec)
+        if measured
+        else None,
         stall if measured else None,
         experts if measured else None,
     )

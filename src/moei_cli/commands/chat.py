@@ -221,7 +221,7 @@ def _answer_once(
         else:
             render.show_reply(session.reply(prompt), session)
     if prediction is not None and session.report is not None:
-        prediction.settle(actual_of(session.report))
+        prediction.settle(actual_of(session.report, session.model))
     if as_json:
         told = None if prediction is None else prediction.report()
         render.print_json(_report(session, files, pieces) | {"prediction": told})

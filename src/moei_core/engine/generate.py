@@ -21,7 +21,7 @@ from moei_core.types import Phase
 class GenerationTimes:
     """Seconds that the parts of one turn have taken so far, and the tokens that went through them.
 
-    prefill_work: what of the runtime's work fell to the prompt.
+    prefill_work, prefill_misses: what of the runtime's work and of the cache's misses fell to the prompt.
     """
 
     prefilled_tokens: int = 0
@@ -29,6 +29,7 @@ class GenerationTimes:
     decode_s: float = 0.0
     sampling_s: float = 0.0
     prefill_work: RuntimeStatistics = field(default_factory=RuntimeStatistics)
+    prefill_misses: int = 0
     token_s: list[float] = field(default_factory=list)
 
 
@@ -91,7 +92,7 @@ class Generator:
             if self._should_stop():
                 raise InterruptedTurnError("Stopped before the first token.")
 
-        started, before = time.perf_counter(), self._runtime.snapshot()
+        started, before, misses = time.perf_counter(), self._runtime.snapshot(), self._runtime.misses
         self._runtime.before_access = stop_if_asked
         try:
             for start in range(0, len(tokens), PREFILL_CHUNK):
@@ -102,6 +103,7 @@ class Generator:
             self._runtime.before_access = None
             times.prefill_s += time.perf_counter() - started
             times.prefill_work = self._runtime.statistics.minus(before)
+            times.prefill_misses = self._runtime.misses - misses
         return logits
 
     def _forward(self, tokens: list[int], phase: Phase) -> torch.Tensor:

@@ -125,6 +125,11 @@ class ExpertRuntime:
         self.governor: MemoryGovernor | None = None
         self.statistics = RuntimeStatistics()
 
+    @property
+    def misses(self) -> int:
+        """Lookups that found no resident expert, so far."""
+        return self._scheduler.statistics.misses
+
     def snapshot(self) -> RuntimeStatistics:
         """A copy of the statistics so far."""
         return replace(self.statistics)
