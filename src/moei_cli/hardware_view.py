@@ -92,6 +92,15 @@ def _disk_rows(disk: DiskProfile) -> list[Row]:
                 f"one missing expert of that size stalls for {1e3 * one.latency.value:.1f} ms",
             )
         )
+    for read in disk.experts:
+        found.append(
+            (
+                f"  experts of {format_size(read.nbytes)}",
+                _rate(read.bandwidth),
+                _spread(read.bandwidth),
+                f"read as the engine does, in chunks: one takes {1e3 * read.nbytes / read.bandwidth.value:.1f} ms",
+            )
+        )
     if disk.sustained is not None:
         found.append(
             (

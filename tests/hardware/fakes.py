@@ -162,7 +162,7 @@ def made_profile(
         MemoryFacts(24 * GIB, available, 0, 0, None),
         CpuFacts("a processor", 2, None, ("avx2",)),
         {"1": exactly(memory_bandwidth / 2), "2": exactly(memory_bandwidth)},
-        (DiskProfile(facts, True, "a file", reads, exactly(disk_bandwidth)),),
+        (DiskProfile(facts, True, "a file", reads, reads[1::2], exactly(disk_bandwidth)),),
         (),
         kernels,
         FrameworkCost(layer, 1e-3, 5e-5, layer, 1e-4, 2e-8, 400 << 20, "a test"),

@@ -39,7 +39,8 @@ def test_a_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
     assert [(read.nbytes, read.depth) for read in profile.reads] == [
         (size, depth) for size in QUICK.blocks for depth in QUICK.depths
     ]
-    assert len(steps) == 4
+    assert len(steps) == QUICK.settings == 6
+    assert [read.nbytes for read in profile.experts] == list(QUICK.blocks)
     for read in profile.reads:
         assert 0 < read.bandwidth.low <= read.bandwidth.value <= read.bandwidth.high
         assert read.latency.value > 0
@@ -219,13 +220,37 @@ def test_the_fingerprint_changes_with_the_machine_and_not_with_the_minute(tmp_pa
     assert len(set(changed)) == len(changed)
 
 
-def test_the_nearest_measured_setting_answers() -> None:
+def test_between_measured_sizes_the_bandwidth_is_between() -> None:
     disk = made_profile().disks[0]
-    fast = replace(disk.reads[0], bandwidth=exactly(5e9))
-    disk = replace(disk, reads=(fast, *disk.reads[1:]))
-    assert disk.bandwidth(1 << 20, 1) == exactly(5e9)
-    assert disk.bandwidth(14 << 20, 3) == exactly(1e9)
-    assert replace(disk, reads=()).bandwidth(1, 1) is None
+    small, large = disk.experts
+    disk = replace(disk, experts=(small, replace(large, bandwidth=exactly(3e9))))
+    assert (small.nbytes, large.nbytes) == (MIB, 16 * MIB)
+    assert disk.expert_bandwidth(MIB // 2) == exactly(1e9)
+    assert disk.expert_bandwidth(MIB) == exactly(1e9)
+    assert disk.expert_bandwidth(4 * MIB).value == pytest.approx(2e9)
+    assert disk.expert_bandwidth(100 * MIB) == exactly(3e9)
+
+
+def test_chunks_of_an_expert_are_read_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(bytes(16 * MIB))
+    places: list[int] = []
+    read = os.preadv
+
+    def watched(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        places.append(offset)
+        return read(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", watched)
+    descriptor = os.open(file, os.O_RDONLY)
+    with disk_probe._target(4 * MIB) as target:
+        source = disk_probe._Source(descriptor, 16 * MIB, False, "a file")
+        speed = disk_probe._measure(source, target, 4 * MIB, 1, 0.05, 2 * MIB)
+    os.close(descriptor)
+    assert (speed.nbytes, speed.depth) == (4 * MIB, 1)
+    first = places[:8]
+    assert sorted(first) == [place * 2 * MIB for place in range(8)]
+    assert all(first[at + 1] == first[at] + 2 * MIB and first[at] % (4 * MIB) == 0 for at in range(0, 8, 2))
 
 
 def test_the_command_shows_what_is_stored(

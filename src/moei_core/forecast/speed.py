@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from moei_core.config import CHUNK_NBYTES, READERS
 from moei_core.forecast.formats import FORMATS, StorageFormat
 from moei_core.forecast.routing import Range
-from moei_core.hardware.profile import DiskProfile, FrameworkCost, HardwareProfile, KernelSpeed
+from moei_core.hardware.profile import DiskProfile, Figure, FrameworkCost, HardwareProfile, KernelSpeed
 
 ASSUMED_FRAMEWORK = FrameworkCost(0.7e-3, 1.5e-3, 60e-6, 1.2e-3, 150e-6, 1.5e-8, 400 << 20, "assumed")
 """Where no small model could be run: what was measured on a laptop-class processor."""
@@ -53,21 +52,9 @@ class Speeds:
         """The same machine with a disk that reads so many bytes a second at every size."""
         if self.disk is None:
             return self
-        best = max(read.bandwidth.value for read in self.disk.reads)
-        scale = bandwidth / best
-        reads = tuple(
-            replace(
-                read,
-                bandwidth=replace(
-                    read.bandwidth,
-                    value=read.bandwidth.value * scale,
-                    low=read.bandwidth.low * scale,
-                    high=read.bandwidth.high * scale,
-                ),
-            )
-            for read in self.disk.reads
-        )
-        return replace(self, disk=replace(self.disk, reads=reads, sustained=None))
+        even = Figure(bandwidth, bandwidth, bandwidth)
+        experts = tuple(replace(read, bandwidth=even) for read in self.disk.experts)
+        return replace(self, disk=replace(self.disk, experts=experts, sustained=None))
 
     def is_measured(self, form: StorageFormat) -> bool:
         """Whether products of ``form`` were timed on this machine."""
@@ -110,9 +97,7 @@ class Speeds:
         if self.disk is None:
             seconds = nbytes * count / ASSUMED_DISK_BANDWIDTH
             return Range(seconds / 4, seconds, seconds * 4)
-        block = min(nbytes, CHUNK_NBYTES)
-        figure = self.disk.bandwidth(block, min(READERS, max(1, round(count * nbytes / block))))
-        assert figure is not None
+        figure = self.disk.expert_bandwidth(nbytes)
         # What a disk keeps up is what counts: a burst is over after the first seconds.
         best = max(read.bandwidth.value for read in self.disk.reads)
         steady = min(1.0, self.disk.sustained.value / best) if self.disk.sustained is not None else 1.0

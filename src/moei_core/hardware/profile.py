@@ -61,25 +61,36 @@ class ReadSpeed:
 class DiskProfile:
     """A disk and its reads. direct: with O_DIRECT. source: what was read. note: why something is missing.
 
-    sustained: the best setting kept up for seconds, bytes a second; None if it was not reached.
+    reads: whole blocks. experts: blocks as the engine reads experts of that size, in chunks that ``depth`` readers
+    take in turn. sustained: the best setting kept up for seconds, bytes a second; None if it was not reached.
     """
 
     facts: DiskFacts
     direct: bool
     source: str
     reads: tuple[ReadSpeed, ...]
+    experts: tuple[ReadSpeed, ...]
     sustained: Figure | None
     note: str = ""
 
-    def bandwidth(self, nbytes: int, depth: int) -> Figure | None:
-        """Bytes a second at the measured setting nearest to this one (by ratio), None if nothing was measured."""
-        if not self.reads:
-            return None
+    def expert_bandwidth(self, nbytes: int) -> Figure:
+        """Bytes a second at which experts of ``nbytes`` are read: between the measured sizes, level beyond them.
 
-        def distance(read: ReadSpeed) -> float:
-            return abs(math.log(read.nbytes / max(nbytes, 1))) + abs(math.log(read.depth / max(depth, 1)))
-
-        return min(self.reads, key=distance).bandwidth
+        Only for a disk that was measured.
+        """
+        known = sorted(self.experts, key=lambda read: read.nbytes)
+        above = next((read for read in known if read.nbytes >= nbytes), known[-1])
+        below = next((read for read in reversed(known) if read.nbytes <= nbytes), known[0])
+        if above.nbytes <= below.nbytes:
+            return above.bandwidth
+        share = math.log(nbytes / below.nbytes) / math.log(above.nbytes / below.nbytes)
+        low, high = below.bandwidth, above.bandwidth
+        return Figure(
+            *(
+                getattr(low, name) + share * (getattr(high, name) - getattr(low, name))
+                for name in ("value", "low", "high")
+            )
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +173,7 @@ class HardwareProfile:
 
     def disk_of(self, folder: Path | None) -> DiskProfile | None:
         """The measured disk that holds ``folder``; without one, or for a folder elsewhere, the first measured."""
-        usable = [disk for disk in self.disks if disk.reads]
+        usable = [disk for disk in self.disks if disk.experts]
         if folder is not None:
             from moei_core.hardware.disks import read_disk
 

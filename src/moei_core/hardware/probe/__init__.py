@@ -51,7 +51,7 @@ def measure(
     effort = effort or Effort()
     started = time.perf_counter()
     threads = _thread_counts(machine.cpu)
-    settings = len(effort.disk.blocks) * len(effort.disk.depths)
+    settings = effort.disk.settings
     total = len(threads) + count_cells() + settings * len(machine.disks) + len(machine.gpus) + 1
     done = 0
 

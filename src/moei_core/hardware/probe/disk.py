@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
 
-from moei_core.config import format_size
+from moei_core.config import CHUNK_NBYTES, READERS, format_size
 from moei_core.hardware.disks import DiskFacts
 from moei_core.hardware.profile import DiskProfile, Figure, ReadSpeed
 from moei_core.store.base import PAGE
@@ -42,6 +42,11 @@ class DiskEffort:
     file_nbytes: int = _LARGEST_FILE
     blocks: tuple[int, ...] = BLOCKS
     depths: tuple[int, ...] = DEPTHS
+
+    @property
+    def settings(self) -> int:
+        """How many settings are measured, besides the sustained run."""
+        return len(self.blocks) * (len(self.depths) + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +72,23 @@ def probe_disk(
         with _source(facts, files, effort) as source, _target(max(*effort.blocks, _TARGET)) as target:
             reads = []
             # A fifth of the time is for the sustained run at the end.
-            share = 0.8 * effort.seconds / (len(effort.blocks) * len(effort.depths))
+            share = 0.8 * effort.seconds / effort.settings
             for nbytes in effort.blocks:
                 for depth in effort.depths:
                     if nbytes <= source.nbytes:
                         reads.append(_measure(source, target, nbytes, depth, share))
                     progress()
+            experts = []
+            for nbytes in effort.blocks:
+                if nbytes <= source.nbytes:
+                    chunk = min(nbytes, CHUNK_NBYTES)
+                    experts.append(_measure(source, target, nbytes, READERS, share, chunk))
+                progress()
             best = max(reads, key=lambda read: read.bandwidth.value)
             sustained = _measure(source, target, best.nbytes, best.depth, 0.2 * effort.seconds).bandwidth
-            return DiskProfile(facts, source.direct, source.name, tuple(reads), sustained)
+            return DiskProfile(facts, source.direct, source.name, tuple(reads), tuple(experts), sustained)
     except OSError as error:
-        return DiskProfile(facts, False, "", (), None, _why_not(facts, error))
+        return DiskProfile(facts, False, "", (), (), None, _why_not(facts, error))
 
 
 def _why_not(facts: DiskFacts, error: OSError) -> str:
@@ -190,13 +201,18 @@ def _target(nbytes: int) -> Iterator[memoryview]:
         yield view
 
 
-def _measure(source: _Source, target: memoryview, nbytes: int, depth: int, seconds: float) -> ReadSpeed:
+def _measure(
+    source: _Source, target: memoryview, block: int, depth: int, seconds: float, chunk: int | None = None
+) -> ReadSpeed:
     """Read random blocks for ``seconds``, each of ``depth`` threads at least one.
 
+    chunk: what one read takes of a block, all of it if None; the chunks of a block are read in turn.
     Many large blocks at a time share the memory of ``target``: nobody looks at what arrives.
     """
-    positions = list(range(source.nbytes // nbytes))
-    random.Random(nbytes * depth).shuffle(positions)
+    nbytes = chunk or block
+    blocks = list(range(source.nbytes // block))
+    random.Random(block * depth).shuffle(blocks)
+    positions = [one * (block // nbytes) + part for one in blocks for part in range(block // nbytes)]
     latencies: list[float] = []
     taken = 0
     lock = threading.Lock()
@@ -235,4 +251,4 @@ def _measure(source: _Source, target: memoryview, nbytes: int, depth: int, secon
     latency = Figure.of(latencies)
     value = total / elapsed
     low, high = depth * nbytes / max(latency.high, 1e-9), depth * nbytes / max(latency.low, 1e-9)
-    return ReadSpeed(nbytes, depth, Figure(value, min(low, value), max(high, value)), latency)
+    return ReadSpeed(block, depth, Figure(value, min(low, value), max(high, value)), latency)
