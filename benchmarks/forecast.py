@@ -180,6 +180,10 @@ def main() -> None:
         where = f"{case.geometry} {case.form} {case.experts} --ram {format_size(case.ram)}"
         print(where, file=sys.stderr)
         report = run(case, options)
+        if "failed" not in report and report["prediction"] is None:
+            report = {
+                "failed": ["There was no prediction: the profile is not of the machine that this run saw."]
+            }
         if "failed" in report:
             failures.append({"case": where, **report})
             print(f"failed: {report['failed']}", file=sys.stderr)

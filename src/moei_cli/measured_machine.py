@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,11 @@ def stored_profile(folders: Sequence[Path] = ()) -> HardwareProfile | None:
     asked = {read_disk(folder).number for folder in folders}
     if not asked <= {disk.facts.number for disk in profile.disks}:
         return None
-    return profile if read_machine(known).fingerprint == profile.fingerprint else None
+    machine = read_machine(known)
+    if machine.fingerprint != profile.fingerprint:
+        return None
+    # Speeds last; what memory there is, and how much a control group allows, does not.
+    return replace(profile, memory=machine.memory)
 
 
 def measure_now(folders: Sequence[Path]) -> tuple[HardwareProfile, str]:

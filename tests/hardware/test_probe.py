@@ -20,6 +20,7 @@ from moei_core.hardware.probe import Effort, measure
 from moei_core.hardware.probe import disk as disk_probe
 from moei_core.hardware.probe.disk import DiskEffort, nameless_file, probe_disk
 from moei_core.hardware.profile import fingerprint, load_profile, profile_path, save_profile
+from moei_core.hardware.system import CgroupMemory
 from moei_core.quant import native
 from tests.cli.conftest import Outcome
 from tests.hardware.fakes import FakeGpu, FakeNvml, exactly, made_profile
@@ -205,7 +206,8 @@ def test_the_fingerprint_changes_with_the_machine_and_not_with_the_minute(tmp_pa
     machine = machine_with(tmp_path, [BOARD])
     memory, cpu, disks, gpus = machine.memory, machine.cpu, machine.disks, machine.gpus
     before = fingerprint(memory, cpu, disks, gpus)
-    busy = replace(memory, available=memory.available // 2, swap_free=0)
+    limit = CgroupMemory(2, "/sys/fs/cgroup/x", 1 << 30, 1 << 20)
+    busy = replace(memory, available=memory.available // 2, swap_free=0, cgroup=limit)
     later = [replace(disk, free=disk.free // 2) for disk in disks]
     other = [replace(gpu, free=1, used_by_others=5) for gpu in gpus]
     assert fingerprint(busy, cpu, later, other) == before

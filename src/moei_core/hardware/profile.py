@@ -1,6 +1,6 @@
 """``HardwareProfile``: what was measured on this machine, kept with a fingerprint of the machine.
 
-Stored under the state directory. A profile of another machine (other processor, memory, limits, disks or GPUs)
+Stored under the state directory. A profile of another machine (other processor, memory, disks or GPUs)
 or of an older format is not used; where the home cannot be written, the profile lives as long as the process.
 """
 
@@ -191,7 +191,10 @@ class HardwareProfile:
 def fingerprint(
     memory: MemoryFacts, cpu: CpuFacts, disks: Sequence[DiskFacts], gpus: Sequence[GpuFacts]
 ) -> str:
-    """What makes a machine another one. Not what changes by the minute, such as free memory."""
+    """What makes a machine another one. Not what changes by the minute, such as free memory.
+
+    Nor a control group's memory limit: it changes what fits, which is read anew each time, and no speed.
+    """
     parts: list[Any] = [
         FORMAT_VERSION,
         cpu.model,
@@ -200,7 +203,6 @@ def fingerprint(
         cpu.features,
         # The kernel keeps a little more or less for itself at each boot.
         round(memory.total / (256 << 20)),
-        None if memory.cgroup is None else memory.cgroup.limit >> 20,
         sorted({(disk.number, disk.file_system, disk.model) for disk in disks}),
         sorted((gpu.name, gpu.uuid, gpu.total, gpu.mig) for gpu in gpus),
     ]
