@@ -14,6 +14,8 @@ from moei_core.errors import UsageError
 
 if TYPE_CHECKING:
     from moei_core.engine.loaded_model import LoadedModel
+    from moei_core.forecast.ledger import Actual
+    from moei_core.hub.resolve import ModelFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +44,11 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
         raise UsageError("A measurement needs a prompt, two new tokens and one repeat at least.")
     budget = ExpertBudget.parse(options.experts) if options.experts else None
     ram = parse_size(options.ram, "--ram") if options.ram else None
-    name, folder = _find(options)
+    files = _find(options)
+    name = files.name
 
     from moei_cli import render
+    from moei_cli.forecasts import NEVER_MEASURED, predict, print_beside, refusals_with_speed
 
     with render.waiting(f"Loading {name}"):
         from moei_cli.prefetch_options import parse_predictor, parse_prefetch
@@ -55,53 +59,76 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
         from moei_core.trace import read_trace
 
         context = options.context or options.prompt_tokens + options.new_tokens
-        loaded = LoadedModel(
-            folder,
-            LoadOptions(
-                ram,
-                budget,
-                max(context, 16),
-                options.policy or DEFAULT_POLICY,
-                predictor=parse_predictor(options.predictor),
-                prefetch=parse_prefetch(options.prefetch),
-            ),
-        )
+        with refusals_with_speed(files):
+            loaded = LoadedModel(
+                files.folder,
+                LoadOptions(
+                    ram,
+                    budget,
+                    max(context, 16),
+                    options.policy or DEFAULT_POLICY,
+                    predictor=parse_predictor(options.predictor),
+                    prefetch=parse_prefetch(options.prefetch),
+                ),
+            )
     for sentence in loaded.notes:
         render.note(sentence)
     with loaded as model:
         if options.trace is not None:
             model.runtime.routing = ForcedRouting(read_trace(options.trace), model.spec)
+        prediction = predict(
+            model, files, options.prompt_tokens, "bench", follows_trace=options.trace is not None
+        )
         with render.waiting(f"Measuring {name}"):
             found = measure_requests(model, options.prompt_tokens, options.new_tokens, options.repeats)
         report = _report(model, name, options) | {
             "conditions": {condition: summarise(requests) for condition, requests in found.items()}
         }
+    if prediction is not None:
+        prediction.settle(_actual(report["conditions"]))
+    report["prediction"] = None if prediction is None else prediction.report()
     if json:
         render.print_json(report)
         return
     _show(report)
+    if prediction is None:
+        render.note(NEVER_MEASURED)
+    else:
+        print_beside(prediction)
 
 
-def _find(options: ModelBenchOptions) -> tuple[str, Path]:
+def _actual(conditions: dict[str, Any]) -> Actual:
+    """New prompts on a warm cache for the speed, the first one of all for the time to its first token."""
+    from moei_core.forecast.ledger import Actual
+
+    changing = conditions["changing"]
+    return Actual(
+        changing["decode_tokens_per_s"]["median"],
+        conditions["cold"]["ttft_s"]["median"],
+        changing["decode_hit_rate"]["median"],
+        changing["decode_stall_share"]["median"],
+        changing["decode_expert_share"]["median"],
+    )
+
+
+def _find(options: ModelBenchOptions) -> ModelFiles:
     from moei_core.hub.resolve import resolve_model
 
     if options.synthetic is None:
         assert options.model is not None
-        files = resolve_model(options.model)
-    else:
-        from moei_cli import render
-        from moei_cli.packing import pack_model
-        from moei_core.hub.packed import UNPACKED, check_format
-        from moei_core.hub.synthetic import make_synthetic
+        return resolve_model(options.model)
+    from moei_cli import render
+    from moei_cli.packing import pack_model
+    from moei_core.hub.packed import UNPACKED, check_format
+    from moei_core.hub.synthetic import make_synthetic
 
-        form = check_format(options.quant or UNPACKED, UNPACKED)
-        with render.PullBar(options.synthetic, verb="Making") as bar:
-            files = make_synthetic(options.synthetic, options.layers, progress=bar)
-        if form != UNPACKED:
-            with render.PullBar(files.name, verb="Packing") as bar:
-                pack_model(files, form, bar)
-        files = resolve_model(f"{files.name}:{form}")
-    return files.name, files.folder
+    form = check_format(options.quant or UNPACKED, UNPACKED)
+    with render.PullBar(options.synthetic, verb="Making") as bar:
+        files = make_synthetic(options.synthetic, options.layers, progress=bar)
+    if form != UNPACKED:
+        with render.PullBar(files.name, verb="Packing") as bar:
+            pack_model(files, form, bar)
+    return resolve_model(f"{files.name}:{form}")
 
 
 def _report(model: LoadedModel, name: str, options: ModelBenchOptions) -> dict[str, Any]:

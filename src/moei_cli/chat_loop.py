@@ -12,6 +12,7 @@ from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 from moei_cli import render
+from moei_cli.forecasts import Prediction, actual_of
 from moei_cli.interrupts import stopping_on_interrupt
 from moei_core.config import GenerationSettings
 from moei_core.engine.chat_session import ChatSession
@@ -24,9 +25,11 @@ _BLOCK = '"""'
 class ChatLoop:
     """One person at one terminal."""
 
-    def __init__(self, session: ChatSession, name: str) -> None:
+    def __init__(self, session: ChatSession, name: str, prediction: Prediction | None = None) -> None:
+        """prediction: written before the chat; the first reply of some length is set beside it."""
         self._session = session
         self._name = name
+        self._prediction = prediction
         self._commands: dict[str, tuple[Callable[[str], None], str]] = {
             "/help": (self._help, "what you can type here"),
             "/stats": (self._stats, "what the expert cache has done, and where the time went"),
@@ -76,6 +79,15 @@ class ChatLoop:
     def _ask(self, text: str) -> None:
         with stopping_on_interrupt(self._session.stop):
             render.show_reply(self._session.reply(text), self._session)
+        if (
+            self._prediction is not None
+            and self._prediction.actual is None
+            and self._session.report is not None
+        ):
+            # The prompt's length was not known beforehand, so only the speed can be compared.
+            actual = actual_of(self._session.report, self._session.model, cold=False)
+            if actual.tokens_per_s is not None:
+                self._prediction.settle(actual)
 
     def _command(self, text: str) -> None:
         name, _, rest = text.partition(" ")
@@ -91,6 +103,8 @@ class ChatLoop:
 
     def _stats(self, _: str) -> None:
         render.statistics(self._session)
+        if self._prediction is not None:
+            render.note(self._prediction.beside)
 
     def _clear(self, _: str) -> None:
         self._session.clear()

@@ -326,6 +326,24 @@ def simulation_table(rows: list[dict[str, Any]]) -> None:
     out.print(table)
 
 
+@contextlib.contextmanager
+def steps(text: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error for work that tells its steps; yields what to call with (what, done, total)."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+        console=console(sys.stderr),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    ) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda what, done, total: bar.update(
+            task, description=f"{text}: {what}", completed=done, total=total
+        )
+
+
 _SHADES = " .:-=+*#%@"
 
 

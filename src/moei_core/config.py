@@ -22,6 +22,17 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?)?b?\s*", re.IGNORECASE
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*")
 
 
+PREFILL_CHUNK = 256
+"""Tokens of one prefill pass. Never depends on a budget: other shapes would give other roundings."""
+
+
+READERS = 4
+"""Chunks read at the same time; a disk reaches its bandwidth at a few megabytes in flight."""
+
+CHUNK_NBYTES = 2 << 20
+"""What is read at a time. Larger chunks make a demand load wait longer for a prefetch that has begun."""
+
+
 def parse_size(text: str, option: str = "size") -> int:
     """Bytes of a size such as ``600MiB``, ``8G`` or ``1.5 GiB``.
 

@@ -45,9 +45,16 @@ class UnsupportedModelError(MoeiError):
 
 
 class DoesNotFitError(MoeiError):
-    """A memory or disk budget is too small. The hint names the smallest that works."""
+    """A memory or disk budget is too small. The hint names the smallest that works.
+
+    smallest_slots: the expert slots of the smallest budget that works, where the budget is one of experts.
+    """
 
     exit_code = 4
+
+    def __init__(self, what: str, why: str = "", hint: str = "", smallest_slots: int | None = None) -> None:
+        super().__init__(what, why, hint)
+        self.smallest_slots = smallest_slots
 
 
 class OfflineError(MoeiError):

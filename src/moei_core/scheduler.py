@@ -90,6 +90,10 @@ class ExpertScheduler:
         return self._cache.statistics
 
     @property
+    def working_slots(self) -> int:
+        return self._working_slots
+
+    @property
     def resident_count(self) -> int:
         return len(self._cache)
 

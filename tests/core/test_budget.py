@@ -111,3 +111,47 @@ def test_too_small_a_share_names_one_that_works(percent: float) -> None:
 def test_settings_out_of_range(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong)) if "stop" not in wrong else "stop"):
         GenerationSettings(**wrong)  # type: ignore[arg-type]
+
+
+@given(
+    st.integers(0, 1 << 34),
+    st.integers(0, 1 << 32),
+    st.integers(0, 1 << 30),
+    st.integers(0, 1 << 36),
+    st.one_of(st.none(), st.integers(1, 1 << 36)),
+    st.one_of(st.none(), st.floats(0.01, 100)),
+)
+def test_the_account_adds_up(
+    process: int, kv: int, workspace: int, available: int, ram: int | None, percent: float | None
+) -> None:
+    """Whatever was asked: the lines are whole, never negative, and stay within what may be held."""
+    use = MemoryUse(process, kv, workspace, dense=process // 2, context=4096)
+    experts = None if percent is None else ExpertBudget.parse(f"{percent:.4f}%")
+    try:
+        budget = plan_slots(SPEC, SLOT, use, available, ram, experts)
+    except DoesNotFitError as error:
+        assert error.smallest_slots == SPEC.num_experts_per_tok
+        return
+    lines = {line.name: line for line in budget.lines}
+    assert list(lines) == ["runtime", "dense weights", "context", "workspace", "margin", "expert slots"]
+    assert all(line.nbytes >= 0 and line.reason for line in budget.lines)
+    assert lines["runtime"].nbytes + lines["dense weights"].nbytes == process
+    assert lines["expert slots"].nbytes == budget.nbytes
+    assert budget.working <= budget.slots <= SPEC.total_experts
+    assert 0 <= budget.resident <= budget.slots
+    if budget.limit is not None:
+        assert sum(line.nbytes for line in budget.lines) <= budget.limit
+        assert budget.limit == (ram if ram is not None else process + available)
+    if experts is not None:
+        assert budget.slots <= experts.slots(SPEC.total_experts, SLOT)
+
+
+@given(st.integers(0, 1 << 36), st.integers(0, 1 << 36))
+def test_more_memory_never_means_fewer_slots(one: int, other: int) -> None:
+    def slots(available: int) -> int:
+        try:
+            return plan_slots(SPEC, SLOT, USE, available).slots
+        except DoesNotFitError:
+            return 0
+
+    assert slots(min(one, other)) <= slots(max(one, other))

@@ -120,6 +120,9 @@ def test_shards_and_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         assert (tmp_path / "model" / file).stat().st_size < 110_000
+        # Data at an odd byte would be copied by whoever uses it, and take twice its memory.
+        header = (tmp_path / "model" / file).read_bytes()[:8]
+        assert int.from_bytes(header, "little") % 8 == 0
         tensors |= load_file(tmp_path / "model" / file)
     assert set(tensors) == set(index)
     expert = tensors["model.layers.0.mlp.experts.0.up_proj.weight"].float()

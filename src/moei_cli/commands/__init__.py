@@ -6,7 +6,18 @@ from collections.abc import Callable
 
 import typer
 
-from moei_cli.commands import bench, chat, list_models, pull, quantize, rm, show, trace
+from moei_cli.commands import (
+    bench,
+    chat,
+    list_models,
+    plan,
+    profile_hardware,
+    pull,
+    quantize,
+    rm,
+    show,
+    trace,
+)
 
 COMMANDS: list[Callable[[typer.Typer], None]] = [
     chat.register,
@@ -15,6 +26,8 @@ COMMANDS: list[Callable[[typer.Typer], None]] = [
     list_models.register,
     show.register,
     rm.register,
+    plan.register,
+    profile_hardware.register,
     bench.register,
     trace.register,
 ]

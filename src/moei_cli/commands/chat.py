@@ -11,9 +11,12 @@ from moei_core.errors import ModelNotFoundError, UsageError
 from moei_core.hub.resolve import DEMO_NAME, ModelFiles, resolve_model
 
 if TYPE_CHECKING:
+    from moei_cli.forecasts import Prediction
     from moei_core.engine.chat_session import ChatSession
 
 DEMO_EXPERTS = "25%"
+_USUAL_PROMPT = 256
+"""Tokens of the prompt that a chat's forecast is about before anything is typed."""
 
 _EPILOG = (
     "Examples:  moei chat        moei chat moei-demo --experts 25%        "
@@ -74,7 +77,7 @@ def chat(
     ] = False,
 ) -> None:
     """Chat with a model whose experts are read from disk through a cache."""
-    from moei_cli import last_model
+    from moei_cli import last_model, render
 
     files, prompt = _model_and_prompt(model, prompt)
     if prompt is None and not sys.stdin.isatty():
@@ -105,12 +108,18 @@ def chat(
     session.thinking = think
     last_model.remember(files)
     try:
+        from moei_cli.forecasts import predict
+
+        length = _USUAL_PROMPT if prompt is None else session.count_prompt(prompt)
+        prediction = predict(session.model, files, length, "chat")
+        if prediction is not None and not as_json:
+            render.note(f"{prediction.line[0].upper()}{prediction.line[1:]}.")
         if prompt is None:
             from moei_cli.chat_loop import ChatLoop
 
-            ChatLoop(session, files.name).run()
+            ChatLoop(session, files.name, prediction).run()
         else:
-            _answer_once(session, files, prompt, as_json)
+            _answer_once(session, files, prompt, as_json, prediction)
     finally:
         session.model.close()
 
@@ -159,6 +168,7 @@ def _open(
     ram_nbytes = parse_size(ram, "--ram") if ram else None
 
     from moei_cli import render
+    from moei_cli.forecasts import refusals_with_speed
 
     with render.waiting(f"Loading {files.name}"):
         from moei_cli.prefetch_options import parse_predictor, parse_prefetch
@@ -166,18 +176,19 @@ def _open(
         from moei_core.engine.chat_session import ChatSession
         from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 
-        model = LoadedModel(
-            files.folder,
-            LoadOptions(
-                ram_nbytes,
-                budget,
-                context,
-                policy or DEFAULT_POLICY,
-                dtype,
-                parse_predictor(predictor),
-                parse_prefetch(prefetch),
-            ),
-        )
+        with refusals_with_speed(files):
+            model = LoadedModel(
+                files.folder,
+                LoadOptions(
+                    ram_nbytes,
+                    budget,
+                    context,
+                    policy or DEFAULT_POLICY,
+                    dtype,
+                    parse_predictor(predictor),
+                    parse_prefetch(prefetch),
+                ),
+            )
     for sentence in model.notes:
         render.note(sentence)
     if not quiet:
@@ -197,16 +208,23 @@ def _open(
     return ChatSession(model, replace(model.generation_defaults(), **given), system)
 
 
-def _answer_once(session: ChatSession, files: ModelFiles, prompt: str, as_json: bool) -> None:
+def _answer_once(
+    session: ChatSession, files: ModelFiles, prompt: str, as_json: bool, prediction: Prediction | None
+) -> None:
     from moei_cli import render
+    from moei_cli.forecasts import actual_of
     from moei_cli.interrupts import stopping_on_interrupt
 
     with stopping_on_interrupt(session.stop):
         if as_json:
             pieces = list(session.reply(prompt))
-            render.print_json(_report(session, files, pieces))
         else:
             render.show_reply(session.reply(prompt), session)
+    if prediction is not None and session.report is not None:
+        prediction.settle(actual_of(session.report, session.model))
+    if as_json:
+        told = None if prediction is None else prediction.report()
+        render.print_json(_report(session, files, pieces) | {"prediction": told})
     if session.report is not None and session.report.finish_reason == "interrupted":
         raise typer.Exit(130)
 
@@ -231,6 +249,7 @@ def _report(session: ChatSession, files: ModelFiles, pieces: list[Any]) -> dict[
             "expert_bytes": model.spec.total_expert_nbytes,
             "resident": model.scheduler.resident_count,
             "reason": model.budget.reason,
+            "budget": [asdict(line) for line in model.budget.lines],
             "policy": model.options.policy,
         },
         "dense_bytes": model.adapter.dense_nbytes,

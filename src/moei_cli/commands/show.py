@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moei_core.errors import UsageError
+
 if TYPE_CHECKING:
     from moei_core.hub.aliases import Alias
     from moei_core.hub.library import LibraryModel
@@ -19,9 +21,22 @@ def show(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="An alias, owner/name, a folder or moei-demo.")
     ],
+    settings: Annotated[
+        bool, typer.Option("--settings", help="What a chat would be set to on this machine, and why.")
+    ] = False,
+    ram: Annotated[str | None, typer.Option(help="With --settings: as of moei chat.")] = None,
+    experts: Annotated[str | None, typer.Option(help="With --settings: as of moei chat.")] = None,
+    context: Annotated[int | None, typer.Option(help="With --settings: as of moei chat.", min=16)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Report as one JSON object.")] = False,
 ) -> None:
     """Show what a model is, where its bytes are and how many a token needs."""
+    if settings:
+        from moei_cli.settings_view import show_settings
+
+        show_settings(model, ram, experts, context, as_json=as_json)
+        return
+    if (ram, experts, context) != (None, None, None):
+        raise UsageError("--ram, --experts and --context belong to --settings.", hint="See: moei show --help")
     from dataclasses import asdict
 
     from moei_cli.commands.list_models import report

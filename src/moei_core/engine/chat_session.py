@@ -55,6 +55,15 @@ class TurnReport:
         """Seconds by what they were spent on."""
         return time_split(self.times, self.runtime, self.total_s)
 
+    @property
+    def decode_shares(self) -> tuple[float, float]:
+        """Shares of the time after the first token: waiting for experts, computing them."""
+        spent = self.times.decode_s + self.times.sampling_s
+        if not spent:
+            return 0.0, 0.0
+        work = self.runtime.minus(self.times.prefill_work)
+        return work.stall_s / spent, work.expert_compute_s / spent
+
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
         return {
@@ -103,6 +112,10 @@ class ChatSession:
         """Start a new conversation; the system message stays."""
         self.messages = [{"role": "system", "content": self._system}] if self._system else []
         self._cache.clear()
+
+    def count_prompt(self, text: str) -> int:
+        """Tokens of the prompt that ``reply(text)`` would read, those known from before included."""
+        return len(self._prompt([*self.messages, {"role": "user", "content": text}]))
 
     def stop(self) -> None:
         """End the reply in progress before its next token. Safe to call from a signal handler."""

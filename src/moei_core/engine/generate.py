@@ -9,26 +9,33 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from moei_core.config import GenerationSettings
+from moei_core.config import PREFILL_CHUNK, GenerationSettings
 from moei_core.engine.kv_cache import ConversationCache
-from moei_core.engine.runtime import ExpertRuntime
+from moei_core.engine.runtime import ExpertRuntime, RuntimeStatistics
 from moei_core.engine.sampling import Sampler
 from moei_core.errors import InterruptedTurnError
 from moei_core.types import Phase
 
-PREFILL_CHUNK = 256
-"""Tokens of one prefill pass. Never depends on a budget: other shapes would give other roundings."""
-
 
 @dataclass(slots=True)
 class GenerationTimes:
-    """Seconds that the parts of one turn have taken so far, and the tokens that went through them."""
+    """Seconds that the parts of one turn have taken so far, and the tokens that went through them.
+
+    prefill_work, prefill_misses: what of the runtime's work and of the cache's misses fell to the prompt.
+    """
 
     prefilled_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     sampling_s: float = 0.0
+    prefill_work: RuntimeStatistics = field(default_factory=RuntimeStatistics)
+    prefill_misses: int = 0
     token_s: list[float] = field(default_factory=list)
+
+
+_LAST = torch.tensor([-1])
+"""The logits to compute. Not the number 1: that takes a strided view of the hidden states, for which torch reorders
+the whole output head, as large as the head itself and as slow as copying it."""
 
 
 class Generator:
@@ -85,7 +92,7 @@ class Generator:
             if self._should_stop():
                 raise InterruptedTurnError("Stopped before the first token.")
 
-        started = time.perf_counter()
+        started, before, misses = time.perf_counter(), self._runtime.snapshot(), self._runtime.misses
         self._runtime.before_access = stop_if_asked
         try:
             for start in range(0, len(tokens), PREFILL_CHUNK):
@@ -95,6 +102,8 @@ class Generator:
         finally:
             self._runtime.before_access = None
             times.prefill_s += time.perf_counter() - started
+            times.prefill_work = self._runtime.statistics.minus(before)
+            times.prefill_misses = self._runtime.misses - misses
         return logits
 
     def _forward(self, tokens: list[int], phase: Phase) -> torch.Tensor:
@@ -106,7 +115,7 @@ class Generator:
                     input_ids=torch.tensor([tokens]),
                     past_key_values=self._cache.cache,
                     use_cache=True,
-                    logits_to_keep=1,
+                    logits_to_keep=_LAST,
                 )
         except BaseException:
             self._cache.roll_back()

@@ -19,12 +19,19 @@ from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES, CachePolicy
 from moei_core.config import ExpertBudget, GenerationSettings
 from moei_core.engine.expert_compute import DECODED_NBYTES
-from moei_core.engine.generate import PREFILL_CHUNK
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.slots import SlotPool
 from moei_core.errors import DamagedFileError, UsageError
-from moei_core.hardware.budget import MemoryUse, SlotBudget, plan_slots, too_small
+from moei_core.hardware.budget import (
+    MemoryUse,
+    SlotBudget,
+    kv_width,
+    plan_slots,
+    too_small,
+    workspace_nbytes,
+)
 from moei_core.hardware.memory import available_memory, resident_memory
+from moei_core.hardware.pressure import MemoryGovernor
 from moei_core.predict import PREDICTORS, ExpertPredictor
 from moei_core.prefetch import PrefetchMode
 from moei_core.quant import native
@@ -95,6 +102,8 @@ class LoadedModel:
             )
             pool = SlotPool(self.budget.slots, slot_nbytes)
             self.runtime = ExpertRuntime(store, pool, self.scheduler, self.budget.spare, threads)
+            least = self.budget.working + self.budget.spare
+            self.runtime.governor = MemoryGovernor(self.budget.slots, least, slot_nbytes)
         except BaseException:
             store.close()
             raise
@@ -109,42 +118,29 @@ class LoadedModel:
         after = resident_memory() + self.adapter.expected_dense_nbytes
         use = self._memory_use(after, slot_nbytes)
         if after > options.ram:
-            raise too_small(options.ram, use, self.spec.num_experts_per_tok * slot_nbytes)
+            raise too_small(options.ram, use, self.spec.num_experts_per_tok, slot_nbytes)
 
     def _memory_use(self, process: int, slot_nbytes: int) -> MemoryUse:
-        spec, config = self.spec, self.adapter.config.get_text_config()
-        item = self.adapter.dtype.itemsize
-        rows = PREFILL_CHUNK * spec.num_experts_per_tok
-        width = max(spec.hidden_size, getattr(config, "intermediate_size", 0) or 0)
-        # Only attention without a fused kernel holds its scores (gpt-oss: its sinks have no fused one here).
-        eager = getattr(config, "_attn_implementation", None) == "eager"
-        scores = 2 * config.num_attention_heads * PREFILL_CHUNK * self.context * 4 if eager else 0
-        # Expert outputs in float32 and their gathered inputs; a few activations of the widest dense layer;
-        # the attention mask; the logits of one token; one expert reordered by a library; blocks being decoded.
-        workspace = (
-            rows * spec.hidden_size * (4 + 4 + item)
-            + 4 * PREFILL_CHUNK * width * item
-            + 2 * PREFILL_CHUNK * self.context * item
-            + scores
-            + 3 * config.vocab_size * 4
-            + slot_nbytes
-            + (DECODED_NBYTES if self.adapter.packed is not None else 0)
+        config = self.adapter.config.get_text_config()
+        workspace = workspace_nbytes(
+            config.to_dict(),
+            self.spec.num_experts_per_tok,
+            self.context,
+            self.adapter.dtype.itemsize,
+            slot_nbytes,
+            getattr(config, "_attn_implementation", None) == "eager",
         )
-        return MemoryUse(process, self.kv_nbytes_per_token * self.context, workspace)
+        if self.adapter.packed is not None:
+            workspace += DECODED_NBYTES
+        kv = self.kv_nbytes_per_token * self.context
+        return MemoryUse(process, kv, workspace, self.adapter.dense_nbytes, self.context)
 
     @property
     def kv_nbytes_per_token(self) -> int:
         """Keys and values of one token over all layers, from the configuration."""
-        config = self.adapter.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = 2 * heads * head_dim
-        if getattr(config, "kv_lora_rank", None):
-            # Multi-head latent attention: transformers caches the expanded keys and values.
-            key = config.qk_nope_head_dim + config.qk_rope_head_dim
-            width = config.num_attention_heads * (key + config.v_head_dim)
+        width = kv_width(self.adapter.config.get_text_config().to_dict())
         layers = len(DynamicCache(config=self.adapter.config).layers)
-        return int(layers * width * self.adapter.dtype.itemsize)
+        return layers * width * self.adapter.dtype.itemsize
 
     @property
     def notes(self) -> tuple[str, ...]:

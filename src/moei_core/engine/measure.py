@@ -19,11 +19,12 @@ from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel
 from moei_core.engine.time_split import percentiles, time_split
 from moei_core.errors import UsageError
+from moei_core.types import ModelSpec
 
 
 @dataclass(slots=True)
 class Request:
-    """One measured request. Times in seconds, sizes in bytes."""
+    """One measured request. Times in seconds, sizes in bytes. Shares are of the time after the first token."""
 
     ttft_s: float
     prefill_tokens_per_s: float
@@ -33,6 +34,9 @@ class Request:
     bytes_read: int
     bytes_prefetched: int
     total_s: float
+    decode_stall_share: float
+    decode_expert_share: float
+    decode_hit_rate: float
     dense_s: float
     experts_s: float
     disk_s: float
@@ -59,7 +63,8 @@ def measure_requests(
     found = {"cold": [_request(model, first, new_tokens)]}
     found["warm"] = [_request(model, first, new_tokens) for _ in range(repeats)]
     found["changing"] = [
-        _request(model, _prompt(model, prompt_tokens, seed), new_tokens) for seed in range(1, repeats + 1)
+        _request(model, _prompt(model, prompt_tokens, seed), new_tokens, seed)
+        for seed in range(1, repeats + 1)
     ]
     return found
 
@@ -70,13 +75,15 @@ def _prompt(model: LoadedModel, tokens: int, seed: int) -> list[int]:
     return [int(token) for token in torch.randint(0, vocabulary, (tokens,), generator=generator)]
 
 
-def _request(model: LoadedModel, prompt: list[int], new_tokens: int) -> Request:
+def _request(model: LoadedModel, prompt: list[int], new_tokens: int, seed: int = 0) -> Request:
+    """seed: of the sampling. Random weights make all tokens about as likely, so that two requests with one seed draw
+    the same tokens whatever their prompts are."""
     times = GenerationTimes()
     cache_before, runtime_before = replace(model.scheduler.statistics), model.runtime.snapshot()
     cache = ConversationCache(model.adapter.config)
     generator = Generator(model.adapter.model, model.runtime, cache, lambda: False)
     # Sampled, since greedy decoding of random weights soon repeats one token and with it one routing.
-    settings = GenerationSettings(max_new_tokens=new_tokens, temperature=1.0, seed=1)
+    settings = GenerationSettings(max_new_tokens=new_tokens, temperature=1.0, seed=seed)
     started = time.perf_counter()
     model.scheduler.request_start()
     for _ in generator.tokens(prompt, settings, frozenset(), times, model.context):
@@ -95,9 +102,20 @@ def _request(model: LoadedModel, prompt: list[int], new_tokens: int) -> Request:
         bytes_read=work.bytes_read,
         bytes_prefetched=work.bytes_prefetched,
         total_s=total_s,
+        decode_stall_share=(work.stall_s - times.prefill_work.stall_s) / spent if spent else 0.0,
+        decode_expert_share=(work.expert_compute_s - times.prefill_work.expert_compute_s) / spent
+        if spent
+        else 0.0,
+        decode_hit_rate=decode_hit_rate(counts.misses, len(times.token_s), times, model.spec),
         token_s=times.token_s,
         **{f"{name}_s": seconds for name, seconds in time_split(times, work, total_s).items()},
     )
+
+
+def decode_hit_rate(misses: int, tokens: int, times: GenerationTimes, spec: ModelSpec) -> float:
+    """Share of the lookups after the prompt that hit. misses: of the whole request. tokens: decoded ones."""
+    lookups = tokens * len(spec.num_experts) * spec.num_experts_per_tok
+    return 1 - (misses - times.prefill_misses) / lookups if lookups else 0.0
 
 
 def summarise(requests: list[Request]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from moei_core.engine.forced_routing import ForcedRouting
 from moei_core.engine.native_compute import NativeExperts, native_experts
 from moei_core.engine.slots import SlotPool
 from moei_core.engine.transfers import Load, Step, TransferQueue
+from moei_core.hardware.budget import residents
+from moei_core.hardware.pressure import MemoryGovernor
 from moei_core.quant import native
 from moei_core.scheduler import ExpertScheduler
 from moei_core.store.base import ExpertStore
@@ -122,7 +124,8 @@ class ExpertRuntime:
     """An ``ExpertsRuntime`` over a store, a slot pool and a scheduler.
 
     before_access is called at the start of every access; it may raise to abandon the forward pass.
-    recorder notes what the routers chose. routing, where given, chooses in their place.
+    recorder notes what the routers chose. routing, where given, chooses in their place. governor, where given,
+    is asked before every access how many slots the system's memory allows.
     """
 
     def __init__(
@@ -141,6 +144,8 @@ class ExpertRuntime:
         self._store = store
         self._pool = pool
         self._scheduler = scheduler
+        self._total_experts = sum(1 for _ in store.experts())
+        self._prefetch_slots = prefetch_slots
         self._slots: dict[ExpertKey, int] = {}
         self._held: dict[ExpertKey, HeldExpert] = {}
         self._kinds: dict[tuple[object, ...], int] = {}
@@ -158,7 +163,13 @@ class ExpertRuntime:
         self.before_access: Callable[[], None] | None = None
         self.recorder: TraceWriter | None = None
         self.routing: ForcedRouting | None = None
+        self.governor: MemoryGovernor | None = None
         self.statistics = RuntimeStatistics()
+
+    @property
+    def misses(self) -> int:
+        """Lookups that found no resident expert, so far."""
+        return self._scheduler.statistics.misses
 
     def snapshot(self) -> RuntimeStatistics:
         """A copy of the statistics so far."""
@@ -194,6 +205,8 @@ class ExpertRuntime:
         if self.before_access is not None:
             self.before_access()
         spent, started = self.statistics, time.perf_counter()
+        if self.governor is not None and (slots := self.governor.poll()) is not None:
+            self.resize(slots)
         if self.routing is not None:
             top_k_index = self.routing.top_k_index(layer, top_k_index)
         self._settle_prefetches()
@@ -224,6 +237,18 @@ class ExpertRuntime:
         spent.decide_s += decided - gathered
         spent.layers_s += ended - started
         return total
+
+    def resize(self, slots: int) -> None:
+        """Hold at most ``slots`` experts from now on, at most as many as the pool was made for.
+
+        Between accesses only. What the pool no longer needs goes back to the system.
+        """
+        working = self._scheduler.working_slots
+        capacity = residents(slots, working, self._prefetch_slots, self._total_experts)
+        self._note(TraceEvent.RESIZE, capacity)
+        for key in self._scheduler.resize(capacity):
+            self._forget(key)
+        self._pool.resize(slots)
 
     def _carry_out(self, plan: FetchPlan, work: _LayerWork) -> None:
         """The waves in one flow: what a wave evicts is never needed by this access, so it can go at once, and

@@ -15,15 +15,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from moei_core.config import CHUNK_NBYTES, READERS
 from moei_core.errors import ExpertReadError
 from moei_core.store.base import ExpertStore, Extent, chunks, read_expert
 from moei_core.types import ExpertKey
-
-READERS = 4
-"""Chunks read at the same time; a disk reaches its bandwidth at a few megabytes in flight."""
-
-CHUNK_NBYTES = 2 << 20
-"""What is read at a time. Larger chunks make a demand load wait longer for a prefetch that has begun."""
 
 PATIENCE_S = 60.0
 """Seconds without any progress after which a read counts as hanging."""

@@ -1,28 +1,68 @@
-"""The one place that decides how many expert slots there are. Every number carries its reason."""
+"""The one place that decides how memory is shared out and how many expert slots there are.
+
+Every number carries its reason: ``SlotBudget.lines`` are the whole account, ``SlotBudget.reason`` its one-line form.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from moei_core.config import ExpertBudget, format_size
+from moei_core.config import PREFILL_CHUNK, ExpertBudget, format_size
 from moei_core.errors import DoesNotFitError
 from moei_core.types import ModelSpec
 
-_SAFETY = 0.9
-"""Share of the free memory that is used when nobody gave a limit."""
+SYSTEM_SHARE = 10
+"""One part in so many of the free memory is left to the system when nobody gave a limit."""
+
+
+def kv_width(config: Mapping[str, Any]) -> int:
+    """Numbers that one layer keeps of one token: its keys and values. config: fields as in ``config.json``."""
+    heads = config["num_attention_heads"]
+    if config.get("kv_lora_rank"):
+        # Multi-head latent attention: transformers caches the expanded keys and values.
+        key = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+        return int(heads * (key + config["v_head_dim"]))
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    return int(2 * (config.get("num_key_value_heads") or heads) * head_dim)
+
+
+def workspace_nbytes(
+    config: Mapping[str, Any], top_k: int, context: int, item: int, slot_nbytes: int, eager_attention: bool
+) -> int:
+    """The largest temporary memory of a forward pass. item: bytes of one activation.
+
+    eager_attention: only attention without a fused kernel holds its scores (gpt-oss: its sinks have none here).
+    """
+    hidden, rows = config["hidden_size"], PREFILL_CHUNK * top_k
+    width = max(hidden, config.get("intermediate_size") or 0)
+    scores = 2 * config["num_attention_heads"] * PREFILL_CHUNK * context * 4 if eager_attention else 0
+    # Expert outputs in float32 and their gathered inputs; a few activations of the widest dense layer;
+    # the attention mask; the logits of one token; one expert reordered by a library.
+    return int(
+        rows * hidden * (4 + 4 + item)
+        + 4 * PREFILL_CHUNK * width * item
+        + 2 * PREFILL_CHUNK * context * item
+        + scores
+        + 3 * config["vocab_size"] * 4
+        + slot_nbytes
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
     """What the process needs beside expert slots, in bytes.
 
-    process: what it holds now, dense weights included. kv: keys and values for the whole context.
+    process: what it holds now, of which ``dense`` are dense weights. kv: keys and values of ``context`` tokens.
     workspace: the largest temporary memory of a forward pass.
     """
 
     process: int
     kv: int
     workspace: int
+    dense: int = 0
+    context: int = 0
 
     @property
     def margin(self) -> int:
@@ -33,13 +73,37 @@ class MemoryUse:
     def total(self) -> int:
         return self.process + self.kv + self.workspace + self.margin
 
+    def lines(self) -> list[BudgetLine]:
+        """The account of ``total``."""
+        context = f"keys and values of {self.context} tokens" if self.context else "keys and values"
+        return [
+            BudgetLine("runtime", self.process - self.dense, "Python, torch and transformers, measured"),
+            BudgetLine("dense weights", self.dense, "attention, norms, routers, embeddings: for every token"),
+            BudgetLine("context", self.kv, context),
+            BudgetLine(
+                "workspace", self.workspace, f"the largest temporary memory of {PREFILL_CHUNK} tokens"
+            ),
+            BudgetLine("margin", self.margin, "allocator, threads, kernel, libraries' caches: 24 MiB and 2%"),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetLine:
+    """One number of a budget and why it is that number."""
+
+    name: str
+    nbytes: int
+    reason: str
+
 
 @dataclass(frozen=True, slots=True)
 class SlotBudget:
     """How many experts are held at once, and why so many.
 
     working: slots for misses in passing. spare: slots that prefetches arrive in. resident: slots for experts
-    that stay; with a slot for every expert all of them stay, and none needs to pass.
+    that stay; with a slot for every expert all of them stay, and none needs to pass. limit: bytes that the
+    process may hold by this budget, None if only the experts were bounded. lines: the account: what the process
+    needs, then the slots.
     """
 
     slots: int
@@ -48,10 +112,17 @@ class SlotBudget:
     slot_nbytes: int
     reason: str
     spare: int = 0
+    limit: int | None = None
+    lines: tuple[BudgetLine, ...] = ()
 
     @property
     def nbytes(self) -> int:
         return self.slots * self.slot_nbytes
+
+
+def residents(slots: int, working: int, spare: int, total: int) -> int:
+    """How many of ``slots`` experts may stay: all if there is a slot for each, else all but those in passing."""
+    return total if slots == total else slots - working - spare
 
 
 def plan_slots(
@@ -65,11 +136,13 @@ def plan_slots(
 ) -> SlotBudget:
     """How many slots of ``slot_nbytes`` to have, ``spare`` of them (if there are so many) for prefetching.
 
-    ram: bound on the whole process. experts: bound on the slots alone. With both, the smaller counts; with
-    neither, what ``available`` memory allows. Raises: DoesNotFitError, naming the smallest that works.
+    available: bytes that can still be taken beside ``use.process``. ram: bound on the whole process. experts:
+    bound on the slots alone. With both, the smaller counts; with neither, what ``available`` memory allows.
+    Raises: DoesNotFitError, naming the smallest that works.
     """
     working = spec.num_experts_per_tok
     total = spec.total_experts
+    limit = ram
     bounds: list[tuple[int, str]] = [(total, f"all {total} routed experts fit")]
     if experts is not None:
         slots = experts.slots(total, slot_nbytes)
@@ -83,34 +156,50 @@ def plan_slots(
                 f"One token uses {working} experts of a layer at once, "
                 f"{format_size(slot_nbytes)} each, so that many slots are the least.",
                 f"The smallest that works is --experts {smallest} ({_up(working * slot_nbytes)}).",
+                working,
             )
         bounds.append((slots, f"--experts {asked} of {total} routed experts"))
     if ram is not None:
         slots = (ram - use.total) // slot_nbytes
         if slots < working:
-            raise too_small(ram, use, working * slot_nbytes)
+            raise too_small(ram, use, working, slot_nbytes)
         bounds.append((slots, f"--ram {format_size(ram)} - {_explain(use)}"))
     elif experts is None:
-        free = int(available * _SAFETY) - use.kv - use.workspace
+        left = available // SYSTEM_SHARE
+        free = available - left - use.kv - use.workspace
         if free // slot_nbytes < working:
             raise DoesNotFitError(
                 f"There is not enough free memory: {format_size(available)} are available.",
                 f"Beside what is loaded, {_up(use.kv + use.workspace + working * slot_nbytes)} are needed.",
                 "Close other programs, or ask for a shorter context with --context.",
+                working,
             )
-        bounds.append((free // slot_nbytes, f"{_SAFETY:.0%} of {format_size(available)} free memory"))
+        reason = (
+            f"{format_size(available)} free memory - {format_size(left)} left to the system, "
+            f"{format_size(use.kv)} context, {format_size(use.workspace)} workspace"
+        )
+        bounds.append((free // slot_nbytes, reason))
     slots, reason = min(bounds, key=lambda bound: bound[0])
     spare = 0 if slots == total else min(spare, slots - working)
-    resident = total if slots == total else slots - working - spare
-    return SlotBudget(int(slots), working, int(resident), slot_nbytes, reason, int(spare))
+    count = BudgetLine("expert slots", slots * slot_nbytes, f"{slots} of {total}: {reason}")
+    lines = use.lines()
+    if ram is None and experts is None:
+        # The system's part is the margin then, and far larger.
+        lines[-1] = BudgetLine(
+            "margin", available // SYSTEM_SHARE, "a tenth of free memory, left to the system"
+        )
+        limit = use.process + available
+    stay = residents(slots, working, spare, total)
+    return SlotBudget(slots, working, stay, slot_nbytes, reason, spare, limit, (*lines, count))
 
 
-def too_small(ram: int, use: MemoryUse, working_nbytes: int) -> DoesNotFitError:
+def too_small(ram: int, use: MemoryUse, working: int, slot_nbytes: int) -> DoesNotFitError:
     """The refusal of a ``--ram`` that cannot hold even the working set."""
     return DoesNotFitError(
         f"--ram {format_size(ram)} is too small for this model.",
-        f"It needs {_explain(use)}, and {format_size(working_nbytes)} for the experts of one token.",
-        f"The smallest that works is --ram {_up(use.total + working_nbytes)}.",
+        f"It needs {_explain(use)}, and {format_size(working * slot_nbytes)} for the experts of one token.",
+        f"The smallest that works is --ram {_up(use.total + working * slot_nbytes)}.",
+        working,
     )
 
 

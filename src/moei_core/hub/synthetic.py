@@ -175,6 +175,8 @@ def _write_shard(
         start, end = end, end + _nbytes(tensor)
         header[tensor.name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
+    # As safetensors' own writer does: data that begins at an odd byte could only be used as a copy.
+    text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
     for tensor in shard:
         for piece in blocks.pieces(tensor):

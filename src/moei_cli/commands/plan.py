@@ -1,0 +1,71 @@
+"""``moei plan``: will it run, how fast, and what would help - before anything is downloaded."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+_EPILOG = (
+    "Examples:  moei plan mixtral-8x7b        moei plan qwen3-30b-a3b --compare        "
+    "moei plan owner/name --ram 16GiB --format q4_0 --json"
+)
+
+
+def register(app: typer.Typer) -> None:
+    app.command("plan", epilog=_EPILOG)(plan)
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="An alias, owner/name, a folder or moei-demo.")
+    ],
+    form: Annotated[
+        str | None, typer.Option("--format", help="Of the experts: as stored, q8_0, q4_0, bf16.")
+    ] = None,
+    ram: Annotated[str | None, typer.Option(help="Bound on the memory of the whole process.")] = None,
+    experts: Annotated[
+        str | None, typer.Option(help="Bound on the memory for experts: a size or a percentage.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens that a conversation may have.", min=16)] = 4096,
+    prompt_tokens: Annotated[
+        int, typer.Option(help="Length of the prompt whose first token is forecast.", min=1)
+    ] = 1024,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Rank formats and well-known models that fit.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Report as one JSON object.")] = False,
+) -> None:
+    """Forecast a model on this machine from its config alone: where its experts would live, how fast, and why."""
+    from moei_cli import render
+    from moei_cli.forecasts import shape_of
+    from moei_cli.measured_machine import measure_now, model_folders, stored_profile
+    from moei_cli.plan_view import Planner, print_comparison, print_plan
+    from moei_core.config import ExpertBudget, parse_size
+    from moei_core.errors import UsageError
+    from moei_core.forecast.formats import FORMATS
+
+    if form is not None and form not in FORMATS:
+        raise UsageError(f"There is no format '{form}'.", hint=f"There are: {', '.join(FORMATS)}.")
+    limit = parse_size(ram, "--ram") if ram else None
+    budget = ExpertBudget.parse(experts) if experts else None
+    shape, folder = shape_of(model)
+    profile = stored_profile()
+    if profile is None:
+        render.note("This machine has not been measured yet: that takes less than a minute, once.")
+        profile, problem = measure_now(model_folders())
+        if problem:
+            render.note(problem)
+    planner = Planner(profile, folder, context, prompt_tokens, limit, budget)
+    if compare:
+        ranking = planner.ranking(shape)
+        if as_json:
+            render.print_json({"model": shape.name, "ranking": [one.report() for one in ranking]})
+        else:
+            print_comparison(ranking, shape, prompt_tokens)
+        return
+    made = planner.plan(shape, FORMATS[form] if form else shape.format)
+    if as_json:
+        render.print_json(made.report())
+    else:
+        print_plan(made)

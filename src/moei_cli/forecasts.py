@@ -1,0 +1,207 @@
+"""Forecasts for the commands: of a model by name, and of a loaded one before it runs, with the actual set beside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moei_core.errors import DoesNotFitError, MoeiError
+from moei_core.forecast.forecast import BOTTLENECKS, Forecast, corrected, forecast, plan_budget
+from moei_core.forecast.ledger import Actual, correction, write_actual, write_prediction
+from moei_core.forecast.shape import ModelShape, bundled_shape, shape_of_folder, shape_of_repo
+from moei_core.forecast.speed import Speeds
+from moei_core.hardware.profile import HardwareProfile
+
+if TYPE_CHECKING:
+    from moei_core.engine.chat_session import TurnReport
+    from moei_core.engine.loaded_model import LoadedModel
+    from moei_core.hub.resolve import ModelFiles
+
+
+def shape_of(text: str) -> tuple[ModelShape, Path | None]:
+    """(the shape of the model that ``text`` names, its folder if it is here). The network only as the last resort.
+
+    Raises: what resolving a name, reading a folder or asking the hub raises.
+    """
+    from moei_core.errors import ModelNotFoundError
+    from moei_core.hub.resolve import parse_name, resolve_model
+
+    name = parse_name(text)
+    try:
+        files = resolve_model(text)
+    except ModelNotFoundError:
+        if (shape := bundled_shape(text.partition("@")[0].partition(":")[0])) is not None:
+            return shape, None
+        if name.kind != "hub":
+            raise
+        return shape_of_repo(name.repo, name.revision), None
+    return shape_of_files(files), files.folder
+
+
+def shape_of_files(files: ModelFiles) -> ModelShape:
+    """The shape of a model here. A synthetic one routes uniformly."""
+    return shape_of_folder(files.name, files.folder, uniform_routing=files.source == "synthetic")
+
+
+_LEAST_TOKENS = 8
+NEVER_MEASURED = "No forecast: this machine has not been measured. Once: moei profile-hardware"
+
+
+@dataclass(slots=True)
+class Prediction:
+    """A forecast that was written down before a run. one: uncorrected; shown: with what this machine has taught."""
+
+    identity: str
+    one: Forecast
+    shown: Forecast
+    runs: int
+    actual: Actual | None = None
+
+    @property
+    def line(self) -> str:
+        """For people: what is expected and why no more."""
+        speed, first = self.shown.tokens_per_s, self.shown.ttft_s
+        return (
+            f"expected {speed.low:.2g} to {speed.high:.2g} tokens/s, first token of a new "
+            f"{self.one.prompt_tokens}-token prompt after {first.low:.2g} to {first.high:.2g} s; "
+            f"the limit is {BOTTLENECKS[self.one.bottleneck]}"
+        )
+
+    @property
+    def beside(self) -> str:
+        """Predicted and actual speed in one line."""
+        came = self.actual.tokens_per_s if self.actual is not None else None
+        text = f"forecast {self.shown.tokens_per_s.value:.3g} tokens/s, limited by {self.one.bottleneck}"
+        if came is None or self.actual is None:
+            return text
+        return f"{text}; came {came:.3g}, limited by {self.actual.bottleneck}"
+
+    def settle(self, actual: Actual) -> None:
+        """Set what came beside it."""
+        self.actual = actual
+        write_actual(self.identity, actual)
+
+    def report(self) -> dict[str, Any]:
+        """For JSON: predicted, corrected, actual and the errors, as shares of the actual."""
+        found: dict[str, Any] = {
+            "tokens_per_s": asdict(self.one.tokens_per_s),
+            "ttft_s": asdict(self.one.ttft_s),
+            "hit_rate": self.one.hit.value,
+            "bottleneck": self.one.bottleneck,
+            "decode_parts_s": asdict(self.one.decode),
+            "prefill_parts_s": asdict(self.one.prefill),
+            "corrected": {
+                "tokens_per_s": asdict(self.shown.tokens_per_s),
+                "ttft_s": asdict(self.shown.ttft_s),
+                "runs": self.runs,
+            },
+        }
+        if (actual := self.actual) is not None:
+            found["actual"] = asdict(actual) | {"bottleneck": actual.bottleneck}
+            found["error"] = {
+                name: predicted.value / came - 1
+                for name, predicted, came in (
+                    ("tokens_per_s", self.one.tokens_per_s, actual.tokens_per_s),
+                    ("ttft_s", self.one.ttft_s, actual.ttft_s),
+                )
+                if came
+            }
+        return found
+
+
+def predict(
+    model: LoadedModel, files: ModelFiles, prompt_tokens: int, what: str, *, follows_trace: bool = False
+) -> Prediction | None:
+    """Forecast ``model``, loaded but not yet run, and write that down.
+
+    follows_trace: its routing is recorded, not its own. None if this machine was never measured, or if the model
+    is of a kind whose config cannot be counted: a forecast never keeps a model from running.
+    """
+    from moei_cli.measured_machine import stored_profile
+
+    profile = stored_profile()
+    if profile is None:
+        return None
+    try:
+        shape = shape_of_files(files)
+    except MoeiError:
+        return None
+    if follows_trace:
+        shape = replace(shape, uniform_routing=False)
+    speeds = Speeds.of(profile, profile.disk_of(model.folder))
+    one = forecast(shape, shape.format, speeds, model.budget, prompt_tokens)
+    learned = correction(profile.fingerprint, one)
+    identity = write_prediction(profile.fingerprint, shape, one, what)
+    return Prediction(identity, one, corrected(one, learned.decode, learned.ttft), learned.runs)
+
+
+@contextmanager
+def refusals_with_speed(files: ModelFiles) -> Iterator[None]:
+    """A budget that is refused names the smallest that works; add what that would come to."""
+    from moei_cli.measured_machine import stored_profile
+
+    try:
+        yield
+    except DoesNotFitError as error:
+        error.hint += speed_of_the_smallest(error, files, stored_profile())
+        raise
+
+
+def speed_of_the_smallest(error: DoesNotFitError, files: ModelFiles, profile: HardwareProfile | None) -> str:
+    """What the smallest budget that ``error`` names would come to, as a sentence; empty if that is not known."""
+    if error.smallest_slots is None or profile is None:
+        return ""
+    from moei_core.config import ExpertBudget
+
+    try:
+        shape = shape_of_files(files)
+        speeds = Speeds.of(profile, profile.disk_of(files.folder))
+        share = ExpertBudget(fraction=min(1.0, error.smallest_slots / shape.total_experts + 1e-6))
+        budget = plan_budget(shape, shape.format, speeds, 1 << 60, 4096, experts=share)
+        one = forecast(shape, shape.format, speeds, budget, 256)
+    except MoeiError:
+        return ""
+    return f" It would decode about {one.tokens_per_s.value:.2g} tokens/s."
+
+
+def actual_of(report: TurnReport, model: LoadedModel, *, cold: bool = True) -> Actual:
+    """What a turn came to. cold: its prompt was read by an empty cache. A few tokens are no measure of speed."""
+    from moei_core.engine.measure import decode_hit_rate
+
+    stall, experts = report.decode_shares
+    measured = len(report.times.token_s) >= _LEAST_TOKENS
+    return Actual(
+        report.decode_tokens_per_s if measured else None,
+        report.times.prefill_s if cold and report.times.prefill_s else None,
+        decode_hit_rate(report.cache.misses, len(report.times.token_s), report.times, model.spec)
+        if measured
+        else None,
+        stall if measured else None,
+        experts if measured else None,
+    )
+
+
+def print_beside(prediction: Prediction) -> None:
+    """Predicted and actual, on standard output."""
+    from moei_cli import render
+
+    actual = prediction.actual
+    if actual is None:
+        return
+    one, shown = prediction.one, prediction.shown
+    rows = []
+    for name, predicted, learned, came in (
+        ("tokens/s", one.tokens_per_s, shown.tokens_per_s, actual.tokens_per_s),
+        ("first token, cold, s", one.ttft_s, shown.ttft_s, actual.ttft_s),
+    ):
+        if came:
+            span = f"{predicted.value:.3g} ({predicted.low:.3g} - {predicted.high:.3g})"
+            error = f"{predicted.value / came - 1:+.0%}"
+            rows.append((name, span, f"{learned.value:.3g}", f"{came:.3g}", error))
+    rows.append(("limited by", one.bottleneck, one.bottleneck, actual.bottleneck or "?", ""))
+    print()
+    headings = ("forecast", "before the run", f"with {prediction.runs} runs learned", "came", "error")
+    render.print_table(headings, rows, right=headings[1:])

@@ -1,0 +1,86 @@
+"""The measured machine for the commands that need it: measuring, storing, finding it again."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moei_core.hardware.disks import read_disk
+from moei_core.hardware.profile import HardwareProfile, load_profile, save_profile
+
+if TYPE_CHECKING:
+    from moei_core.hardware.probe import Machine
+    from moei_core.hardware.profile import FrameworkCost
+
+
+def model_folders() -> list[Path]:
+    """Where models are or could be: the Hugging Face cache, our packed stores, synthetic models."""
+    from moei_core.hub.layout import default_cache_dir
+    from moei_core.paths import cache_dir, data_dir
+
+    return [default_cache_dir(), data_dir(), cache_dir()]
+
+
+def weights_by_disk() -> dict[str, list[Path]]:
+    """The weight files of the models on this machine, by the number of their disk."""
+    from moei_core.errors import MoeiError
+    from moei_core.hub.layout import weight_files
+    from moei_core.hub.library import list_models
+
+    found: dict[str, list[Path]] = defaultdict(list)
+    for model in list_models():
+        try:
+            names = weight_files(model.folder)
+        except (MoeiError, OSError):
+            continue
+        for name in names:
+            path = (model.folder / name).resolve()
+            found[read_disk(path.parent).number].append(path)
+    return dict(found)
+
+
+def stored_profile(folders: Sequence[Path] = ()) -> HardwareProfile | None:
+    """The stored profile if it is of this machine as it is now, in milliseconds and without torch."""
+    from moei_core.hardware.machine import read_machine
+
+    profile = load_profile()
+    if profile is None:
+        return None
+    known = [Path(disk.facts.folder) for disk in profile.disks]
+    # A profile with more disks than are asked for still counts, one with fewer does not.
+    asked = {read_disk(folder).number for folder in folders}
+    if not asked <= {disk.facts.number for disk in profile.disks}:
+        return None
+    machine = read_machine(known)
+    if machine.fingerprint != profile.fingerprint:
+        return None
+    # Speeds last; what memory there is, and how much a control group allows, does not.
+    return replace(profile, memory=machine.memory)
+
+
+def measure_now(folders: Sequence[Path]) -> tuple[HardwareProfile, str]:
+    """(a fresh profile, why it could not be stored or an empty string), with a progress bar."""
+    from moei_cli import render
+    from moei_core.hardware.machine import read_machine
+
+    machine = read_machine(folders)
+    with render.steps("Measuring this machine") as progress:
+        profile = _measure(machine, progress)
+    return profile, save_profile(profile)
+
+
+def _measure(machine: Machine, progress: Callable[[str, int, int], None]) -> HardwareProfile:
+    from moei_core.hardware.probe import measure
+
+    return measure(machine, weights_by_disk(), _framework, progress=progress)
+
+
+def _framework() -> FrameworkCost | None:
+    """Measured on the bundled model; None where this installation has none."""
+    from moei_core.engine.calibrate import measure_framework
+    from moei_core.hub.resolve import bundled_folder
+
+    return measure_framework(bundled_folder()) if bundled_folder().is_dir() else None

@@ -1,0 +1,68 @@
+"""``moei show MODEL --settings``: what a chat would be set to on this machine, each value with where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from moei_cli import render
+from moei_cli.forecasts import shape_of
+from moei_cli.measured_machine import stored_profile
+from moei_cli.plan_view import print_budget
+from moei_core.cache.policies import DEFAULT_POLICY
+from moei_core.config import CHUNK_NBYTES, PREFILL_CHUNK, READERS, ExpertBudget, format_size, parse_size
+from moei_core.forecast.forecast import plan_budget
+from moei_core.forecast.speed import ASSUMED_FRAMEWORK, Speeds
+from moei_core.hardware.system import read_memory
+
+_DEFAULT_CONTEXT = 4096
+
+
+def show_settings(
+    model: str, ram: str | None, experts: str | None, context: int | None, *, as_json: bool
+) -> None:
+    """Print the settings and the memory budget, without loading anything.
+
+    Raises: what finding the model raises; UsageError; DoesNotFitError.
+    """
+    shape, folder = shape_of(model)
+    memory, profile = read_memory(), stored_profile()
+    if profile is not None:
+        speeds = Speeds.of(profile, profile.disk_of(folder))
+    else:
+        # A budget needs no speeds but the memory of the process, of which a typical value is known.
+        speeds = Speeds(0.0, ASSUMED_FRAMEWORK, None, ())
+    tokens = context or min(
+        int(shape.config.get("max_position_embeddings") or _DEFAULT_CONTEXT), _DEFAULT_CONTEXT
+    )
+    limit = parse_size(ram, "--ram") if ram else None
+    bound = ExpertBudget.parse(experts) if experts else None
+    budget = plan_budget(shape, shape.format, speeds, memory.usable, tokens, limit, bound)
+    rows = [
+        ("ram", format_size(limit) if limit else "no bound", "--ram" if ram else "automatic: what is free decides"),
+        ("experts", f"{budget.slots} slots of {format_size(budget.slot_nbytes)}",
+         "--experts" if experts else f"automatic: {budget.reason}"),
+        ("working set", f"{budget.working} slots", "one token's experts of a layer, so that an access never fails"),
+        ("context", f"{tokens} tokens", "--context" if context else "automatic: the model's, at most 4096"),
+        ("policy", DEFAULT_POLICY, "default: the best of docs/policies.md"),
+        ("prompt chunk", f"{PREFILL_CHUNK} tokens", "fixed, so that results never depend on a budget"),
+        ("readers", f"{READERS}, {format_size(CHUNK_NBYTES)} at a time",
+         "fixed: a disk reaches its bandwidth at a few megabytes in flight"),
+        ("free memory", format_size(memory.usable), memory.reason),
+    ]  # fmt: skip
+    if as_json:
+        report: dict[str, Any] = {
+            "model": shape.name,
+            "settings": {name: {"value": value, "reason": why} for name, value, why in rows},
+            "budget": [asdict(line) for line in budget.lines],
+            "slots": budget.slots,
+            "resident": budget.resident,
+            "limit_bytes": budget.limit,
+        }
+        render.print_json(report)
+        return
+    render.print_table(("setting", "value", "where from"), rows)
+    print()
+    print_budget(budget)
+    if profile is None:
+        render.note("The runtime's memory is a typical value: moei profile-hardware measures it.")

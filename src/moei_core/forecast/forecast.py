@@ -1,0 +1,318 @@
+"""The forecast: tokens a second and time to the first token, from shape, machine, budget and routing.
+
+The cost model is the simulator's (one compute lane, one disk), in closed form: in each layer the resident experts are
+computed while the missing ones are read one after the other, and each of those is computed when it has arrived. Every
+term is a time that was measured on this machine for this size of work, times how often the work is done.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from moei_core.config import PREFILL_CHUNK, ExpertBudget, format_size
+from moei_core.errors import DoesNotFitError
+from moei_core.forecast.formats import StorageFormat
+from moei_core.forecast.routing import Range, Routing, routing_of
+from moei_core.forecast.shape import ModelShape
+from moei_core.forecast.speed import Speeds
+from moei_core.hardware.budget import MemoryUse, SlotBudget, plan_slots, workspace_nbytes
+
+_MODEL_ERROR = 0.12
+"""How far the closed form itself may be off, beside what is uncertain in its inputs."""
+_DENSE_MATRICES = 6
+"""Matrices of a layer's dense part: four of attention, two or three of a shared expert. Only their size counts."""
+_SLOT_SLACK = 8192
+"""What page alignment costs a slot, in bytes."""
+
+DISK, EXPERTS, REST = "disk", "experts", "rest"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Seconds of one token, or of one prompt: waiting for missing experts, computing experts, and all else (dense
+    layers, the framework around them, sampling)."""
+
+    disk: float
+    experts: float
+    dense: float
+    framework: float
+
+    @property
+    def rest(self) -> float:
+        return self.dense + self.framework
+
+    @property
+    def total(self) -> float:
+        return self.disk + self.experts + self.rest
+
+    @property
+    def bottleneck(self) -> str:
+        """The largest part: ``disk``, ``experts`` or ``rest``."""
+        sizes = {DISK: self.disk, EXPERTS: self.experts, REST: self.rest}
+        return max(sizes, key=lambda name: sizes[name])
+
+
+BOTTLENECKS = {
+    DISK: "waiting for missing experts from disk",
+    EXPERTS: "computing the active experts from memory",
+    REST: "the dense layers and the framework around them",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What to expect. residency: share of each layer's experts that stays. hit: of decode lookups.
+
+    tokens_per_s, ttft_s (seconds of a cold prompt of ``prompt_tokens``) and warm_ttft_s are ranges; decode and
+    prefill split their expected times.
+    """
+
+    form: StorageFormat
+    budget: SlotBudget
+    prompt_tokens: int
+    residency: float
+    hit: Range
+    tokens_per_s: Range
+    ttft_s: Range
+    warm_ttft_s: Range
+    decode: Parts
+    prefill: Parts
+
+    @property
+    def bottleneck(self) -> str:
+        return self.decode.bottleneck
+
+
+def plan_budget(
+    shape: ModelShape,
+    form: StorageFormat,
+    speeds: Speeds,
+    usable: int,
+    context: int,
+    ram: int | None = None,
+    experts: ExpertBudget | None = None,
+) -> SlotBudget:
+    """The budget that loading the model would come to. usable: bytes free before anything is loaded.
+
+    Raises: DoesNotFitError.
+    """
+    slot = shape.expert_nbytes(form) + _SLOT_SLACK
+    process = speeds.framework.process_nbytes + shape.dense_nbytes
+    eager = shape.model_type == "gpt_oss"
+    workspace = workspace_nbytes(shape.config, shape.top_k, context, 2, slot, eager)
+    kv = shape.kv_nbytes_per_token * context
+    use = MemoryUse(process, kv, workspace, shape.dense_nbytes, context)
+    if ram is None and usable < process:
+        raise DoesNotFitError(
+            f"The dense part alone is larger than the free memory: {format_size(process)} of {format_size(usable)}.",
+            "Attention, norms, routers and embeddings stay in RAM for every token.",
+            "Close other programs, or choose a smaller model: moei plan --compare.",
+        )
+    return plan_slots(shape.spec(form), slot, use, usable - process, ram, experts)
+
+
+def forecast(
+    shape: ModelShape,
+    form: StorageFormat,
+    speeds: Speeds,
+    budget: SlotBudget,
+    prompt_tokens: int,
+    routing: Routing | None = None,
+) -> Forecast:
+    """What the model does with ``budget``. routing: None for the one that fits the model."""
+    routing = routing or routing_of(shape.name, shape.experts, shape.top_k, uniform=shape.uniform_routing)
+    residency = min(1.0, budget.resident / shape.total_experts)
+    hit = routing.hit(residency)
+    decode = {
+        name: _decode(shape, form, speeds, rate, prompt_tokens, name)
+        for name, rate in (("low", hit.high), ("value", hit.value), ("high", hit.low))
+    }
+    cold, warm = (
+        {
+            name: _prefill(shape, form, speeds, routing, residency, prompt_tokens, name, cold=is_cold)
+            for name in ("low", "value", "high")
+        }
+        for is_cold in (True, False)
+    )
+    error = 1 + _MODEL_ERROR
+    return Forecast(
+        form,
+        budget,
+        prompt_tokens,
+        residency,
+        hit,
+        Range(1 / (decode["high"].total * error), 1 / decode["value"].total, error / decode["low"].total),
+        _seconds(cold),
+        _seconds(warm),
+        decode["value"],
+        cold["value"],
+    )
+
+
+def _seconds(parts: dict[str, Parts]) -> Range:
+    error = 1 + _MODEL_ERROR
+    return Range(parts["low"].total / error, parts["value"].total, parts["high"].total * error)
+
+
+def _decode(
+    shape: ModelShape, form: StorageFormat, speeds: Speeds, hit: float, position: int, bound: str
+) -> Parts:
+    """Seconds of one token. bound: which end of the disk's range."""
+    cost, layers, lookups = speeds.framework, shape.moe_layers, shape.top_k
+    one = 3 * speeds.product(form, shape.expert_weights / 3, 1) + cost.expert
+    attention = position * shape.kv_nbytes_per_token / speeds.memory_bandwidth
+    framework = shape.layers * cost.layer + cost.token + cost.sampling * shape.vocab_size
+    wait = 0.0
+    for missing in range(1, lookups + 1):
+        chance = math.comb(lookups, missing) * (1 - hit) ** missing * hit ** (lookups - missing)
+        wait += chance * _wait(shape, form, speeds, missing, lookups, one, bound)
+    return Parts(
+        layers * wait,
+        layers * lookups * one,
+        _dense(shape, speeds, 1, 1) + attention,
+        framework,
+    )
+
+
+def _wait(
+    shape: ModelShape,
+    form: StorageFormat,
+    speeds: Speeds,
+    missing: float,
+    used: float,
+    one: float,
+    bound: str,
+) -> float:
+    """Seconds that a layer waits which uses ``used`` experts of ``one`` second each, ``missing`` of them absent.
+
+    They arrive one after the other while others are computed; the last is computed after it has arrived.
+    """
+    if not missing:
+        return 0.0
+    reading = float(getattr(speeds.read(shape.expert_nbytes(form), missing), bound))
+    return max(0.0, reading + one - used * one)
+
+
+def _dense(shape: ModelShape, speeds: Speeds, rows: int, heads: int) -> float:
+    """Seconds of the dense products of one pass over ``rows`` tokens, logits for ``heads`` of them."""
+    weights = shape.active_weights - shape.head_weights
+    matrix = weights / (shape.layers * _DENSE_MATRICES)
+    body = shape.layers * _DENSE_MATRICES * speeds.product(shape.dense_format, matrix, rows)
+    return body + speeds.product(shape.dense_format, shape.head_weights, heads)
+
+
+def _prefill(
+    shape: ModelShape,
+    form: StorageFormat,
+    speeds: Speeds,
+    routing: Routing,
+    residency: float,
+    tokens: int,
+    bound: str,
+    *,
+    cold: bool,
+) -> Parts:
+    """Seconds of a prompt. cold: the cache is empty, so the first chunk reads every expert that it touches."""
+    cost = speeds.framework
+    disk = experts = dense = 0.0
+    passes = math.ceil(tokens / PREFILL_CHUNK)
+    for number in range(passes):
+        rows = min(PREFILL_CHUNK, tokens - number * PREFILL_CHUNK)
+        touched = shape.experts * getattr(routing.touched(rows), bound)
+        missing = touched * (1.0 if cold and number == 0 else 1 - residency)
+        a_expert = rows * shape.top_k / touched
+        one = 3 * speeds.product(form, shape.expert_weights / 3, a_expert) + cost.prefill_expert
+        experts += shape.moe_layers * touched * one
+        disk += shape.moe_layers * _wait(shape, form, speeds, missing, touched, one, bound)
+        dense += _dense(shape, speeds, rows, 1)
+        # Scores and their sums: 4 operations for each pair of positions, head and dimension.
+        pairs = rows * (number * PREFILL_CHUNK + rows / 2)
+        width = shape.kv_nbytes_per_token / 2 / 2 / shape.layers
+        heads = shape.config["num_attention_heads"] / (
+            shape.config.get("num_key_value_heads") or shape.config["num_attention_heads"]
+        )
+        dense += 4 * pairs * width * heads * shape.layers / speeds.arithmetic_rate()
+    framework = passes * (shape.layers * cost.prefill_layer + cost.token) + cost.sampling * shape.vocab_size
+    return Parts(disk, experts, dense, framework)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Something that would make it faster. factor: of tokens a second."""
+
+    what: str
+    tokens_per_s: float
+    factor: float
+
+
+_WORTH_TELLING = 1.1
+
+
+def what_would_help(
+    shape: ModelShape,
+    now: Forecast,
+    speeds: Speeds,
+    usable: int,
+    context: int,
+    ram: int | None,
+    experts: ExpertBudget | None,
+    formats: tuple[StorageFormat, ...],
+    learned: Callable[[Forecast], Forecast] = lambda one: one,
+) -> list[Change]:
+    """What would change the forecast by a tenth or more, the largest gain first.
+
+    learned: corrects a forecast as ``now`` was corrected.
+    """
+    found: list[Change] = []
+
+    def consider(what: str, form: StorageFormat, machine: Speeds, free: int, limit: int | None) -> None:
+        # A bound on the experts alone is lifted by memory only if there is memory for it.
+        bound = experts if free == usable else None
+        try:
+            budget = plan_budget(shape, form, machine, free, context, limit, bound)
+        except DoesNotFitError:
+            return
+        other = learned(forecast(shape, form, machine, budget, now.prompt_tokens))
+        factor = other.tokens_per_s.value / now.tokens_per_s.value
+        if factor >= _WORTH_TELLING:
+            found.append(Change(what, other.tokens_per_s.value, factor))
+
+    for gib in (8, 16, 32, 64):
+        more = gib << 30
+        if now.budget.slots < shape.total_experts:
+            consider(f"+{gib} GB RAM", now.form, speeds, usable + more, None if ram is None else ram + more)
+    for form in formats:
+        if form.bits < now.form.bits:
+            consider(f"{form.name} instead of {now.form.name}", form, speeds, usable, ram)
+    for gbps in (3.5, 7.0):
+        faster = speeds.with_disk_bandwidth(gbps * 1e9)
+        consider(f"a disk that reads {gbps:g} GB/s", now.form, faster, usable, ram)
+    return sorted(_without_repetition(found), key=lambda change: -change.factor)
+
+
+def _without_repetition(changes: list[Change]) -> list[Change]:
+    """Of several amounts of RAM or disk speeds only those that bring more than the one before."""
+    kept: list[Change] = []
+    best: dict[str, float] = {}
+    for change in changes:
+        kind = change.what.split()[-1] if change.what.startswith("+") else change.what.split(" reads")[0]
+        if change.factor > best.get(kind, 0.0) * 1.05:
+            kept.append(change)
+            best[kind] = change.factor
+    return kept
+
+
+def corrected(one: Forecast, decode_factor: float, ttft_factor: float) -> Forecast:
+    """``one`` with what this machine has taught about earlier forecasts. Factors of the true times."""
+
+    def scaled(span: Range, factor: float) -> Range:
+        return Range(span.low * factor, span.value * factor, span.high * factor)
+
+    return replace(
+        one,
+        tokens_per_s=scaled(one.tokens_per_s, 1 / decode_factor),
+        ttft_s=scaled(one.ttft_s, ttft_factor),
+        warm_ttft_s=scaled(one.warm_ttft_s, ttft_factor),
+    )

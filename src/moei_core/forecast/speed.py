@@ -1,0 +1,126 @@
+"""How long products and reads take on the measured machine: interpolated between what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+from moei_core.forecast.formats import FORMATS, StorageFormat
+from moei_core.forecast.routing import Range
+from moei_core.hardware.profile import DiskProfile, Figure, FrameworkCost, HardwareProfile, KernelSpeed
+
+ASSUMED_FRAMEWORK = FrameworkCost(0.7e-3, 1.5e-3, 60e-6, 1.2e-3, 150e-6, 1.5e-8, 400 << 20, "assumed")
+"""Where no small model could be run: what was measured on a laptop-class processor."""
+ASSUMED_DISK_BANDWIDTH = 0.5e9
+"""Where no disk could be measured: a SATA solid-state disk, in a range from a spinning to a fast one."""
+_ASSUMED_FLOPS = 50e9
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """The times that a forecast adds up. disk: where the model is or would be, None if none was measured.
+
+    measured_formats: of which products were timed; the others are reckoned from the memory's bandwidth.
+    """
+
+    memory_bandwidth: float
+    framework: FrameworkCost
+    disk: DiskProfile | None
+    kernels: tuple[KernelSpeed, ...]
+    _tables: dict[str, dict[int, list[Point]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, profile: HardwareProfile, disk: DiskProfile | None) -> Speeds:
+        """The speeds of ``profile`` for a model on ``disk``."""
+        tables: dict[str, dict[int, list[Point]]] = {}
+        for kernel in sorted(profile.kernels, key=lambda kernel: kernel.nbytes):
+            rows = tables.setdefault(kernel.format, {}).setdefault(kernel.rows, [])
+            rows.append((math.log(kernel.nbytes), math.log(kernel.seconds.value / kernel.nbytes)))
+        return cls(
+            profile.best_memory_bandwidth.value,
+            profile.framework or ASSUMED_FRAMEWORK,
+            disk,
+            profile.kernels,
+            tables,
+        )
+
+    def with_disk_bandwidth(self, bandwidth: float) -> Speeds:
+        """The same machine with a disk that reads so many bytes a second at every size."""
+        if self.disk is None:
+            return self
+        even = Figure(bandwidth, bandwidth, bandwidth)
+        experts = tuple(replace(read, bandwidth=even) for read in self.disk.experts)
+        return replace(self, disk=replace(self.disk, experts=experts, sustained=None))
+
+    def is_measured(self, form: StorageFormat) -> bool:
+        """Whether products of ``form`` were timed on this machine."""
+        return form.name in self._tables
+
+    def product(self, form: StorageFormat, weights: float, rows: float) -> float:
+        """Seconds of ``rows`` inputs times one matrix of so many weights."""
+        if not weights or not rows:
+            return 0.0
+        nbytes = weights * form.bits / 8
+        table = self._tables.get(form.name)
+        if table is not None:
+            return nbytes * math.exp(_surface(table, nbytes, rows))
+        reading = nbytes / (self.memory_bandwidth * form.share)
+        return max(reading, self._arithmetic(weights, rows))
+
+    def _arithmetic(self, weights: float, rows: float) -> float:
+        """Seconds of the multiplications alone, as fast as in bf16."""
+        table = self._tables.get("bf16")
+        if table is None:
+            return 2 * weights * rows / _ASSUMED_FLOPS
+        if rows <= min(table):
+            return 0.0
+        nbytes = weights * FORMATS["bf16"].bits / 8
+        return nbytes * math.exp(_surface(table, nbytes, rows))
+
+    def arithmetic_rate(self) -> float:
+        """Operations a second of the largest measured product in bf16."""
+        table = self._tables.get("bf16")
+        if table is None:
+            return _ASSUMED_FLOPS
+        rows = max(table)
+        _, per_byte = table[rows][-1]
+        return 2 * rows / 2 / math.exp(per_byte)
+
+    def read(self, nbytes: int, count: float) -> Range:
+        """Seconds (fewest, expected, most) of reading ``count`` experts of ``nbytes`` that are missing at once."""
+        if not count:
+            return Range(0.0, 0.0, 0.0)
+        if self.disk is None:
+            seconds = nbytes * count / ASSUMED_DISK_BANDWIDTH
+            return Range(seconds / 4, seconds, seconds * 4)
+        figure = self.disk.expert_bandwidth(nbytes)
+        # What a disk keeps up is what counts: a burst is over after the first seconds.
+        best = max(read.bandwidth.value for read in self.disk.reads)
+        steady = min(1.0, self.disk.sustained.value / best) if self.disk.sustained is not None else 1.0
+        total, value = nbytes * count, figure.value * steady
+        slow = max(figure.low * steady, 0.7 * value)
+        return Range(total / min(figure.high * steady, 1.3 * value), total / value, total / slow)
+
+
+def _surface(table: dict[int, list[Point]], nbytes: float, rows: float) -> float:
+    """Logarithm of seconds a byte, between the measured sizes and numbers of rows, on logarithmic axes."""
+    known = sorted(table)
+    values = [(math.log(one), _line(table[one], math.log(nbytes))) for one in known]
+    if rows > known[-1]:
+        # Beyond the largest, arithmetic decides: time grows with the rows.
+        return values[-1][1] + math.log(rows / known[-1])
+    return _line(values, math.log(max(rows, 1.0)))
+
+
+def _line(points: Sequence[Point], at: float) -> float:
+    """Linear between the points, level beyond their ends."""
+    if at <= points[0][0]:
+        return points[0][1]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if at <= x1:
+            return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    return points[-1][1]

@@ -1,0 +1,61 @@
+"""How fast memory can be read: the ceiling of every decode step whose experts are resident."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moei_core.hardware.profile import Figure
+from moei_core.quant import native
+
+Words = NDArray[np.uint64]
+
+FILLER = 0x3C
+"""Every byte of the buffer: as bfloat16, float16 or float32 an ordinary number, never a slow denormal."""
+
+
+def make_buffer(nbytes: int) -> Words:
+    """``nbytes`` (rounded down to words) that really are in memory."""
+    words = np.empty(max(nbytes, 1 << 20) // 8, np.uint64)
+    words.view(np.uint8)[:] = FILLER
+    return words
+
+
+_LOOPS: tuple[Callable[[Words], object], ...] = (np.bitwise_or.reduce, np.add.reduce)
+
+
+def read_bandwidth(buffer: Words, threads: int, seconds: float) -> Figure:
+    """Bytes a second with which ``threads`` threads read ``buffer``, each its own part of it.
+
+    Each sample is the best of several vector loops: the native kernels' own where they were built, else numpy's
+    reductions, which release the interpreter's lock.
+    """
+    if native.available():
+        before = native.num_threads()
+        native.set_num_threads(threads)
+        try:
+            return _samples(lambda: native.read_bandwidth(buffer.view(np.uint8)), seconds)
+        finally:
+            native.set_num_threads(before)
+    parts = np.array_split(buffer, threads)
+    with ThreadPoolExecutor(threads) as pool:
+        return _samples(lambda: max(_one_pass(pool, loop, parts) for loop in _LOOPS), seconds)
+
+
+def _samples(measure: Callable[[], float], seconds: float) -> Figure:
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(samples) < 3 or time.perf_counter() < end:
+        samples.append(measure())
+    return Figure.of(samples)
+
+
+def _one_pass(pool: ThreadPoolExecutor, loop: Callable[[Words], object], parts: list[Words]) -> float:
+    started = time.perf_counter()
+    for _ in pool.map(loop, parts):
+        pass
+    return sum(part.nbytes for part in parts) / (time.perf_counter() - started)

@@ -1,0 +1,254 @@
+"""How fast a disk gives expert-sized blocks. Reads a model's own file where there is one.
+
+Otherwise it writes a file that has no name: with ``O_TMPFILE``, or unlinked before its first byte, so that it is
+gone whatever ends this process.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from mmap import mmap
+from pathlib import Path
+
+from moei_core.config import CHUNK_NBYTES, READERS, format_size
+from moei_core.hardware.disks import DiskFacts
+from moei_core.hardware.profile import DiskProfile, Figure, ReadSpeed
+from moei_core.store.base import PAGE
+
+BLOCKS = (1 << 20, 4 << 20, 16 << 20, 64 << 20)
+DEPTHS = (1, 2, 4, 8, 16)
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+_LARGEST_FILE = 1 << 30
+_SMALLEST_FILE = 8 << 20
+_TARGET = 128 << 20
+_FREE_SHARE = 10
+"""A file of ours takes at most a tenth of what the disk has free."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskEffort:
+    """seconds: of all reads of one disk. file_nbytes: of a file of ours. blocks, depths: the settings."""
+
+    seconds: float = 10.0
+    file_nbytes: int = _LARGEST_FILE
+    blocks: tuple[int, ...] = BLOCKS
+    depths: tuple[int, ...] = DEPTHS
+
+    @property
+    def settings(self) -> int:
+        """How many settings are measured, besides the sustained run."""
+        return len(self.blocks) * (len(self.depths) + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    descriptor: int
+    nbytes: int
+    direct: bool
+    name: str
+
+
+def probe_disk(
+    facts: DiskFacts,
+    files: Sequence[Path] = (),
+    effort: DiskEffort | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> DiskProfile:
+    """Measure the disk of ``facts``. files: weights of models that lie on it; the largest is read.
+
+    progress: called after each setting. A disk that cannot be measured has a note that says why.
+    """
+    effort = effort or DiskEffort()
+    try:
+        with _source(facts, files, effort) as source, _target(max(*effort.blocks, _TARGET)) as target:
+            reads = []
+            # A fifth of the time is for the sustained run at the end.
+            share = 0.8 * effort.seconds / effort.settings
+            for nbytes in effort.blocks:
+                for depth in effort.depths:
+                    if nbytes <= source.nbytes:
+                        reads.append(_measure(source, target, nbytes, depth, share))
+                    progress()
+            experts = []
+            for nbytes in effort.blocks:
+                if nbytes <= source.nbytes:
+                    chunk = min(nbytes, CHUNK_NBYTES)
+                    experts.append(_measure(source, target, nbytes, READERS, share, chunk))
+                progress()
+            best = max(reads, key=lambda read: read.bandwidth.value)
+            sustained = _measure(source, target, best.nbytes, best.depth, 0.2 * effort.seconds).bandwidth
+            return DiskProfile(facts, source.direct, source.name, tuple(reads), tuple(experts), sustained)
+    except OSError as error:
+        return DiskProfile(facts, False, "", (), (), None, _why_not(facts, error))
+
+
+def _why_not(facts: DiskFacts, error: OSError) -> str:
+    if facts.read_only or error.errno == errno.EROFS:
+        return "mounted read-only, and no model is there that could be read"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"full: {format_size(facts.free)} are free, and no model is there that could be read"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"{facts.folder} cannot be written, and no model is there that could be read"
+    return f"{error.strerror or error}"
+
+
+@contextmanager
+def _source(facts: DiskFacts, files: Sequence[Path], effort: DiskEffort) -> Iterator[_Source]:
+    existing = _largest(files)
+    if existing is not None:
+        descriptor, direct = _open(existing)
+        try:
+            yield _Source(descriptor, os.fstat(descriptor).st_size, direct, f"the model file {existing.name}")
+        finally:
+            os.close(descriptor)
+        return
+    if facts.read_only:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    size = min(effort.file_nbytes, facts.free // _FREE_SHARE)
+    if size < min(_SMALLEST_FILE, effort.file_nbytes):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    size -= size % (1 << 20)
+    descriptor = nameless_file(Path(facts.folder))
+    try:
+        _fill(descriptor, size)
+        direct = _try_direct(descriptor)
+        yield _Source(
+            descriptor,
+            size,
+            direct,
+            f"a file of {format_size(size)}, written for this and gone; old files may be slower",
+        )
+    finally:
+        os.close(descriptor)
+
+
+def _largest(files: Sequence[Path]) -> Path | None:
+    sizes: list[tuple[int, Path]] = []
+    for file in files:
+        with suppress(OSError):
+            if os.access(file, os.R_OK):
+                sizes.append((file.stat().st_size, file))
+    size, file = max(sizes, default=(0, Path()))
+    return file if size >= _SMALLEST_FILE else None
+
+
+def _open(file: Path) -> tuple[int, bool]:
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return descriptor, _try_direct(descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def nameless_file(folder: Path) -> int:
+    """The descriptor of an empty file in ``folder`` that no name leads to. Raises: OSError."""
+    if hasattr(os, "O_TMPFILE"):
+        try:
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            # File systems without it (NFS, some overlays) say one of these.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
+                raise
+    descriptor, name = tempfile.mkstemp(prefix=".moei-probe-", dir=folder)
+    Path(name).unlink()
+    return descriptor
+
+
+def _try_direct(descriptor: int) -> bool:
+    """Switch to reading past the page cache. Returns whether the file system does that."""
+    if not _O_DIRECT:
+        return False
+    import fcntl
+
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _O_DIRECT)
+        with mmap(-1, 1 << 16) as page:
+            os.preadv(descriptor, [page], 0)
+    except OSError:
+        # Not told (tmpfs), or told only by the first read.
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+        return False
+    return True
+
+
+def _fill(descriptor: int, size: int) -> None:
+    # Random bytes: some file systems store zeros and repetitions without storing them.
+    block = random.Random(0).randbytes(4 << 20)
+    at = 0
+    while at < size:
+        at += os.pwrite(descriptor, block[: size - at], at)
+    os.fsync(descriptor)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def _target(nbytes: int) -> Iterator[memoryview]:
+    """Page-aligned memory that is there already: the first touch of a page costs more than reading into it."""
+    with mmap(-1, nbytes) as memory, memoryview(memory) as view:
+        view[::PAGE] = bytes(len(range(0, nbytes, PAGE)))
+        yield view
+
+
+def _measure(
+    source: _Source, target: memoryview, block: int, depth: int, seconds: float, chunk: int | None = None
+) -> ReadSpeed:
+    """Read random blocks for ``seconds``, each of ``depth`` threads at least one.
+
+    chunk: what one read takes of a block, all of it if None; the chunks of a block are read in turn.
+    Many large blocks at a time share the memory of ``target``: nobody looks at what arrives.
+    """
+    nbytes = chunk or block
+    blocks = list(range(source.nbytes // block))
+    random.Random(block * depth).shuffle(blocks)
+    positions = [one * (block // nbytes) + part for one in blocks for part in range(block // nbytes)]
+    latencies: list[float] = []
+    taken = 0
+    lock = threading.Lock()
+    started = time.perf_counter()
+    end = started + seconds
+
+    def reader(start: int) -> int:
+        nonlocal taken
+        done = 0
+        view = target[start : start + nbytes]
+        while True:
+            with lock:
+                # Every block once before any a second time: a repeated read may come from a cache below.
+                position = positions[taken % len(positions)]
+                taken += 1
+            before = time.perf_counter()
+            got = 0
+            while got < nbytes:
+                count = os.preadv(source.descriptor, [view[got:]], position * nbytes + got)
+                if count == 0:
+                    raise OSError(errno.EIO, "the file has become shorter while it was read")
+                got += count
+            now = time.perf_counter()
+            if not source.direct and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(source.descriptor, position * nbytes, nbytes, os.POSIX_FADV_DONTNEED)
+            with lock:
+                latencies.append(now - before)
+            done += got
+            if now >= end:
+                return done
+
+    with ThreadPoolExecutor(depth) as pool:
+        starts = (number * nbytes % (len(target) - nbytes + PAGE) for number in range(depth))
+        total = sum(future.result() for future in [pool.submit(reader, start) for start in starts])
+    elapsed = time.perf_counter() - started
+    latency = Figure.of(latencies)
+    value = total / elapsed
+    low, high = depth * nbytes / max(latency.high, 1e-9), depth * nbytes / max(latency.low, 1e-9)
+    return ReadSpeed(block, depth, Figure(value, min(low, value), max(high, value)), latency)

@@ -1,0 +1,123 @@
+"""How fast matrices of experts' sizes are multiplied, by format and by number of rows, from memory.
+
+The engine's products outside block formats are torch's; those are measured with torch, and the formats that the
+native kernels serve with them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from moei_core.hardware.probe.bandwidth import Words
+from moei_core.hardware.profile import Figure, KernelSpeed
+from moei_core.quant import native
+
+SHAPES = ((768, 2048), (4096, 4096), (14336, 4096))
+"""Output and input width: one matrix of an expert of Qwen3-30B-A3B, a square one, one of Mixtral-8x7B."""
+ROWS = (1, 8, 32, 128, 256)
+_LEAST = 3
+_NATIVE = {"q8_0": "rows16", "q4_0": "rows16", "mxfp4": "plain"}
+"""Formats that the native kernels compute, and the order in which a slot holds them."""
+_NATIVE_ROWS = (1, 16, 128)
+
+Product = Callable[[int], None]
+"""Multiplies once with the matrix at the given number; numbers count round the buffer."""
+
+
+def count_cells() -> int:
+    """How many settings are measured."""
+    return sum(1 for _ in _cells())
+
+
+def _cells() -> Iterator[tuple[str, tuple[int, int], int]]:
+    for shape in SHAPES:
+        for rows in ROWS:
+            yield "bf16", shape, rows
+        yield "f32", shape, 1
+        yield "f32", shape, 128
+        if native.available():
+            for name in _NATIVE:
+                for rows in _NATIVE_ROWS:
+                    yield name, shape, rows
+
+
+def probe_kernels(
+    buffer: Words, threads: int, seconds: float, progress: Callable[[], None] = lambda: None
+) -> list[KernelSpeed]:
+    """Products with matrices that lie one after the other in ``buffer``, so that none is in a cache.
+
+    seconds: in all. progress: called after each setting. A matrix that does not fit the buffer is left out.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        share = seconds / count_cells()
+        found = []
+        for name, shape, rows in _cells():
+            make = _native_cell if name in _NATIVE else _torch_cell
+            cell = make(buffer, name, shape, rows, threads, share)
+            if cell is not None:
+                found.append(cell)
+            progress()
+        return found
+    finally:
+        torch.set_num_threads(before)
+
+
+def _torch_cell(
+    buffer: Words, name: str, shape: tuple[int, int], rows: int, threads: int, seconds: float
+) -> KernelSpeed | None:
+    import torch
+
+    dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[name]
+    weights = torch.from_numpy(buffer.view("uint8")).view(dtype)
+    items = shape[0] * shape[1]
+    count = len(weights) // items
+    if count == 0:
+        return None
+    inputs = torch.full((rows, shape[1]), 0.01, dtype=dtype)
+
+    def product(number: int) -> None:
+        start = number % count * items
+        torch.nn.functional.linear(inputs, weights[start : start + items].view(shape))
+
+    with torch.inference_mode():
+        return KernelSpeed(name, "torch", items * dtype.itemsize, rows, threads, _timed(product, seconds))
+
+
+def _native_cell(
+    buffer: Words, name: str, shape: tuple[int, int], rows: int, threads: int, seconds: float
+) -> KernelSpeed | None:
+    matrix = native.Matrix(name.upper(), *shape, _NATIVE[name])
+    count = buffer.nbytes // matrix.nbytes
+    if count == 0:
+        return None
+    inputs = np.full((rows, shape[1]), 0.01, np.float32)
+    outputs = np.empty((rows, shape[0]), np.float32)
+
+    def product(number: int) -> None:
+        address = buffer.ctypes.data + number % count * matrix.nbytes
+        native.linear(matrix, address, inputs, outputs)
+
+    before = native.num_threads()
+    native.set_num_threads(threads)
+    try:
+        return KernelSpeed(name, "native", matrix.nbytes, rows, threads, _timed(product, seconds))
+    finally:
+        native.set_num_threads(before)
+
+
+def _timed(product: Product, seconds: float) -> Figure:
+    product(0)  # the first one pays for set-up
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(samples) < _LEAST or time.perf_counter() < end:
+        started = time.perf_counter()
+        product(len(samples) + 1)
+        samples.append(time.perf_counter() - started)
+    return Figure.of(samples)

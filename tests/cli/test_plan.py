@@ -1,0 +1,179 @@
+"""``moei plan``, ``moei show --settings`` and predictions beside actuals, on a machine of round numbers."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moei_cli import measured_machine
+from moei_core.forecast.ledger import entries
+from moei_core.hub.aliases import aliases
+from tests.cli.conftest import Outcome
+from tests.hardware.fakes import made_profile
+
+Moei = Callable[..., Outcome]
+SMALL = ("--prompt-tokens", "8", "--new-tokens", "10", "--repeats", "1")
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine was measured, and free memory stands still."""
+    from moei_cli import plan_view, settings_view
+    from moei_core.hardware.system import MemoryFacts
+
+    profile = made_profile()
+    monkeypatch.setattr(measured_machine, "stored_profile", lambda folders=(): profile)
+    facts = MemoryFacts(24 << 30, 20 << 30, 0, 0, None)
+    monkeypatch.setattr(plan_view, "read_memory", lambda: facts)
+    monkeypatch.setattr(settings_view, "read_memory", lambda: facts)
+    monkeypatch.setattr(settings_view, "stored_profile", lambda: profile)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: object, **options: object) -> None:
+        pytest.fail("used the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+
+
+@pytest.mark.parametrize("name", aliases())
+def test_every_alias_is_planned_without_a_network(
+    name: str, moei: Moei, measured: None, no_network: None
+) -> None:
+    done = moei("plan", name, "--json")
+    assert done.code == 0
+    report = json.loads(done.out)
+    assert report["shape"]["moe_layers"] == aliases()[name].layers
+    assert {one["format"] for one in report["formats"]} >= {aliases()[name].format}
+    for one in report["formats"]:
+        if one["fits"]:
+            speed, first = one["tokens_per_s"], one["ttft_s"]
+            assert 0 < speed["low"] < speed["value"] < speed["high"]
+            assert 0 < first["low"] < first["value"] < first["high"]
+            assert one["bottleneck"] in ("disk", "experts", "rest")
+        else:
+            assert len(one["problem"]) in (2, 3)
+    shown = moei("plan", name)
+    assert shown.code == 0
+    assert "\x1b" not in shown.out
+
+
+def test_a_plan_shows_tiers_account_speed_and_what_would_help(moei: Moei, measured: None) -> None:
+    shown = moei("plan", "mixtral-8x7b").out
+    assert "RAM   #" in shown
+    assert "of experts on disk only" in shown
+    assert "left to the system" in shown
+    assert "limited by waiting for missing experts from disk" in shown
+    assert "+16 GB RAM" in shown
+    assert "q4_0 instead of bf16" in shown
+    report = json.loads(moei("plan", "mixtral-8x7b", "--json").out)
+    budget = {line["name"]: line["nbytes"] for line in report["budget"]}
+    assert sum(budget.values()) <= 20 << 30
+    assert budget["dense weights"] == report["shape"]["dense_bytes"]
+
+
+def test_flags_win_and_too_small_is_a_row_with_its_reason(moei: Moei, measured: None) -> None:
+    report = json.loads(moei("plan", "mixtral-8x7b", "--format", "q4_0", "--experts", "50%", "--json").out)
+    assert report["plan"]["format"] == "q4_0"
+    assert report["plan"]["experts_resident"] == 126
+    small = json.loads(moei("plan", "mixtral-8x7b", "--ram", "3GiB", "--json").out)
+    assert not small["plan"]["fits"]
+    assert "smallest that works" in small["plan"]["problem"][2]
+    assert moei("plan", "mixtral-8x7b", "--ram", "3GiB").code == 0
+
+
+def test_comparing_ranks_by_speed_and_marks_the_model(moei: Moei, measured: None) -> None:
+    report = json.loads(moei("plan", "qwen3-30b-a3b", "--compare", "--json").out)
+    speeds = [one["tokens_per_s"]["value"] for one in report["ranking"] if one["fits"]]
+    assert speeds == sorted(speeds, reverse=True)
+    assert {one["model"] for one in report["ranking"]} > {"qwen3-30b-a3b", "olmoe-1b-7b"}
+    shown = moei("plan", "qwen3-30b-a3b", "--compare").out
+    assert sum(line.startswith("*") for line in shown.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["plan", "mixtrall"], 3, "Did you mean"),
+        (["plan", "mixtral-8x7b", "--format", "q3_x"], 2, "There are: f32"),
+        (["plan", "mixtral-8x7b", "--ram", "much"], 2, "--ram"),
+        (["show", "mixtral-8x7b", "--ram", "8GiB"], 2, "belong to --settings"),
+        (["show", "mixtral-8x7b", "--settings", "--ram", "2GiB"], 4, "smallest that works"),
+    ],
+)
+def test_mistakes(moei: Moei, measured: None, arguments: list[str], code: int, sentence: str) -> None:
+    done = moei(*arguments)
+    assert done.code == code
+    assert sentence in done.err
+
+
+def test_settings_say_where_they_come_from(moei: Moei, measured: None) -> None:
+    shown = moei("show", "mixtral-8x7b", "--settings", "--ram", "12GiB").out
+    assert "--ram" in shown
+    assert "automatic: the model's, at most 4096" in shown
+    report = json.loads(moei("show", "mixtral-8x7b", "--settings", "--json").out)
+    assert report["settings"]["ram"]["reason"].startswith("automatic")
+    assert [line["name"] for line in report["budget"]][-1] == "expert slots"
+    assert sum(line["nbytes"] for line in report["budget"]) <= report["limit_bytes"]
+
+
+def test_a_bench_sets_its_prediction_beside_what_came(
+    moei: Moei, chat_folder: Callable[..., Path], measured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moei_core.engine import measure
+
+    seen = []
+    requests = measure.measure_requests
+
+    def watched(*arguments: object) -> object:
+        seen.append([entry.actual for entry in entries()])
+        return requests(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(measure, "measure_requests", watched)
+    folder = str(chat_folder("qwen3_moe"))
+    report = json.loads(moei("bench", folder, "--experts", "50%", *SMALL, "--json").out)
+    # Written before the run, settled after it.
+    assert seen == [[None]]
+    prediction, (entry,) = report["prediction"], entries()
+    assert entry.actual is not None
+    came = report["conditions"]["changing"]["decode_tokens_per_s"]["median"]
+    assert prediction["actual"]["tokens_per_s"] == came == entry.actual["tokens_per_s"]
+    expected = prediction["tokens_per_s"]["value"]
+    assert prediction["error"]["tokens_per_s"] == pytest.approx(expected / came - 1)
+    assert prediction["actual"]["bottleneck"] in ("disk", "experts", "rest")
+    shares = prediction["actual"]["stall_share"] + prediction["actual"]["expert_share"]
+    assert 0 < shares < 1
+    shown = moei("bench", folder, "--experts", "50%", *SMALL)
+    assert "before the run" in shown.out
+    assert "with 1 runs learned" in shown.out
+
+
+def test_an_answer_is_predicted_too(moei: Moei, measured: None) -> None:
+    question = "What is an expert?"
+    report = json.loads(moei("chat", "moei-demo", question, "--json").out)
+    assert report["prediction"]["actual"]["ttft_s"] == pytest.approx(report["ttft_s"], abs=1e-3)
+    assert entries()[0].prediction["prompt_tokens"] == report["prompt_tokens"]
+    assert report["experts"]["budget"][-1]["name"] == "expert slots"
+    shown = moei("chat", "moei-demo", question)
+    assert "Expected" in shown.err
+    assert "tokens/s" in shown.err
+
+
+def test_without_a_measured_machine_nothing_is_promised(moei: Moei, chat_folder: Callable[..., Path]) -> None:
+    done = moei("bench", str(chat_folder("qwen3_moe")), *SMALL, "--json")
+    assert json.loads(done.out)["prediction"] is None
+    assert "moei profile-hardware" in moei("bench", str(chat_folder("qwen3_moe")), *SMALL).err
+
+
+def test_a_refused_budget_names_the_speed_of_the_smallest(
+    moei: Moei, chat_folder: Callable[..., Path], measured: None
+) -> None:
+    done = moei("bench", str(chat_folder("qwen3_moe")), "--experts", "1%", *SMALL)
+    assert done.code == 4
+    assert "It would decode about" in done.err
+    assert len(done.err.strip().splitlines()) == 3

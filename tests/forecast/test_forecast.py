@@ -1,0 +1,218 @@
+"""The forecast against closed forms and its own laws; the routing table; what would help."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moei_core.config import ExpertBudget
+from moei_core.errors import DoesNotFitError
+from moei_core.forecast.forecast import Forecast, forecast, plan_budget, what_would_help
+from moei_core.forecast.formats import FORMATS, stored_format
+from moei_core.forecast.routing import Recording, Routing, recordings, routing_of
+from moei_core.forecast.shape import ModelShape, bundled_configs, bundled_shape
+from moei_core.forecast.speed import Speeds
+from tests.hardware.fakes import GIB, exactly, made_profile
+
+PROFILE = made_profile()
+SPEEDS = Speeds.of(PROFILE, PROFILE.disks[0])
+BF16, Q8, Q4 = FORMATS["bf16"], FORMATS["q8_0"], FORMATS["q4_0"]
+
+
+def shape_of(name: str, *, uniform: bool = True) -> ModelShape:
+    shape = bundled_shape(name)
+    assert shape is not None
+    return replace(shape, uniform_routing=uniform)
+
+
+def made(name: str, share: float, speeds: Speeds = SPEEDS, form: str = "bf16", prompt: int = 64) -> Forecast:
+    """A forecast with so large a share of the experts in slots, random weights."""
+    shape = shape_of(name)
+    budget = plan_budget(shape, FORMATS[form], speeds, 1 << 50, 4096, experts=ExpertBudget(fraction=share))
+    return forecast(shape, FORMATS[form], speeds, budget, prompt)
+
+
+def test_a_resident_mixtral_is_bound_by_reading_its_active_weights() -> None:
+    """Products at 60% of 20 GB/s: the time of a token is the sum of bytes over bandwidth, and of the overheads."""
+    one, shape = made("mixtral-8x7b", 1.0), shape_of("mixtral-8x7b")
+    bandwidth = 0.6 * 20e9
+    assert one.hit.value == 1.0
+    assert one.decode.disk == 0.0
+    experts = 32 * 2 * (shape.expert_weights * 2 / bandwidth + 5e-5)
+    assert one.decode.experts == pytest.approx(experts, rel=1e-6)
+    assert one.decode.framework == pytest.approx(32 * 1e-3 + 1e-3 + 2e-8 * 32000)
+    attention = 64 * shape.kv_nbytes_per_token / 20e9
+    assert one.decode.dense == pytest.approx(shape.active_weights * 2 / bandwidth + attention, rel=1e-6)
+    assert one.bottleneck == "experts"
+    assert one.tokens_per_s.value == pytest.approx(1 / one.decode.total)
+
+
+def test_misses_cost_what_computing_does_not_hide() -> None:
+    """One layer of two experts: both hit, one is missing, or both are; the last to arrive is computed last."""
+    one, shape = made("mixtral-8x7b", 0.5), shape_of("mixtral-8x7b")
+    hit = one.budget.resident / 256
+    assert one.hit.value == pytest.approx(hit)
+    compute = shape.expert_weights * 2 / (0.6 * 20e9) + 5e-5
+    read = shape.expert_nbytes(BF16) / 1e9
+    waits = 2 * hit * (1 - hit) * (read - compute) + (1 - hit) ** 2 * (2 * read - compute)
+    assert one.decode.disk == pytest.approx(32 * waits)
+    assert one.bottleneck == "disk"
+    fast = Speeds.of(made_profile(disk_bandwidth=1e12), made_profile(disk_bandwidth=1e12).disks[0])
+    assert made("qwen3-30b-a3b", 0.9, fast).decode.disk < 1e-3 * one.decode.disk
+
+
+def test_a_cold_prompt_reads_every_expert_it_touches_once() -> None:
+    one, shape = made("qwen3-30b-a3b", 0.25, prompt=256), shape_of("qwen3-30b-a3b")
+    touched = 128 * (1 - (1 - 8 / 128) ** 256)
+    a_expert = one.prefill.experts / 48 / touched
+    read = touched * shape.expert_nbytes(BF16) / 1e9
+    assert read > touched * a_expert
+    assert one.prefill.disk == pytest.approx(48 * (read + a_expert - touched * a_expert))
+    assert one.warm_ttft_s.value < one.ttft_s.value
+    longer = made("qwen3-30b-a3b", 0.25, prompt=512)
+    # The second chunk finds what is resident, and only that.
+    missing = touched * (1 - longer.budget.resident / 6144)
+    second = missing * shape.expert_nbytes(BF16) / 1e9 + a_expert - touched * a_expert
+    assert longer.prefill.disk == pytest.approx(one.prefill.disk + 48 * max(0.0, second))
+
+
+def test_many_rows_are_bound_by_arithmetic() -> None:
+    """The machine of the test serves 16 rows in the time of one."""
+    matrix = 4096 * 4096
+    assert SPEEDS.product(BF16, matrix, 16) == pytest.approx(SPEEDS.product(BF16, matrix, 1))
+    assert SPEEDS.product(BF16, matrix, 256) == pytest.approx(16 * SPEEDS.product(BF16, matrix, 1))
+    assert SPEEDS.product(BF16, matrix, 1024) == pytest.approx(64 * SPEEDS.product(BF16, matrix, 1))
+    assert SPEEDS.arithmetic_rate() == pytest.approx(2 * 256 / 2 * 12e9 / 16)
+    assert not SPEEDS.is_measured(Q4)
+    # A format without a measured kernel: its bytes at its share of the bandwidth, and never faster than arithmetic.
+    assert SPEEDS.product(Q8, matrix, 1) == pytest.approx(matrix * 8.5 / 8 / (0.9 * 20e9), rel=0.6)
+    assert SPEEDS.product(Q8, matrix, 256) == pytest.approx(SPEEDS.product(BF16, matrix, 256))
+
+
+def test_fewer_bits_are_faster_and_smaller() -> None:
+    speeds = [made("mixtral-8x7b", 0.25, form=form).tokens_per_s.value for form in ("bf16", "q8_0", "q4_0")]
+    assert speeds == sorted(speeds)
+    assert speeds[2] > 2 * speeds[0]
+
+
+@given(st.floats(0.02, 1), st.floats(0.02, 1), st.sampled_from(["mixtral-8x7b", "qwen3-30b-a3b"]))
+def test_more_slots_never_make_it_slower(one: float, other: float, name: str) -> None:
+    slow, fast = made(name, min(one, other)), made(name, max(one, other))
+    assert slow.tokens_per_s.value <= fast.tokens_per_s.value * (1 + 1e-9)
+    assert slow.warm_ttft_s.value >= fast.warm_ttft_s.value * (1 - 1e-9)
+
+
+@given(st.floats(0.1, 10), st.floats(0.02, 1))
+def test_ranges_hold_what_is_expected(gbps: float, share: float) -> None:
+    profile = made_profile(disk_bandwidth=gbps * 1e9)
+    shape = shape_of("deepseek-v2-lite", uniform=False)
+    speeds = Speeds.of(profile, profile.disks[0])
+    budget = plan_budget(shape, BF16, speeds, 1 << 50, 4096, experts=ExpertBudget(fraction=share))
+    one = forecast(shape, BF16, speeds, budget, 300)
+    for span in (one.tokens_per_s, one.ttft_s, one.warm_ttft_s):
+        assert 0 < span.low < span.value < span.high
+    assert 0 <= one.hit.low <= one.hit.value <= one.hit.high <= 1
+
+
+def test_a_disk_that_cannot_keep_it_up_is_judged_by_what_it_keeps_up() -> None:
+    disk = replace(PROFILE.disks[0], sustained=exactly(0.25e9))
+    slow = made("mixtral-8x7b", 0.5, Speeds.of(PROFILE, disk))
+    # Four times the reading, of which the same is hidden.
+    assert 4 < slow.decode.disk / made("mixtral-8x7b", 0.5).decode.disk < 4.5
+
+
+def test_a_disk_that_was_not_measured_is_assumed_in_a_wide_range() -> None:
+    speeds = Speeds.of(PROFILE, None)
+    span = speeds.read(1 << 20, 3)
+    assert span.value == pytest.approx((3 << 20) / 0.5e9)
+    assert span.high == pytest.approx(16 * span.low)
+    one = made("mixtral-8x7b", 0.5, speeds)
+    assert one.tokens_per_s.high > 4 * one.tokens_per_s.low
+    assert made("mixtral-8x7b", 1.0, speeds).decode == made("mixtral-8x7b", 1.0).decode
+
+
+def test_a_plan_uses_what_is_free_and_refuses_what_does_not_fit() -> None:
+    shape = shape_of("mixtral-8x7b")
+    budget = plan_budget(shape, BF16, SPEEDS, 20 * GIB, 4096)
+    used = sum(line.nbytes for line in budget.lines)
+    assert 0.97 * 20 * GIB < used <= 20 * GIB
+    assert [line.name for line in budget.lines][1] == "dense weights"
+    assert budget.lines[1].nbytes == shape.dense_nbytes
+    with pytest.raises(DoesNotFitError, match="dense part alone"):
+        plan_budget(shape, BF16, SPEEDS, 2 * GIB, 4096)
+    with pytest.raises(DoesNotFitError, match="smallest that works"):
+        plan_budget(shape, BF16, SPEEDS, 20 * GIB, 4096, ram=4 * GIB)
+
+
+def test_what_would_help_is_what_the_forecast_says_of_the_changed_machine() -> None:
+    shape, usable = shape_of("mixtral-8x7b"), 20 * GIB
+    now = forecast(shape, BF16, SPEEDS, plan_budget(shape, BF16, SPEEDS, usable, 4096), 1024)
+    changes = what_would_help(shape, now, SPEEDS, usable, 4096, None, None, (Q8, Q4))
+    assert [change.factor for change in changes] == sorted((c.factor for c in changes), reverse=True)
+    by_name = {change.what: change for change in changes}
+    budget = plan_budget(shape, BF16, SPEEDS, usable + 16 * GIB, 4096)
+    more = forecast(shape, BF16, SPEEDS, budget, 1024).tokens_per_s.value
+    assert by_name["+16 GB RAM"].tokens_per_s == pytest.approx(more)
+    assert by_name["+16 GB RAM"].factor == pytest.approx(more / now.tokens_per_s.value)
+    assert by_name["q4_0 instead of bf16"].factor > by_name["q8_0 instead of bf16"].factor > 1.5
+    assert "a disk that reads 3.5 GB/s" in by_name
+    resident = forecast(shape, BF16, SPEEDS, plan_budget(shape, BF16, SPEEDS, 200 * GIB, 4096), 1024)
+    names = [c.what for c in what_would_help(shape, resident, SPEEDS, 200 * GIB, 4096, None, None, (Q8, Q4))]
+    assert not any("RAM" in name or "disk" in name for name in names)
+
+
+# Routing
+
+
+def test_uniform_routing_hits_as_often_as_an_expert_is_resident() -> None:
+    routing = Routing(64, 8)
+    assert routing.hit(0.3).value == 0.3
+    assert routing.touched(1).value == pytest.approx(8 / 64)
+    assert routing.touched(100).value == pytest.approx(1 - (56 / 64) ** 100)
+
+
+def test_the_table_is_sane_and_names_its_sources() -> None:
+    table = recordings()
+    assert len(table) >= 5
+    for recording in table:
+        rates = [rate for _, rate in recording.hit]
+        assert rates == sorted(rates)
+        assert all(0 < rate <= 1 for rate in rates)
+        # Real routing is better to a cache than chance.
+        assert all(rate > at for at, rate in recording.hit if at < 0.85)
+        shares = [share for _, share in recording.touched]
+        assert shares == sorted(shares)
+        assert shares[0] == pytest.approx(recording.top_k / recording.experts, rel=0.02)
+
+
+@pytest.mark.parametrize("name", bundled_configs())
+def test_hit_rates_of_every_model_grow_with_residency(name: str) -> None:
+    shape = shape_of(name, uniform=False)
+    routing = routing_of(name, shape.experts, shape.top_k)
+    rates = [routing.hit(share / 20).value for share in range(21)]
+    assert rates == sorted(rates)
+    assert rates[-1] == 1.0
+    assert 0.35 < routing.hit(0.25).value < 0.9
+    touched = [routing.touched(tokens).value for tokens in (1, 4, 16, 64, 256, 1024)]
+    assert touched == sorted(touched)
+
+
+def test_a_recorded_shape_weighs_most() -> None:
+    alike = Recording("a", 64, 6, ((0.25, 0.5), (0.5, 0.8)), ((1, 6 / 64), (64, 0.9)))
+    other = Recording("b", 256, 8, ((0.25, 0.9), (0.5, 0.95)), ((1, 8 / 256), (64, 0.4)))
+    from moei_core.forecast import routing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing, "recordings", lambda: (alike, other))
+        found = routing_of("x", 64, 6)
+    assert found.hit(0.25).value == pytest.approx(0.5, abs=0.01)
+    assert found.hit(0.25).low < 0.5 < found.hit(0.25).high
+
+
+def test_names_of_stored_types() -> None:
+    assert stored_format("BF16") == "bf16"
+    assert stored_format("F32") == "f32"
+    assert stored_format("F64") == "bf16"

@@ -1,0 +1,302 @@
+"""The disk probe in awkward places and killed half-way; the whole probe; the stored profile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moei_core.hardware.disks import DiskFacts, read_disk
+from moei_core.hardware.machine import Machine, read_machine
+from moei_core.hardware.probe import Effort, measure
+from moei_core.hardware.probe import disk as disk_probe
+from moei_core.hardware.probe.disk import DiskEffort, nameless_file, probe_disk
+from moei_core.hardware.profile import fingerprint, load_profile, profile_path, save_profile
+from moei_core.hardware.system import CgroupMemory
+from moei_core.quant import native
+from tests.cli.conftest import Outcome
+from tests.hardware.fakes import FakeGpu, FakeNvml, exactly, made_profile
+from tests.hardware.test_gpus import BOARD
+
+MIB = 1 << 20
+QUICK = DiskEffort(0.05, 8 * MIB, (MIB, 4 * MIB), (1, 2))
+
+
+def everything_in(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+def test_a_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
+    steps = []
+    profile = probe_disk(read_disk(tmp_path), (), QUICK, lambda: steps.append(1))
+    assert [(read.nbytes, read.depth) for read in profile.reads] == [
+        (size, depth) for size in QUICK.blocks for depth in QUICK.depths
+    ]
+    assert len(steps) == QUICK.settings == 6
+    assert [read.nbytes for read in profile.experts] == list(QUICK.blocks)
+    for read in profile.reads:
+        assert 0 < read.bandwidth.low <= read.bandwidth.value <= read.bandwidth.high
+        assert read.latency.value > 0
+    assert profile.sustained is not None
+    assert profile.note == ""
+    assert everything_in(tmp_path) == []
+
+
+def test_a_model_on_the_disk_is_read_and_nothing_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = tmp_path / "small.safetensors", tmp_path / "large.safetensors"
+    small.write_bytes(bytes(MIB))
+    large.write_bytes(os.urandom(9 * MIB))
+    monkeypatch.setattr(disk_probe, "nameless_file", lambda folder: pytest.fail("wrote a file"))
+    profile = probe_disk(read_disk(tmp_path), [small, large, tmp_path / "gone"], QUICK)
+    assert profile.source == "the model file large.safetensors"
+    assert len(profile.reads) == 4
+    assert everything_in(tmp_path) == [large, small]
+
+
+def test_without_nameless_files_the_name_is_gone_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    descriptor = nameless_file(tmp_path)
+    assert everything_in(tmp_path) == []
+    os.close(descriptor)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs here")
+def test_tmpfs_is_measured_as_the_memory_that_it_is() -> None:
+    facts = read_disk(Path("/dev/shm"))
+    assert facts.in_memory
+    profile = probe_disk(facts, (), QUICK)
+    assert len(profile.reads) == 4
+
+
+def facts_of(tmp_path: Path, **changes: object) -> DiskFacts:
+    return replace(read_disk(tmp_path), **changes)  # type: ignore[arg-type]
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    profile = probe_disk(facts_of(tmp_path, free=3 * MIB), (), DiskEffort(0.05))
+    assert profile.reads == ()
+    assert profile.note.startswith("full: 3.0 MiB")
+    assert everything_in(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*arguments: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", no_space)
+    assert "full" in probe_disk(read_disk(tmp_path), (), QUICK).note
+    assert everything_in(tmp_path) == []
+
+
+def test_a_read_only_mount(tmp_path: Path) -> None:
+    facts = facts_of(tmp_path, read_only=True)
+    assert "read-only" in probe_disk(facts, (), QUICK).note
+    model = tmp_path / "m.safetensors"
+    model.write_bytes(bytes(9 * MIB))
+    assert len(probe_disk(facts, [model], QUICK).reads) == 4
+    assert everything_in(tmp_path) == [model]
+
+
+def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(folder: Path) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(disk_probe, "nameless_file", refused)
+    assert "cannot be written" in probe_disk(read_disk(tmp_path), (), QUICK).note
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from moei_core.hardware.disks import read_disk
+from moei_core.hardware.probe.disk import DiskEffort, probe_disk
+print("begins", flush=True)
+probe_disk(read_disk(Path(sys.argv[1])), (), DiskEffort(60.0, 8 << 20), lambda: print("step", flush=True))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_probe_killed_half_way_leaves_nothing(tmp_path: Path, how: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"begins\n"
+    assert process.stdout.readline() == b"step\n"
+    # The file is there, open and being read; only its name is not.
+    assert process.poll() is None
+    process.send_signal(how)
+    process.wait(timeout=60)
+    process.stdout.close()
+    assert process.returncode != 0
+    assert everything_in(tmp_path) == []
+
+
+TINY = Effort(0.02, 0.02, 0.2, QUICK, 4 * MIB)
+
+
+def machine_with(tmp_path: Path, boards: list[dict[str, object]]) -> Machine:
+    return read_machine([tmp_path, tmp_path / "same"], FakeNvml(boards))
+
+
+def test_the_whole_probe(tmp_path: Path) -> None:
+    machine = machine_with(tmp_path, [BOARD, {"name": "Broken"}])
+    assert len(machine.disks) == 1
+    seen: list[tuple[str, int, int]] = []
+
+    def open_gpu(index: int) -> FakeGpu:
+        if index:
+            raise RuntimeError("no kernel image")
+        return FakeGpu()
+
+    profile = measure(machine, effort=TINY, progress=lambda *step: seen.append(step), open_gpu=open_gpu)
+    assert list(profile.memory_bandwidth) == sorted(profile.memory_bandwidth, key=int)
+    assert all(figure.value > 0 for figure in profile.memory_bandwidth.values())
+    # A buffer of 4 MiB holds only the smallest matrix in bf16.
+    torch_cells = {(kernel.format, kernel.nbytes) for kernel in profile.kernels if kernel.kernel == "torch"}
+    assert torch_cells == {("bf16", 768 * 2048 * 2)}
+    found = {kernel.format for kernel in profile.kernels if kernel.kernel == "native"}
+    assert found == ({"q8_0", "q4_0", "mxfp4"} if native.available() else set())
+    assert [gpu.note for gpu in profile.gpus] == ["", "no kernel image"]
+    assert "GPU 1 was not measured: no kernel image." in profile.notes
+    assert profile.framework is None
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert seen[-1][1] == seen[-1][2]
+    assert everything_in(tmp_path) == []
+    assert save_profile(profile) == ""
+    assert load_profile() == profile
+
+
+def test_a_stored_profile_is_not_believed_blindly(tmp_path: Path) -> None:
+    assert load_profile() is None
+    profile = made_profile()
+    save_profile(profile)
+    content = json.loads(profile_path().read_text())
+    for damaged in (
+        "",
+        "[]",
+        json.dumps(content | {"format_version": 0}),
+        json.dumps(content | {"memory_bandwidth": {}}),
+        json.dumps(content | {"disks": 3}),
+        json.dumps({key: value for key, value in content.items() if key != "cpu"}),
+    ):
+        profile_path().write_text(damaged)
+        assert load_profile() is None
+
+
+def test_a_read_only_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEI_HOME", "/proc/self/nowhere")
+    assert "cannot be written" in save_profile(made_profile())
+    assert load_profile() is None
+
+
+def test_the_fingerprint_changes_with_the_machine_and_not_with_the_minute(tmp_path: Path) -> None:
+    machine = machine_with(tmp_path, [BOARD])
+    memory, cpu, disks, gpus = machine.memory, machine.cpu, machine.disks, machine.gpus
+    before = fingerprint(memory, cpu, disks, gpus)
+    limit = CgroupMemory(2, "/sys/fs/cgroup/x", 1 << 30, 1 << 20)
+    busy = replace(memory, available=memory.available // 2, swap_free=0, cgroup=limit)
+    later = [replace(disk, free=disk.free // 2) for disk in disks]
+    other = [replace(gpu, free=1, used_by_others=5) for gpu in gpus]
+    assert fingerprint(busy, cpu, later, other) == before
+    changed = [
+        fingerprint(replace(memory, total=memory.total * 2), cpu, disks, gpus),
+        fingerprint(memory, replace(cpu, cores=cpu.cores + 1), disks, gpus),
+        fingerprint(memory, replace(cpu, quota=0.5), disks, gpus),
+        fingerprint(memory, cpu, [replace(disk, number="9:9") for disk in disks], gpus),
+        fingerprint(memory, cpu, disks, []),
+    ]
+    assert before not in changed
+    assert len(set(changed)) == len(changed)
+
+
+def test_between_measured_sizes_the_bandwidth_is_between() -> None:
+    disk = made_profile().disks[0]
+    small, large = disk.experts
+    disk = replace(disk, experts=(small, replace(large, bandwidth=exactly(3e9))))
+    assert (small.nbytes, large.nbytes) == (MIB, 16 * MIB)
+    assert disk.expert_bandwidth(MIB // 2) == exactly(1e9)
+    assert disk.expert_bandwidth(MIB) == exactly(1e9)
+    assert disk.expert_bandwidth(4 * MIB).value == pytest.approx(2e9)
+    assert disk.expert_bandwidth(100 * MIB) == exactly(3e9)
+
+
+def test_chunks_of_an_expert_are_read_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(bytes(16 * MIB))
+    places: list[int] = []
+    read = os.preadv
+
+    def watched(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        places.append(offset)
+        return read(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", watched)
+    descriptor = os.open(file, os.O_RDONLY)
+    with disk_probe._target(4 * MIB) as target:
+        source = disk_probe._Source(descriptor, 16 * MIB, False, "a file")
+        speed = disk_probe._measure(source, target, 4 * MIB, 1, 0.05, 2 * MIB)
+    os.close(descriptor)
+    assert (speed.nbytes, speed.depth) == (4 * MIB, 1)
+    first = places[:8]
+    assert sorted(first) == [place * 2 * MIB for place in range(8)]
+    assert all(first[at + 1] == first[at] + 2 * MIB and first[at] % (4 * MIB) == 0 for at in range(0, 8, 2))
+
+
+def test_the_command_shows_what_is_stored(
+    moei: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moei_cli import measured_machine
+
+    measured = []
+
+    def quickly(folders: list[Path]) -> tuple[object, str]:
+        machine = read_machine(folders)
+        measured.append(folders)
+        profile = replace(
+            made_profile(),
+            fingerprint=machine.fingerprint,
+            disks=tuple(replace(made_profile().disks[0], facts=disk) for disk in machine.disks),
+        )
+        return profile, save_profile(profile)
+
+    monkeypatch.setattr(measured_machine, "measure_now", quickly)
+    first = moei("profile-hardware", "--json")
+    assert first.code == 0
+    assert json.loads(first.out)["memory_bandwidth"]["2"]["value"] == 20e9
+    shown = moei("profile-hardware")
+    assert shown.code == 0
+    assert "ceiling of resident decode" in shown.out
+    assert len(measured) == 1
+    moei("profile-hardware", "--again")
+    assert len(measured) == 2
+    # Another machine's figures are not used.
+    other = replace(load_profile(), fingerprint="another")  # type: ignore[type-var]
+    save_profile(other)
+    moei("profile-hardware")
+    assert len(measured) == 3
+
+
+def test_the_command_refuses_a_folder_that_is_not_there(moei: Callable[..., Outcome]) -> None:
+    done = moei("profile-hardware", "--folder", "/nowhere/at/all")
+    assert done.code == 3
+    assert "not a folder" in done.err
+
+
+def test_measuring_ends_soon(tmp_path: Path) -> None:
+    started = time.perf_counter()
+    probe_disk(read_disk(tmp_path), (), replace(QUICK, seconds=0.2))
+    # Generous: shared machines stall. Without the limit it would read for ever.
+    assert time.perf_counter() - started < 60
