@@ -269,36 +269,69 @@ def test_off_means_off() -> None:
     assert scheduler.access(_hinted(0, 0, hints=((1, 5, 0.9),))).prefetch
 
 
-def _drive(controller: PrefetchController, off: float, on: float, passes: int) -> int:
-    """Returns in how many passes prefetching was active."""
-    active = 0
+def _drive(controller: PrefetchController, costs: dict[int | None, float], passes: int) -> list[int | None]:
+    """Passes that take ``costs[predictor]``; returns by which predictor each prefetched."""
+    active = []
     for _ in range(passes):
-        active += controller.active
-        controller.on_pass(on if controller.active else off)
+        active.append(controller.active)
+        controller.on_pass(costs[controller.active])
     return active
 
 
 def test_prefetch_is_off_until_it_has_proved_itself() -> None:
     controller = PrefetchController()
-    assert _drive(controller, 1.0, 0.5, 1000) == 0
-    assert _drive(controller, 1.0, 0.5, 1000) > 800
-    assert controller.kept
+    costs = {None: 1.0, 0: 0.5}
+    assert set(_drive(controller, costs, 1000)) == {None}
+    assert _drive(controller, costs, 1000).count(0) > 800
+    assert controller.kept == 0
 
 
 def test_prefetch_that_harms_is_given_up_cheaply() -> None:
     controller = PrefetchController()
-    active = _drive(controller, 1.0, 1.5, 3000)
-    assert not controller.kept
-    assert active == controller.WINDOW, "one window shows it: the trial ends there"
+    active = _drive(controller, {None: 1.0, 0: 1.5}, 2900)
+    assert controller.kept is None
+    assert active.count(0) == controller.WINDOW, "one window shows it: the trial ends there"
 
 
 def test_a_gain_within_noise_changes_nothing() -> None:
     controller = PrefetchController()
-    _drive(controller, 1.0, 0.99, 3000)
-    assert not controller.kept
-    controller.kept = True
-    _drive(controller, 1.0, 1.01, 3000)
-    assert controller.kept
+    _drive(controller, {None: 1.0, 0: 0.99}, 3000)
+    assert controller.kept is None
+    controller.kept = 0
+    _drive(controller, {None: 1.0, 0: 1.01}, 5000)
+    assert controller.kept == 0
+
+
+def test_each_predictor_has_a_trial_of_its_own_and_the_best_is_kept() -> None:
+    controller = PrefetchController(predictors=3)
+    active = _drive(controller, {None: 1.0, 0: 0.9, 1: 1.4, 2: 0.6}, 6000)
+    assert controller.kept == 2
+    assert active.count(1) < 10 * controller.WINDOW, "what harms is tried in single windows"
+    assert active.count(2) > 3000
+
+
+def test_what_was_kept_must_still_win_when_the_text_has_changed() -> None:
+    controller = PrefetchController()
+    _drive(controller, {None: 1.0, 0: 0.5}, 2000)
+    assert controller.kept == 0
+    _drive(controller, {None: 1.0, 0: 1.5}, 4000)
+    assert controller.kept is None
+
+
+def test_the_parts_of_a_mixture_can_be_kept_alone() -> None:
+    """The mixture's other part is noise; the controller finds the part that is right by itself."""
+    shape = {0: 8, 1: 8}
+    mixture = MixedPredictor(shape, [NoisePredictor(shape), PREDICTORS["hints"](shape)])
+    scheduler = ExpertScheduler(ExpertCache(4, POLICIES["layer-lru"](4, shape)), 2, mixture)
+    costs = {None: 1.0, 0: 1.0, 1: 1.5, 2: 0.5}
+    for _ in range(2500):
+        scheduler.forward_pass(Phase.DECODE)
+        plan = scheduler.access(_hinted(0, 0, hints=((1, 5, 0.9),)))
+        if scheduler.controller.active == 2:
+            assert set(plan.prefetch) <= {ExpertKey(1, 5)}
+        scheduler.access(access(1, 5))
+        scheduler.pass_end(0.0, costs[scheduler.controller.active])
+    assert scheduler.prefetching_by == "HintPredictor"
 
 
 @pytest.mark.parametrize("machine", PRESETS)

@@ -7,7 +7,7 @@ The value of an expert is ``w . features``, an estimate of how much it will be u
 * which experts tend to follow those that the same layer has just chosen, now and a few tokens back. This is
   learned from all requests, so it works from the first token of a short one, where history says nothing;
 * which experts tend to follow those of the layer before, in the same token (affinity: ExFlow, arXiv
-  2401.08383, section 3).
+  2401.08383).
 
 ``w`` is the least-squares solution for the discounted future use. No future is needed: the sum over tokens of
 feature x discounted future use equals the sum over tokens of use x discounted past feature, so both the fit
@@ -39,7 +39,7 @@ DECAYS = (0.5, 0.8, 0.93, 0.98)
 SLOW = 0.9995
 REQUEST_SCALE = 0.3
 """What a new request leaves of the request's own features: a new subject makes the old history stale."""
-PRIOR = np.array([0.013, 0.18, -0.125, 0.617, -0.69, 1.07, 0.8, -0.6], np.float64)
+PRIOR = np.array([0.013, 0.18, -0.125, 0.617, -0.69, 0.95, 0.8, -0.12], np.float64)
 """Weights before any evidence, in the order of the features."""
 PRIOR_WEIGHT = 100.0
 LAYER_WEIGHT = 50.0
@@ -47,7 +47,6 @@ FORGET = 0.9999
 SHRINK = 5.0
 """An affinity seen n times counts n / (n + SHRINK); the rest is popularity."""
 RECENT = 0.8
-_FRESH = np.float32(1 - RECENT)
 GRID = 2.0**-16
 FEATURES = len(PRIOR)
 _FREQUENCIES, _SLOW, _OWN, _BEFORE, _OWN_RECENT = slice(0, 4), 4, 5, 6, 7
@@ -57,8 +56,7 @@ _NOTHING = 1e-20
 _FIRST_BATCH, _EARLY = 16, 256
 _FIT_EVERY = 32
 _RENEW = 64
-import os
-STRIDE = int(os.environ.get('STRIDE','128'))
+_SAMPLE = 128
 
 
 class LearnedMixture(ValuePolicy):
@@ -83,13 +81,29 @@ class LearnedMixture(ValuePolicy):
         self._forget = _powers(FORGET, batch)
         # Features by token of the batch; the last entry holds those that the batch started from.
         self._batches = np.zeros((layers, batch + 1, FEATURES, width), np.float32)
+        self._views = [
+            [
+                (
+                    block[at - 1],
+                    block[at],
+                    block[at, :_OWN],
+                    block[at, _OWN:_OWN_RECENT],
+                    block[at, _SLOW],
+                    block[at, _OWN],
+                    block[at, _BEFORE],
+                    block[at, _OWN_RECENT],
+                )
+                for at in range(batch)
+            ]
+            for block in self._batches
+        ]
         self._keep = np.array([[*DECAYS, 1, 0, 0, RECENT]], np.float32).T
         self._gain = np.array([[1 - decay for decay in DECAYS] + [1]], np.float32).T
         self._total = [0.0] * layers
         self._sources = np.zeros((layers, batch, 2 * width), np.float32)
         self._filled = [0] * layers
         # The fit looks at so many experts of a layer: of a wide one they are evidence enough, and cost less.
-        self._sample = slice(None, None, max(1, width // STRIDE))
+        self._sample = slice(None, None, max(1, width // _SAMPLE))
         self._feature_trace = np.zeros((layers, FEATURES, width), np.float64)[:, :, self._sample].copy()
         self._source_trace = np.zeros((layers, 2 * width), np.float32)
         # follows[i, s]: discounted uses of each expert of layer i after s, which is an expert of layer i or,
@@ -111,6 +125,7 @@ class LearnedMixture(ValuePolicy):
         self._delay = _powers(round(self.gamma ** (1 / layers), 9), layers - 1)
         self._discount = 1.0
         self._products = np.zeros((FEATURES, width), np.float32)
+        self._added, self._added_pair = self._products[:_OWN], self._products[:2]
         self._pass = 0
         self._request_started = [False] * layers
         self._previous: list[int] = []
@@ -153,28 +168,24 @@ class LearnedMixture(ValuePolicy):
         sources[indices] = 1
         kept = self._total[i] * SLOW
         self._total[i] = total = kept + 1
-        batch, products = self._batches[i], self._products
-        features = batch[at]
+        old, features, histories, affinities, popularity, own_row, before_row, recent = self._views[i][at]
         self._keep[_SLOW, 0], self._gain[_SLOW, 0] = kept / total, 1 / total
-        np.multiply(batch[at - 1], self._keep, features)
-        histories, added = features[:_OWN], products[:_OWN]
+        np.multiply(old, self._keep, features)
+        np.add(recent, old[_OWN], recent)
+        added, added_pair = self._added, self._added_pair
         np.multiply(sources[:width], self._gain, added)
         np.add(histories, added, histories)
         trust = self._trust[i].take(indices)
         trust *= self._mean(own, len(self._previous))
         follows = self._follows[i].take(indices, 0)
         np.multiply(follows, trust[:, None], follows)
-        np.add.reduce(follows[:own], 0, None, features[_OWN])
-        np.add.reduce(follows[own:], 0, None, features[_BEFORE])
-        trusts, doubt = trust.tolist(), self._doubt
-        doubts = self._doubts
-        doubts[0, 0] = doubt * sum(trusts[:own]) if own else 1.0
-        doubts[1, 0] = doubt * sum(trusts[own:]) if self._previous else 1.0
-        affinities, added = features[_OWN:_OWN_RECENT], products[:2]
-        np.multiply(features[_SLOW], doubts, added)
-        np.add(affinities, added, affinities)
-        np.multiply(features[_OWN], _FRESH, added[0])
-        np.add(features[_OWN_RECENT], added[0], features[_OWN_RECENT])
+        np.add.reduce(follows[:own], 0, None, own_row)
+        np.add.reduce(follows[own:], 0, None, before_row)
+        trusts, doubts = trust.tolist(), self._doubts
+        doubts[0, 0] = self._doubt * sum(trusts[:own]) if own else 1.0
+        doubts[1, 0] = self._doubt * sum(trusts[own:]) if self._previous else 1.0
+        np.multiply(popularity, doubts, added_pair)
+        np.add(affinities, added_pair, affinities)
         self._previous = [expert + width for expert in experts]
         self._value(i, features)
 
@@ -192,7 +203,7 @@ class LearnedMixture(ValuePolicy):
         np.multiply(features, self._ranking[i], products)
         np.add.reduce(products, 0, None, values)
         # An estimate can be negative, a use cannot; the old frequency orders what is left at the bottom.
-        np.maximum(values, np.multiply(features[3], self._floor[i], products[0]), values)
+        np.maximum(values, np.multiply(features[3], self._floor[i], products[0]), out=values)
         self.refresh(i)
 
     def _discount_layers(self) -> None:
@@ -224,7 +235,8 @@ class LearnedMixture(ValuePolicy):
         follows *= trust[:, None]
         np.add.reduce(follows, axis=0, out=features[_OWN])
         features[_OWN] += features[_SLOW] * np.float32(float(trust.sum()) * self._doubt)
-        features[_OWN_RECENT] = features[_BEFORE] = features[_OWN]
+        features[_BEFORE] = features[_OWN]
+        features[_OWN_RECENT] = features[_OWN] / np.float32(1 - RECENT)
         self._previous = []
         self._value(i, features)
 
