@@ -103,6 +103,7 @@ class ExpertRuntime:
             tuple(rows),
             tuple(len(positions) for positions in rows.values()),
             self._phase,
+            order=_named(top_k_index, int(module.num_experts)) if tokens == 1 else (),
         )
         plan = self._scheduler.access(access)
         # Zeros, since a row may have fewer experts than top_k.
@@ -194,6 +195,11 @@ class ExpertRuntime:
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._weights.clear()
         self._store.close()
+
+
+def _named(top_k_index: torch.Tensor, num_experts: int) -> tuple[int, ...]:
+    """The experts of a single token as its router named them."""
+    return tuple(expert for expert in top_k_index[0].tolist() if expert < num_experts)
 
 
 def _rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, list[int]]:
