@@ -179,7 +179,7 @@ def test_the_mixture_learns_whom_to_trust() -> None:
 def _scheduler(mode: PrefetchMode = PrefetchMode.ON, slots: int = 4) -> ExpertScheduler:
     shape = {0: 8, 1: 8}
     policy = POLICIES["layer-lru"](slots, shape)
-    return ExpertScheduler(ExpertCache(slots, policy), 2, PREDICTORS["hints"](shape), mode)
+    return ExpertScheduler(ExpertCache(slots, policy), 2, PREDICTORS["router"](shape), mode)
 
 
 def _hinted(layer: int, *experts: int, hints: tuple[tuple[int, int, float], ...]) -> LayerAccess:
@@ -231,7 +231,7 @@ def test_a_prefetch_waits_for_its_layer_whatever_the_policy_thinks() -> None:
 def test_no_prefetch_evicts_what_is_worth_more() -> None:
     shape = {0: 8, 1: 8}
     policy = POLICIES["learned"](2, shape)
-    scheduler = ExpertScheduler(ExpertCache(2, policy), 2, PREDICTORS["hints"](shape), PrefetchMode.ON)
+    scheduler = ExpertScheduler(ExpertCache(2, policy), 2, PREDICTORS["router"](shape), PrefetchMode.ON)
     for _ in range(60):
         scheduler.forward_pass(Phase.DECODE)
         scheduler.access(access(0, 0))
@@ -245,7 +245,7 @@ def test_no_prefetch_evicts_what_is_worth_more() -> None:
 def test_no_prefetch_evicts_what_is_predicted_to_run_first() -> None:
     shape = {0: 8, 1: 8, 2: 8}
     policy = POLICIES["global-lru"](2, shape)
-    scheduler = ExpertScheduler(ExpertCache(2, policy), 2, PREDICTORS["hints"](shape), PrefetchMode.ON)
+    scheduler = ExpertScheduler(ExpertCache(2, policy), 2, PREDICTORS["router"](shape), PrefetchMode.ON)
     scheduler.access(access(1, 1))
     scheduler.access(access(1, 2))
     # Expert (1, 1) is the least recently used, but it is expected sooner than (2, 5), which is prefetched.
@@ -257,7 +257,7 @@ def test_no_prefetch_evicts_what_is_predicted_to_run_first() -> None:
 def test_the_prefetch_budget_is_kept() -> None:
     shape = {0: 8, 1: 8}
     cache = ExpertCache(100, POLICIES["global-lru"](100, shape), expert_nbytes={0: 3, 1: 5})
-    scheduler = ExpertScheduler(cache, 2, PREDICTORS["hints"](shape), PrefetchMode.ON, prefetch_budget=11)
+    scheduler = ExpertScheduler(cache, 2, PREDICTORS["router"](shape), PrefetchMode.ON, prefetch_budget=11)
     hints = tuple((1, expert, 0.9) for expert in range(5))
     assert len(scheduler.access(_hinted(0, 0, hints=hints)).prefetch) == 2
 
@@ -321,7 +321,7 @@ def test_what_was_kept_must_still_win_when_the_text_has_changed() -> None:
 def test_the_parts_of_a_mixture_can_be_kept_alone() -> None:
     """The mixture's other part is noise; the controller finds the part that is right by itself."""
     shape = {0: 8, 1: 8}
-    mixture = MixedPredictor(shape, [NoisePredictor(shape), PREDICTORS["hints"](shape)])
+    mixture = MixedPredictor(shape, [NoisePredictor(shape), PREDICTORS["router"](shape)])
     scheduler = ExpertScheduler(ExpertCache(4, POLICIES["layer-lru"](4, shape)), 2, mixture)
     costs = {None: 1.0, 0: 1.0, 1: 1.5, 2: 0.5}
     for _ in range(2500):

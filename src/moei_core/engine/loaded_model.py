@@ -19,11 +19,14 @@ from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES, CachePolicy
 from moei_core.config import ExpertBudget, GenerationSettings
 from moei_core.engine.generate import PREFILL_CHUNK
+from moei_core.engine.hints import Hinter, RouterHints, StrideHints
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.slots import SlotPool
 from moei_core.errors import DamagedFileError, UsageError
 from moei_core.hardware.budget import MemoryUse, SlotBudget, plan_slots, too_small
 from moei_core.hardware.memory import available_memory, resident_memory
+from moei_core.predict import PREDICTORS, ExpertPredictor
+from moei_core.prefetch import PrefetchMode
 from moei_core.scheduler import ExpertScheduler
 from moei_core.store.safetensors_store import SafetensorsStore
 from moei_core.types import ModelSpec
@@ -38,6 +41,8 @@ class LoadOptions:
     """ram: bytes for the whole process. experts: bound on the slots. context: tokens of one conversation.
 
     policy: a name of ``POLICIES``. dtype: ``float32``, ``bfloat16``, ``float16`` or None for the checkpoint's.
+    predictor: a name of ``PREDICTORS`` to prefetch by, a file of ``moei trace train``, or None. prefetch: when to
+    follow it.
     """
 
     ram: int | None = None
@@ -45,6 +50,8 @@ class LoadOptions:
     context: int | None = None
     policy: str = DEFAULT_POLICY
     dtype: str | None = None
+    predictor: str | None = None
+    prefetch: PrefetchMode = PrefetchMode.AUTO
 
 
 class LoadedModel:
@@ -54,6 +61,7 @@ class LoadedModel:
         """Raises: errors of ``moei_core.errors`` for anything that is wrong with the folder or the options."""
         started = time.perf_counter()
         make_policy = _policy(options.policy)
+        make_predictor = _predictor(options.predictor)
         self.folder = folder
         self.adapter = TransformersAdapter(folder, _dtype(options.dtype))
         self.spec: ModelSpec = self.adapter.spec()
@@ -71,15 +79,36 @@ class LoadedModel:
                 self.spec, slot_nbytes, use, available_memory(), options.ram, options.experts
             )
             policy = make_policy(self.budget.resident, self.spec.num_experts)
-            self.scheduler = ExpertScheduler(ExpertCache(self.budget.resident, policy), self.budget.working)
+            self.scheduler = ExpertScheduler(
+                ExpertCache(self.budget.resident, policy),
+                self.budget.working,
+                make_predictor(self.spec.num_experts) if make_predictor else None,
+                options.prefetch,
+            )
             pool = SlotPool(self.budget.slots, slot_nbytes)
             self.runtime = ExpertRuntime(store, pool, self.scheduler)
+            self.runtime.hinter = self._hinter(options.predictor)
         except BaseException:
             store.close()
             raise
         self.adapter.install(self.runtime)
         self.options = options
         self.load_s = time.perf_counter() - started
+
+    def _hinter(self, predictor: str | None) -> Hinter | None:
+        """What computes the hints that ``predictor`` needs. Raises: UsageError, DamagedFileError."""
+        if _is_file(predictor):
+            return StrideHints(Path(str(predictor)), self.spec.num_experts, self.spec.hidden_size)
+        if predictor not in ("router", "mixed"):
+            return None
+        routers = self.adapter.early_routers()
+        if predictor == "router" and not routers.layers:
+            raise UsageError(
+                "--predictor router: the routers of this model cannot be applied early.",
+                "They do not return the experts that they choose.",
+                f"Choose another: {', '.join(name for name in PREDICTORS if name != 'router')}.",
+            )
+        return RouterHints(routers)
 
     def _refuse_hopeless(self, options: LoadOptions, slot_nbytes: int) -> None:
         """Before reading gigabytes: refuse a ``--ram`` that the dense weights alone exceed."""
@@ -181,6 +210,24 @@ def _policy(name: str) -> Callable[[int, Mapping[int, int]], CachePolicy]:
             f"There is no cache policy '{name}' for a chat.", why, f"Choose from: {', '.join(live)}."
         )
     return POLICIES[name]
+
+
+def _is_file(predictor: str | None) -> bool:
+    return predictor is not None and predictor.endswith(".safetensors")
+
+
+def _predictor(name: str | None) -> Callable[[Mapping[int, int]], ExpertPredictor] | None:
+    if name is None:
+        return None
+    if _is_file(name):
+        return PREDICTORS["stride"]
+    if name == "stride" or name not in PREDICTORS:
+        raise UsageError(
+            "--predictor stride is a file." if name == "stride" else f"There is no predictor '{name}'.",
+            hint=f"Choose from: {', '.join(known for known in PREDICTORS if known != 'stride')}, or a file of "
+            "moei trace train.",
+        )
+    return PREDICTORS[name]
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -18,9 +18,11 @@ from torch import nn
 
 from moei_core.engine.expert_compute import ExpertWeights, expert_forward, weights_in_slot
 from moei_core.engine.forced_routing import ForcedRouting
+from moei_core.engine.hints import Hinter
 from moei_core.engine.slots import SlotPool
 from moei_core.scheduler import ExpertScheduler
 from moei_core.store.base import ExpertStore
+from moei_core.trace.hidden import HiddenSampler
 from moei_core.trace.writer import TraceWriter
 from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase
 
@@ -51,7 +53,8 @@ class ExpertRuntime:
     """An ``ExpertsRuntime`` over a store, a slot pool and a scheduler.
 
     before_access is called at the start of every access; it may raise to abandon the forward pass.
-    recorder notes what the routers chose. routing, where given, chooses in their place.
+    recorder notes what the routers chose. routing, where given, chooses in their place. hinter tells the brain
+    what later layers are likely to choose. sampler keeps layer inputs for training predictors.
     """
 
     def __init__(self, store: ExpertStore, pool: SlotPool, scheduler: ExpertScheduler) -> None:
@@ -64,6 +67,8 @@ class ExpertRuntime:
         self.before_access: Callable[[], None] | None = None
         self.recorder: TraceWriter | None = None
         self.routing: ForcedRouting | None = None
+        self.hinter: Hinter | None = None
+        self.sampler: HiddenSampler | None = None
         self.statistics = RuntimeStatistics()
 
     def snapshot(self) -> RuntimeStatistics:
@@ -75,6 +80,8 @@ class ExpertRuntime:
         self._phase = phase
         if self.recorder is not None:
             self.recorder.begin_pass(phase, tokens)
+        if self.sampler is not None:
+            self.sampler.begin_pass(tokens)
         if self.routing is not None:
             self.routing.forward_pass(tokens)
         self._scheduler.forward_pass(phase)
@@ -91,9 +98,13 @@ class ExpertRuntime:
             self.before_access()
         if self.routing is not None:
             top_k_index = self.routing.top_k_index(layer, top_k_index)
-        if self.recorder is not None:
-            self.recorder.record(layer, top_k_index.numpy())
         tokens, top_k = top_k_index.shape
+        named = _named(top_k_index, int(module.num_experts)) if tokens == 1 else ()
+        hints = self.hinter.hints(layer, hidden_states, named) if self.hinter is not None and tokens == 1 else ()
+        if self.recorder is not None:
+            self.recorder.record(layer, top_k_index.numpy(), hints)
+        if self.sampler is not None and self.sampler.wants:
+            self.sampler.record(layer, hidden_states[self.sampler.wants].to(torch.float32).numpy())
         # Each token's experts ascending: column order is then the order of summation.
         index, order = torch.sort(top_k_index, dim=-1)
         scale = torch.gather(top_k_weights, -1, order).to(torch.float32)
@@ -103,7 +114,8 @@ class ExpertRuntime:
             tuple(rows),
             tuple(len(positions) for positions in rows.values()),
             self._phase,
-            order=_named(top_k_index, int(module.num_experts)) if tokens == 1 else (),
+            hints,
+            named,
         )
         plan = self._scheduler.access(access)
         # Zeros, since a row may have fewer experts than top_k.
@@ -192,6 +204,8 @@ class ExpertRuntime:
 
     def close(self) -> None:
         """Wait for reads under way, end the reader threads and free the slots' views."""
+        if self.hinter is not None:
+            self.hinter.close()
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._weights.clear()
         self._store.close()

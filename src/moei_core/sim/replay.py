@@ -114,17 +114,16 @@ def _merged_rows(trace: Trace, start: int, stop: int, next_uses: NDArray[np.int6
 
 
 def _hints(trace: Trace, token: int) -> dict[int, tuple[ScoredExpert, ...]]:
-    """Hints for layer number i are handed over with the access of the layer before it, where they arose."""
+    """Hints by the number of the MoE layer whose access hands them over: the one where they arose."""
     assert trace.hints_experts is not None and trace.hints_scores is not None
-    found: dict[int, tuple[ScoredExpert, ...]] = {}
-    for i in range(1, len(trace.moe_layers)):
+    found: dict[int, list[ScoredExpert]] = {}
+    distances = trace.hint_distances or (1,) * trace.hints_experts.shape[2]
+    for i, layer in enumerate(trace.moe_layers):
         experts, scores = trace.hints_experts[token, i].tolist(), trace.hints_scores[token, i].tolist()
-        found[i - 1] = tuple(
-            ScoredExpert(ExpertKey(trace.moe_layers[i], expert), score)
-            for expert, score in zip(experts, scores, strict=True)
-            if expert < trace.num_experts
-        )
-    return found
+        for expert, score, distance in zip(experts, scores, distances, strict=True):
+            if expert < trace.num_experts and distance <= i:
+                found.setdefault(i - distance, []).append(ScoredExpert(ExpertKey(layer, expert), score))
+    return {i: tuple(hints) for i, hints in found.items()}
 
 
 @dataclass(slots=True)
