@@ -31,6 +31,8 @@ class ModelBenchOptions:
     prompt_tokens: int = 64
     new_tokens: int = 32
     repeats: int = 3
+    predictor: str | None = None
+    prefetch: str = "auto"
 
 
 def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
@@ -48,11 +50,23 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
         from moei_core.engine.forced_routing import ForcedRouting
         from moei_core.engine.loaded_model import LoadedModel, LoadOptions
         from moei_core.engine.measure import measure_requests, summarise
+        from moei_core.predict import DEFAULT_PREDICTOR
+        from moei_core.prefetch import PrefetchMode
         from moei_core.trace import read_trace
 
         context = options.context or options.prompt_tokens + options.new_tokens
         loaded = LoadedModel(
-            folder, LoadOptions(ram, budget, max(context, 16), options.policy or DEFAULT_POLICY)
+            folder,
+            LoadOptions(
+                ram,
+                budget,
+                max(context, 16),
+                options.policy or DEFAULT_POLICY,
+                predictor={"none": None, "default": DEFAULT_PREDICTOR}.get(
+                    options.predictor or "none", options.predictor
+                ),
+                prefetch=PrefetchMode.parse(options.prefetch),
+            ),
         )
     with loaded as model:
         if options.trace is not None:
@@ -99,6 +113,7 @@ def _report(model: LoadedModel, name: str, options: ModelBenchOptions) -> dict[s
         "slots": asdict(budget),
         "slots_bytes": budget.nbytes,
         "policy": model.options.policy,
+        "predictor": model.options.predictor,
         "ram_limit_bytes": model.options.ram,
         "prompt_tokens": options.prompt_tokens,
         "new_tokens": options.new_tokens,

@@ -54,11 +54,7 @@ def run_trace_bench(options: TraceBenchOptions, *, json: bool) -> None:
         raise UsageError("--expert-size must be at least one byte.")
     policies = _choices(options.policy, NAMES, "--policy")
     predictor = _predictor(options.predictor)
-    mode = _one_of(
-        options.prefetch,
-        {"off": PrefetchMode.OFF, "on": PrefetchMode.ON, "auto": PrefetchMode.AUTO},
-        "--prefetch",
-    )
+    mode = PrefetchMode.parse(options.prefetch)
     budgets = [part.strip() for part in options.experts.split(",") if part.strip()]
     if not budgets:
         raise UsageError("--experts: give at least one budget, such as 25%.")

@@ -19,8 +19,6 @@ _SIMULATE = (
     "sequences",
     "half",
     "interleave",
-    "predictor",
-    "prefetch",
     "expert_size",
     "disk",
     "workers",
@@ -78,7 +76,9 @@ def bench(
     ] = None,
     predictor: Annotated[
         str | None,
-        typer.Option(help="What to prefetch by: none, default, or a predictor's name."),
+        typer.Option(
+            help="What to prefetch by: none, default, a predictor's name; for a model, a file of moei trace train too."
+        ),
     ] = None,
     prefetch: Annotated[
         str | None,

@@ -60,6 +60,13 @@ def chat(
         bool | None, typer.Option("--think/--no-think", help="For models that can think before they answer.")
     ] = None,
     policy: Annotated[str | None, typer.Option(help="Cache policy.")] = None,
+    predictor: Annotated[
+        str | None,
+        typer.Option(help="What to prefetch by: a predictor's name, or a file of moei trace train."),
+    ] = None,
+    prefetch: Annotated[
+        str, typer.Option(help="off, on, or auto: follow the predictor only while that is faster.")
+    ] = "auto",
     dtype: Annotated[str | None, typer.Option(help="Compute in float32, bfloat16 or float16.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="With a prompt: one JSON object with the answer and all figures.")
@@ -91,7 +98,9 @@ def chat(
         "seed": seed,
         "stop": tuple(stop) if stop else None,
     }
-    session = _open(files, experts, ram, context, policy, dtype, system, overrides, quiet=as_json)
+    session = _open(
+        files, experts, ram, context, policy, predictor, prefetch, dtype, system, overrides, quiet=as_json
+    )
     session.thinking = think
     last_model.remember(files)
     try:
@@ -127,6 +136,8 @@ def _open(
     ram: str | None,
     context: int | None,
     policy: str | None,
+    predictor: str | None,
+    prefetch: str,
     dtype: str | None,
     system: str | None,
     overrides: dict[str, Any],
@@ -152,9 +163,19 @@ def _open(
         from moei_core.cache.policies import DEFAULT_POLICY
         from moei_core.engine.chat_session import ChatSession
         from moei_core.engine.loaded_model import LoadedModel, LoadOptions
+        from moei_core.prefetch import PrefetchMode
 
         model = LoadedModel(
-            files.folder, LoadOptions(ram_nbytes, budget, context, policy or DEFAULT_POLICY, dtype)
+            files.folder,
+            LoadOptions(
+                ram_nbytes,
+                budget,
+                context,
+                policy or DEFAULT_POLICY,
+                dtype,
+                predictor,
+                PrefetchMode.parse(prefetch),
+            ),
         )
     if not quiet:
         spec, slots = model.spec, model.budget

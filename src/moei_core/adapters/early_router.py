@@ -69,7 +69,7 @@ class EarlyRouters:
         norm, residual = self._routers[layer].norm, self._residual.get(source)
         if norm is None or residual is None or residual.numel() != residual.shape[-1]:
             return None
-        kept = self._residual[layer] if layer in self._residual else None
+        kept = self._residual.get(layer)
         with torch.inference_mode():
             output = norm(residual)
         # Running the norm here has set off its own hook.
@@ -143,7 +143,7 @@ def _place(output: Any, chosen: torch.Tensor | None) -> int | None:
     if chosen is None or not isinstance(output, tuple):
         return None
     for place, value in enumerate(output):
-        if isinstance(value, torch.Tensor) and not value.is_floating_point() and value.numel() == chosen.numel():
-            if torch.equal(value.reshape(-1), chosen.reshape(-1)):
-                return place
+        whole = isinstance(value, torch.Tensor) and not value.is_floating_point()
+        if whole and value.numel() == chosen.numel() and torch.equal(value.reshape(-1), chosen.reshape(-1)):
+            return place
     return None

@@ -21,10 +21,13 @@ from moei_core.types import ExpertKey, ScoredExpert
 class Hinter(Protocol):
     """Makes hints while the model runs, one call for each MoE layer of a single-token pass, in order."""
 
-    distances: tuple[int, ...]
-    """How many MoE layers ahead the hints are for."""
+    @property
+    def distances(self) -> tuple[int, ...]:
+        """How many MoE layers ahead the hints are for."""
 
-    def hints(self, layer: int, hidden_states: torch.Tensor, chosen: tuple[int, ...]) -> tuple[ScoredExpert, ...]:
+    def hints(
+        self, layer: int, hidden_states: torch.Tensor, chosen: tuple[int, ...]
+    ) -> tuple[ScoredExpert, ...]:
         """hidden_states: [1, hidden_size], what the experts of ``layer`` are given. chosen: what its router said.
 
         Scores are probabilities, exactly representable in float16, which is what a trace keeps.
@@ -67,7 +70,7 @@ class RouterHints:
 
     SAMPLE = 8
     DECAY = 0.95
-    distances = (1, 2)
+    DISTANCES = (1, 2)
 
     def __init__(self, routers: EarlyRouters) -> None:
         self._routers = routers
@@ -78,6 +81,10 @@ class RouterHints:
         self._pending: dict[int, list[tuple[int, bool, list[int]]]] = {}
         self._pass = 0
 
+    @property
+    def distances(self) -> tuple[int, ...]:
+        return self.DISTANCES
+
     def with_norm(self, source: int, target: int) -> bool:
         """Whether predictions of ``target`` from ``source`` go through the norm of ``target``."""
         return (
@@ -85,7 +92,9 @@ class RouterHints:
             and self._record(source, target, True).mean() > self._record(source, target, False).mean()
         )
 
-    def hints(self, layer: int, hidden_states: torch.Tensor, chosen: tuple[int, ...]) -> tuple[ScoredExpert, ...]:
+    def hints(
+        self, layer: int, hidden_states: torch.Tensor, chosen: tuple[int, ...]
+    ) -> tuple[ScoredExpert, ...]:
         at = self._position.get(layer)
         if at is None:
             return ()
@@ -96,7 +105,7 @@ class RouterHints:
         for source, norm, predicted in self._pending.pop(layer, ()):
             self._record(source, layer, norm).judge(predicted, truth, self.DECAY)
         found: list[ScoredExpert] = []
-        for target in self._layers[at + 1 : at + 1 + max(self.distances)]:
+        for target in self._layers[at + 1 : at + 1 + max(self.DISTANCES)]:
             best = self.with_norm(layer, target)
             for norm in (best, not best) if self._pass % self.SAMPLE == 1 else (best,):
                 state = self._routers.normed(target, layer) if norm else hidden_states
@@ -126,9 +135,14 @@ class StrideHints:
         """Raises: DamagedFileError, UsageError if ``file`` is for another model."""
         self._predictor = StridePredictor.load(file)
         self._predictor.check(num_experts, hidden_size)
-        self.distances = (self._predictor.stride + 1,)
 
-    def hints(self, layer: int, hidden_states: torch.Tensor, chosen: tuple[int, ...]) -> tuple[ScoredExpert, ...]:
+    @property
+    def distances(self) -> tuple[int, ...]:
+        return (self._predictor.stride + 1,)
+
+    def hints(
+        self, layer: int, hidden_states: torch.Tensor, chosen: tuple[int, ...]
+    ) -> tuple[ScoredExpert, ...]:
         predicted = self._predictor.predict(layer, hidden_states)
         if predicted is None:
             return ()

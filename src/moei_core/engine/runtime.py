@@ -100,7 +100,9 @@ class ExpertRuntime:
             top_k_index = self.routing.top_k_index(layer, top_k_index)
         tokens, top_k = top_k_index.shape
         named = _named(top_k_index, int(module.num_experts)) if tokens == 1 else ()
-        hints = self.hinter.hints(layer, hidden_states, named) if self.hinter is not None and tokens == 1 else ()
+        hints = (
+            self.hinter.hints(layer, hidden_states, named) if self.hinter is not None and tokens == 1 else ()
+        )
         if self.recorder is not None:
             self.recorder.record(layer, top_k_index.numpy(), hints)
         if self.sampler is not None and self.sampler.wants:

@@ -56,7 +56,11 @@ class StridePredictor:
         """Raises: UsageError if this was trained for a model of another shape."""
         first = next(iter(self.weights.values()))
         widest = max(num_experts.values())
-        if self.layers != tuple(num_experts) or first["w1"].shape[1] != hidden_size or len(first["b2"]) != widest:
+        if (
+            self.layers != tuple(num_experts)
+            or first["w1"].shape[1] != hidden_size
+            or len(first["b2"]) != widest
+        ):
             raise UsageError(
                 "This predictor was trained for another model.",
                 f"It belongs to {self.model or 'a model'} with {len(self.layers)} MoE layers of {len(first['b2'])} "
@@ -74,7 +78,9 @@ class StridePredictor:
             "stride": str(self.stride),
             "layers": json.dumps(self.layers),
         }
-        tensors = {f"{layer}.{kind}": w[kind].contiguous() for layer, w in self.weights.items() for kind in _KINDS}
+        tensors = {
+            f"{layer}.{kind}": w[kind].contiguous() for layer, w in self.weights.items() for kind in _KINDS
+        }
         save_file(tensors, file, metadata)
 
     @classmethod
@@ -83,7 +89,7 @@ class StridePredictor:
         if not file.is_file():
             raise ModelNotFoundError(f"There is no predictor file {file}.", hint="Make one: moei trace train")
         try:
-            with safe_open(file, "pt") as stored:  # type: ignore[no-untyped-call]
+            with safe_open(file, "pt") as stored:
                 metadata = stored.metadata() or {}
                 if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
                     raise ValueError("its format is another one")

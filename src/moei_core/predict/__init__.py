@@ -18,7 +18,7 @@ PREDICTORS: dict[str, Callable[[Mapping[int, int]], ExpertPredictor]] = {
     "stride": HintPredictor,
     "noise": NoisePredictor,
 }
-"""Name to constructor(num_experts by layer). ``router`` and ``stride`` are hints: the engine computes or replays them."""
+"""Name to constructor(num_experts by layer). ``router`` and ``stride`` hand on hints, which the engine computes."""
 
 DEFAULT_PREDICTOR = "mixed"
 

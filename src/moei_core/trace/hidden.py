@@ -93,12 +93,17 @@ def read_hidden(path: Path, trace: Trace) -> HiddenStates:
             and states.dtype == np.float16
             and states.ndim == 3
             and states.shape[:2] == (len(tokens), len(trace.moe_layers))
-            and (len(tokens) == 0 or (tokens[0] >= 0 and tokens[-1] < trace.tokens and (np.diff(tokens) > 0).all()))
+            and (
+                len(tokens) == 0
+                or (tokens[0] >= 0 and tokens[-1] < trace.tokens and (np.diff(tokens) > 0).all())
+            )
             and bool(np.isfinite(states).all())
         )
     except Exception as error:
         raise DamagedFileError(
-            f"The layer inputs {path.name} cannot be read.", f"{type(error).__name__}: {error}", "Record again."
+            f"The layer inputs {path.name} cannot be read.",
+            f"{type(error).__name__}: {error}",
+            "Record again.",
         ) from None
     if not fits:
         raise DamagedFileError(
