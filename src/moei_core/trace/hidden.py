@@ -17,6 +17,9 @@ from moei_core.errors import DamagedFileError, ModelNotFoundError
 from moei_core.trace.format import Trace
 
 
+_LARGEST = np.float32(np.finfo(np.float16).max)
+
+
 def sidecar(trace: str | Path) -> Path:
     """Where the samples of a trace are."""
     return Path(trace).with_suffix(".hidden.safetensors")
@@ -65,9 +68,10 @@ class HiddenSampler:
         return self._rows
 
     def record(self, layer: int, rows: NDArray[np.float32]) -> None:
-        """rows: [len(wants), hidden_size], what the experts of ``layer`` were given for these tokens."""
-        limit = float(np.finfo(np.float16).max)
-        self._states[self._places, self._position[layer]] = np.clip(rows, -limit, limit)
+        """rows: [len(wants), hidden_size], what the experts of ``layer`` were given for these tokens; overwritten.
+        """
+        np.clip(rows, -_LARGEST, _LARGEST, out=rows)
+        self._states[self._places, self._position[layer]] = rows
 
     def save(self, path: Path) -> int:
         """Write the samples, in the order of their tokens; returns how many there are."""

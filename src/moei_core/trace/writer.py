@@ -50,6 +50,7 @@ class TraceWriter:
         self._hint_scores = np.zeros((_GROW, len(num_experts), columns), np.float16) if hints else None
         self._tokens = 0
         self._end = 0
+        self._rows = self._experts[:0]
         self._steps = 0
         self._phases: list[int] = []
         self._passes: list[int] = []
@@ -78,6 +79,7 @@ class TraceWriter:
                 more = self._empty(len(self._hint_experts), self._hint_experts.shape[2])
                 self._hint_experts = np.concatenate([self._hint_experts, more])
                 self._hint_scores = np.concatenate([self._hint_scores, np.zeros_like(self._hint_scores)])
+        self._rows = self._experts[self._tokens : self._end]
 
     def record(self, layer: int, top_k_index: NDArray[Any], hints: tuple[ScoredExpert, ...] = ()) -> None:
         """One MoE layer of the pass. top_k_index: [tokens, k] integers, as the router chose them.
@@ -85,8 +87,11 @@ class TraceWriter:
         hints: what was predicted for this pass before the router of its layer had run; kept for single-token
         passes only.
         """
-        rows = self._experts[self._tokens : self._end, self._position[layer]]
-        rows[:, : top_k_index.shape[1]] = np.minimum(top_k_index, self._count)
+        none = self._num_experts[layer]
+        if none != self._count:
+            # A narrower layer's own sign for no expert is another number than the file's.
+            top_k_index = np.where(top_k_index < none, top_k_index, self._count)
+        self._rows[:, self._position[layer], : top_k_index.shape[1]] = top_k_index
         self._steps += 1
         if hints and self._hint_experts is not None and self._end == self._tokens + 1:
             self._keep_hints(layer, hints)
