@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +21,6 @@ from moei_core.engine.chat_session import ChatSession
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.hub.resolve import resolve_model
 from moei_core.trace.hidden import HiddenSampler
-from moei_core.trace.writer import TraceWriter
 
 CEILING = 0.02
 QUESTIONS = ("What does moei do?", "What is an expert?", "Why do experts live on disk?", "What is a router?")
@@ -64,7 +62,7 @@ def measure(model: str, tokens: int, experts: str, sampled: int) -> tuple[float,
 
         ask()
         file = Path(folder) / "t"
-        recorder = Timed(TraceWriter(file, model, spec.num_experts, spec.num_experts_per_tok))
+        recorder = Timed(loaded.record(file, model))
         loaded.runtime.recorder = recorder  # type: ignore[assignment]
         parts = [recorder]
         if sampled:
@@ -84,11 +82,8 @@ def main() -> None:
     parser.add_argument("--experts", default="25%")
     options = parser.parse_args()
     report: dict[str, Any] = {"model": options.model, "ceiling": CEILING}
-    measured: Callable[[int], tuple[float, float]] = lambda sampled: measure(
-        options.model, options.tokens, options.experts, sampled
-    )
     for name, sampled in (("routing", 0), ("routing and layer inputs", 500)):
-        recording, whole = measured(sampled)
+        recording, whole = measure(options.model, options.tokens, options.experts, sampled)
         report[name] = round(recording / whole, 5)
         print(f"recording {name}: {recording / whole:.2%} of {whole:.2f} s (ceiling {CEILING:.0%})")
     print(json.dumps(report))

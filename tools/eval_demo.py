@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_demo
 from demo_corpus import arithmetic
-from demo_corpus.build import Corpus, training_conversations
+from demo_corpus.build import Corpus
 from demo_corpus.grammar import FACT_TOPICS, TOPICS
 from demo_eval import questions, routing
 
@@ -100,8 +100,8 @@ def evaluate(folder: Path, verbose: bool, name: str = "heldout", trace: Path | N
     """All measures."""
     chat = Chat(folder)
     held, strange = questions.read_held(name), questions.read_out_of_scope()
-    stages = training_conversations(train_demo.SEED, train_demo.CONVERSATIONS)
-    turns = [t for stage in stages for c in stage for t in c.turns]
+    corpus = Corpus(train_demo.SEED)
+    turns = [t for c in corpus.conversations(train_demo.CONVERSATIONS, train_demo.EASY) for t in c.turns]
     common = questions.overlaps([h.question for h in held], (t.question for t in turns))
     for question, shared in common.items():
         print(f"shares words with training: {question!r}: {shared!r}")

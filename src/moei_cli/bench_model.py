@@ -46,12 +46,11 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
     from moei_cli import render
 
     with render.waiting(f"Loading {name}"):
+        from moei_cli.prefetch_options import parse_predictor, parse_prefetch
         from moei_core.cache.policies import DEFAULT_POLICY
         from moei_core.engine.forced_routing import ForcedRouting
         from moei_core.engine.loaded_model import LoadedModel, LoadOptions
         from moei_core.engine.measure import measure_requests, summarise
-        from moei_core.predict import DEFAULT_PREDICTOR
-        from moei_core.prefetch import PrefetchMode
         from moei_core.trace import read_trace
 
         context = options.context or options.prompt_tokens + options.new_tokens
@@ -62,10 +61,8 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
                 budget,
                 max(context, 16),
                 options.policy or DEFAULT_POLICY,
-                predictor={"none": None, "default": DEFAULT_PREDICTOR}.get(
-                    options.predictor or "none", options.predictor
-                ),
-                prefetch=PrefetchMode.parse(options.prefetch),
+                predictor=parse_predictor(options.predictor, live=True),
+                prefetch=parse_prefetch(options.prefetch),
             ),
         )
     with loaded as model:
@@ -202,7 +199,7 @@ def _show(report: dict[str, Any]) -> None:
     rows = []
     for condition, figures in report["conditions"].items():
         decode = figures["decode_tokens_per_s"]
-        waiting = figures["stall_s"]["median"] / figures["total_s"]["median"]
+        waiting = figures["disk_s"]["median"] / figures["total_s"]["median"]
         rows.append(
             (
                 condition,

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
+from moei_cli.prefetch_options import one_of, parse_predictor, parse_prefetch
 from moei_core.cache.policies import DEFAULT_POLICY
 from moei_core.config import ExpertBudget, format_size, parse_size
 from moei_core.errors import UsageError
-from moei_core.predict import DEFAULT_PREDICTOR, PREDICTORS
-from moei_core.prefetch import PrefetchMode
 from moei_core.sim.hardware import Hardware, checked, expert_nbytes, load_hardware
 from moei_core.sim.sweep import NAMES, Result, Run, resident_slots, sweep
 from moei_core.trace import Trace, read_trace
 
-T = TypeVar("T")
 BASE, BOUND = "layer-lru", "layer-belady"
 
 
@@ -53,8 +51,8 @@ def run_trace_bench(options: TraceBenchOptions, *, json: bool) -> None:
     if nbytes < 1:
         raise UsageError("--expert-size must be at least one byte.")
     policies = _choices(options.policy, NAMES, "--policy")
-    predictor = _predictor(options.predictor)
-    mode = PrefetchMode.parse(options.prefetch)
+    predictor = parse_predictor(options.predictor)
+    mode = parse_prefetch(options.prefetch)
     budgets = [part.strip() for part in options.experts.split(",") if part.strip()]
     if not budgets:
         raise UsageError("--experts: give at least one budget, such as 25%.")
@@ -155,7 +153,7 @@ def _sequences(options: TraceBenchOptions, trace: Trace) -> tuple[int, int]:
     first, last = 0, trace.sequences
     middle = trace.sequences // 2
     halves = {"all": (0, trace.sequences), "first": (0, middle), "second": (middle, trace.sequences)}
-    first, last = _one_of(options.half, halves, "--half")
+    first, last = one_of(options.half, halves, "--half")
     if first == last:
         raise UsageError("--half: this trace has a single sequence.")
     if options.sequences is not None:
@@ -191,20 +189,6 @@ def _choices(text: str, known: tuple[str, ...], option: str) -> list[str]:
     if not names:
         raise UsageError(f"{option}: give at least one.", hint=f"Choose from: all, {', '.join(known)}.")
     return list(dict.fromkeys(names))
-
-
-def _predictor(text: str) -> str | None:
-    if text == "none":
-        return None
-    if text == "default":
-        return DEFAULT_PREDICTOR
-    return _one_of(text, {name: name for name in PREDICTORS}, "--predictor")
-
-
-def _one_of(text: str, known: dict[str, T], option: str) -> T:
-    if text not in known:
-        raise UsageError(f"{option}: there is no '{text}'.", hint=f"Choose from: {', '.join(known)}.")
-    return known[text]
 
 
 def _count(text: str, option: str) -> int:

@@ -100,6 +100,7 @@ def status_line(report: TurnReport, memory: int) -> str:
 
 def statistics(session: ChatSession) -> None:
     """The whole picture of the last turn and of the cache, on standard error."""
+    from moei_core.engine.time_split import percentiles
     from moei_core.hardware.memory import peak_memory, resident_memory
 
     model, report = session.model, session.report
@@ -116,17 +117,23 @@ def statistics(session: ChatSession) -> None:
     }
     if report is not None:
         times, run = report.times, report.runtime
-        spent = times.prefill_s + times.decode_s + times.sampling_s
-        rest = max(0.0, spent - run.stall_s - run.expert_compute_s - times.sampling_s)
+        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.time_split.items())
+        tokens = "".join(f", {name} {s * 1e3:.0f} ms" for name, s in percentiles(times.token_s).items())
         rows |= {
             "last turn": f"{report.prompt_tokens} prompt tokens ({report.reused_tokens} known from before), "
             f"{report.new_tokens} new, ended by {report.finish_reason}",
-            "speed": f"first token after {times.prefill_s:.2f} s, then {report.decode_tokens_per_s:.1f} tokens/s",
+            "speed": f"first token after {times.prefill_s:.2f} s, then {report.decode_tokens_per_s:.1f} tokens/s"
+            f"{tokens}",
             "its experts": f"{report.cache.hit_rate:.1%} hits, {report.cache.misses} misses, "
             f"{format_size(run.bytes_read)} read",
-            "its time": f"{spent:.2f} s: waiting for disk {run.stall_s:.2f}, experts {run.expert_compute_s:.2f}, "
-            f"sampling {times.sampling_s:.2f}, all else {rest:.2f}",
+            "its time": f"{report.total_s:.2f} s: {parts}",
         }
+        if model.options.predictor is not None:
+            done = report.prefetch
+            rows["prefetching"] = (
+                f"{'on' if model.scheduler.controller.active else 'off'} now; last turn: {done.started} begun, "
+                f"{done.useful} useful, {done.late} late, {done.wasted} wasted, {done.cancelled} cancelled"
+            )
     key_values(rows)
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from moei_core.errors import UsageError
-
 
 class PrefetchMode(IntEnum):
     """What a person may ask for. The values are those of the trace event ``PREFETCH_MODE``."""
@@ -18,14 +16,6 @@ class PrefetchMode(IntEnum):
     OFF = 0
     ON = 1
     AUTO = 2
-
-    @classmethod
-    def parse(cls, text: str, option: str = "--prefetch") -> PrefetchMode:
-        """``off``, ``on`` or ``auto``. Raises: UsageError."""
-        names = {mode.name.lower(): mode for mode in cls}
-        if text not in names:
-            raise UsageError(f"{option}: there is no '{text}'.", hint=f"Choose from: {', '.join(names)}.")
-        return names[text]
 
 
 class PrefetchController:

@@ -8,7 +8,7 @@ prefetch began and ended, how long a pass waited, a new budget) comes in as an e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from moei_core.cache.expert_cache import CacheStatistics, ExpertCache
 from moei_core.predict.base import ExpertPredictor, PassEvent, RequestEvent
@@ -31,6 +31,12 @@ class PrefetchStatistics:
     wasted: int = 0
     cancelled: int = 0
     refused: int = 0
+
+    def minus(self, earlier: PrefetchStatistics) -> PrefetchStatistics:
+        """What happened since ``earlier`` was copied."""
+        return PrefetchStatistics(
+            *(getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self))
+        )
 
 
 class ExpertScheduler:

@@ -154,18 +154,18 @@ def test_damaged_files_have_their_own_exit_code(
 
 
 def test_a_read_that_fails_in_the_middle_of_a_turn(moei: Moei, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, count = SafetensorsStore.read_into, 0
+    read, count = SafetensorsStore.read_extent, 0
 
-    def fail_late(self: SafetensorsStore, key: object, slot: memoryview) -> int:
+    def fail_late(self: SafetensorsStore, key: object, extent: object, slot: memoryview) -> None:
         nonlocal count
         count += 1
         if count > 60:
             raise ExpertReadError(
                 f"Reading {key} from model.safetensors failed.", "Input/output error.", "Check it."
             )
-        return read(self, key, slot)  # type: ignore[arg-type]
+        read(self, key, extent, slot)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(SafetensorsStore, "read_into", fail_late)
+    monkeypatch.setattr(SafetensorsStore, "read_extent", fail_late)
     done = moei("chat", "moei-demo", QUESTION)
     assert done.code == 6
     assert "Input/output error" in done.err

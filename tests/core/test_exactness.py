@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,15 @@ from transformers import AutoModelForCausalLM
 from moei_core.adapters.skeleton import experts_modules
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.config import ExpertBudget
+from moei_core.engine import runtime
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
+from moei_core.engine.transfers import TransferQueue
 from moei_core.hub.resolve import resolve_model
-from moei_core.types import Phase
+from moei_core.prefetch import PrefetchMode
+from moei_core.store.base import PAGE, Extent
+from moei_core.store.safetensors_store import SafetensorsStore
+from moei_core.types import ExpertKey, Phase
 from tests.tiny_models import FAMILIES
 
 PROMPT, STEPS = 64, 16
@@ -73,9 +81,14 @@ def _dynamic(model: nn.Module) -> object:
 
 
 def ours(
-    folder: Path, dtype: str, budget: ExpertBudget, forced: list[int] | None = None
+    folder: Path,
+    dtype: str,
+    budget: ExpertBudget,
+    forced: list[int] | None = None,
+    predictor: str | None = None,
 ) -> tuple[torch.Tensor, list[int], LoadedModel]:
-    with LoadedModel(folder, LoadOptions(experts=budget, dtype=dtype)) as loaded:
+    options = LoadOptions(experts=budget, dtype=dtype, predictor=predictor, prefetch=PrefetchMode.ON)
+    with LoadedModel(folder, options) as loaded:
         torch.set_num_threads(1)
         assert loaded.budget.slots <= budget.slots(loaded.spec.total_experts, loaded.budget.slot_nbytes)
         cache = ConversationCache(loaded.adapter.config)
@@ -211,3 +224,24 @@ def test_buffers_and_dense_weights_equal_a_normal_load(folder: Path) -> None:
     assert missing and all(".experts." in name for name in missing)
     for name, tensor in found.items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("folder", MODELS, indirect=True)
+def test_e1_however_experts_arrive(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefetched by good and by random predictions, in chunks of any size, by any number of readers, late."""
+    everything, tokens, _ = ours(folder, "bfloat16", ExpertBudget(fraction=1.0))
+    read, rng = SafetensorsStore.read_extent, random.Random(5)
+
+    def read_late(self: SafetensorsStore, key: ExpertKey, extent: Extent, slot: memoryview) -> None:
+        time.sleep(rng.random() * 5e-4)
+        read(self, key, extent, slot)
+
+    monkeypatch.setattr(SafetensorsStore, "read_extent", read_late)
+    for predictor, readers, chunk in (("noise", 1, PAGE), ("mixed", 4, 3 * PAGE), ("popularity", 2, 1 << 20)):
+        queue = partial(TransferQueue, readers=readers, chunk_nbytes=chunk)
+        monkeypatch.setattr(runtime, "TransferQueue", queue)
+        logits, _, loaded = ours(
+            folder, "bfloat16", ExpertBudget(fraction=0.5), forced=tokens, predictor=predictor
+        )
+        assert loaded.scheduler.prefetch_statistics.started > 0
+        assert torch.equal(logits, everything)

@@ -134,17 +134,18 @@ class Failing:
     def __getattr__(self, name: str) -> object:
         return getattr(self.store, name)
 
-    def read_into(self, key: object, slot: memoryview) -> int:
+    def read_extent(self, key: object, extent: object, slot: memoryview) -> None:
         if self.fail_after is not None:
             if self.fail_after == 0:
                 raise ExpertReadError(f"Reading {key} failed.")
             self.fail_after -= 1
-        return self.store.read_into(key, slot)  # type: ignore[attr-defined]
+        self.store.read_extent(key, extent, slot)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("after", [0, 3, 30])
 def test_a_failed_turn_leaves_the_conversation_as_it_was(loaded: LoadedModel, after: int) -> None:
-    store = loaded.runtime._store = Failing(loaded.runtime._store)  # type: ignore[assignment]
+    store = Failing(loaded.runtime._store)
+    loaded.runtime._transfers._store = store  # type: ignore[assignment]
     session = ChatSession(loaded, GREEDY)
     ask(session, "one")
     before = list(session.messages)
@@ -155,7 +156,8 @@ def test_a_failed_turn_leaves_the_conversation_as_it_was(loaded: LoadedModel, af
     assert session.messages == before
     # What is resident is really there, and no slot is lost.
     assert set(loaded.scheduler.residents()) == set(loaded.runtime._weights)
-    assert len(loaded.runtime._pool) == loaded.scheduler.resident_count <= loaded.budget.resident
+    assert loaded.runtime._pool.free == loaded.budget.slots - loaded.scheduler.resident_count
+    assert loaded.scheduler.resident_count <= loaded.budget.resident
     answer = ask(session, "three")
 
     with LoadedModel(loaded.folder, LoadOptions()) as untouched:
@@ -231,7 +233,8 @@ def test_every_live_policy_gives_the_same_text(chat_folder: Callable[..., Path],
         with LoadedModel(chat_folder("qwen3_moe"), options) as model:
             session = ChatSession(model, GREEDY)
             texts.add(ask(session, "one question") + "|" + ask(session, "and another"))
-            assert len(model.runtime._pool) == model.scheduler.resident_count <= model.budget.resident
+            assert model.scheduler.resident_count <= model.budget.resident
+            assert model.runtime._pool.free == model.budget.slots - model.scheduler.resident_count
     assert len(texts) == 1
 
 

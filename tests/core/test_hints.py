@@ -24,7 +24,6 @@ from moei_core.scheduler import ExpertScheduler
 from moei_core.sim.replay import Observer, replay
 from moei_core.trace import Trace, read_trace, write_trace
 from moei_core.trace.hidden import HiddenSampler, HiddenStates, read_hidden, sidecar
-from moei_core.trace.writer import TraceWriter
 from moei_core.types import FetchPlan, LayerAccess
 
 Folder = Callable[..., Path]
@@ -199,12 +198,9 @@ def test_hints_of_a_live_run_replay_to_the_same_plans(kind: str, tmp_path: Path,
             return plans[-1]
 
         model.scheduler.access = access  # type: ignore[method-assign]
-        hinter, spec, budget = model.runtime.hinter, model.spec, model.budget
-        assert hinter is not None
-        writer = model.runtime.recorder = TraceWriter(
-            tmp_path / "t", "m", spec.num_experts, spec.num_experts_per_tok,
-            hints=8, hint_distances=hinter.distances,
-        )  # fmt: skip
+        assert model.runtime.hinter is not None
+        spec, budget = model.spec, model.budget
+        writer = model.record(tmp_path / "t", "m")
         session = ChatSession(model, GenerationSettings(max_new_tokens=12, temperature=0))
         writer.begin_sequence()
         list(session.reply("a"))

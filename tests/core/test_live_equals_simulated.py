@@ -12,10 +12,11 @@ from moei_core.config import ExpertBudget, GenerationSettings
 from moei_core.engine.chat_session import ChatSession
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.hub.resolve import resolve_model
+from moei_core.predict import PREDICTORS
+from moei_core.prefetch import PrefetchMode
 from moei_core.scheduler import ExpertScheduler
 from moei_core.sim.replay import Observer, replay
 from moei_core.trace import read_trace
-from moei_core.trace.writer import TraceWriter
 from moei_core.types import FetchPlan, LayerAccess
 
 QUESTIONS = (("What does moei do?", "And what is an expert?"), ("What is the capital of France?",))
@@ -30,11 +31,9 @@ class Collector(Observer):
         self.plans.append(plan)
 
 
-@pytest.mark.parametrize("share", [0.04, 0.25, 0.6])
-@pytest.mark.parametrize("policy", LIVE)
-def test_plans_and_counters(policy: str, share: float, tmp_path: Path) -> None:
+def record(options: LoadOptions, path: Path) -> tuple[list[FetchPlan], LoadedModel]:
+    """Two conversations, recorded: the plans that were made, and the model as it was afterwards."""
     plans: list[FetchPlan] = []
-    options = LoadOptions(experts=ExpertBudget(fraction=share), policy=policy)
     with LoadedModel(resolve_model("moei-demo").folder, options) as model:
         decide = model.scheduler.access
 
@@ -43,9 +42,7 @@ def test_plans_and_counters(policy: str, share: float, tmp_path: Path) -> None:
             return plans[-1]
 
         model.scheduler.access = access  # type: ignore[method-assign]
-        writer = model.runtime.recorder = TraceWriter(
-            tmp_path / "t", "moei-demo", model.spec.num_experts, model.spec.num_experts_per_tok
-        )
+        writer = model.record(path, "moei-demo")
         for conversation in QUESTIONS:
             session = ChatSession(model, GenerationSettings(max_new_tokens=12, temperature=0))
             writer.begin_sequence()
@@ -53,14 +50,41 @@ def test_plans_and_counters(policy: str, share: float, tmp_path: Path) -> None:
                 writer.begin_request()
                 list(session.reply(question))
         assert writer.close()
-        budget, spec, live = model.budget, model.spec, model.scheduler.statistics
+    return plans, model
 
-    trace = read_trace(tmp_path / "t")
+
+def replayed(path: Path, model: LoadedModel) -> tuple[list[FetchPlan], ExpertScheduler]:
+    """The same trace and its events through a scheduler of the same making."""
+    budget, spec, options = model.budget, model.spec, model.options
     simulated = ExpertScheduler(
-        ExpertCache(budget.resident, POLICIES[policy](budget.resident, spec.num_experts)), budget.working
+        ExpertCache(budget.resident, POLICIES[options.policy](budget.resident, spec.num_experts)),
+        budget.working,
+        PREDICTORS[options.predictor](spec.num_experts) if options.predictor else None,
+        options.prefetch,
     )
     collector = Collector()
-    replay(trace, simulated, collector)
-    assert collector.plans == plans
-    assert simulated.statistics == live
-    assert live.misses > 0
+    replay(read_trace(path), simulated, collector, recorded_events=True)
+    return collector.plans, simulated
+
+
+@pytest.mark.parametrize("share", [0.04, 0.25, 0.6])
+@pytest.mark.parametrize("policy", LIVE)
+def test_plans_and_counters(policy: str, share: float, tmp_path: Path) -> None:
+    plans, model = record(LoadOptions(experts=ExpertBudget(fraction=share), policy=policy), tmp_path / "t")
+    expected, simulated = replayed(tmp_path / "t", model)
+    assert expected == plans
+    assert simulated.statistics == model.scheduler.statistics
+    assert simulated.statistics.misses > 0
+
+
+@pytest.mark.parametrize("share", [0.07, 0.25, 0.6])
+@pytest.mark.parametrize("predictor", sorted({*PREDICTORS} - {"stride"}))
+def test_with_prefetches_as_they_came(predictor: str, share: float, tmp_path: Path) -> None:
+    """When each prefetch began and ended depends on the disk; the trace has kept it."""
+    options = LoadOptions(experts=ExpertBudget(fraction=share), predictor=predictor, prefetch=PrefetchMode.ON)
+    plans, model = record(options, tmp_path / "t")
+    expected, simulated = replayed(tmp_path / "t", model)
+    assert expected == plans
+    assert simulated.statistics == model.scheduler.statistics
+    assert simulated.prefetch_statistics == model.scheduler.prefetch_statistics
+    assert simulated.prefetch_statistics.started > 0

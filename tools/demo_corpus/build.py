@@ -27,8 +27,37 @@ WEIGHTS = dict.fromkeys(TOPICS, 1.0) | {
     "geography": 1.3,
     "smalltalk": 1.2,
     "arithmetic": 1.6,
-    "unknown": 2.0,
+    "unknown": 2.6,
 }
+
+
+#: What invented words are made of.
+_ONSETS = (
+    "",
+    *"bcdfghjklmnprstvwz",
+    *("bl", "br", "ch", "cr", "dr", "fl", "gr", "pl", "qu", "sh", "st", "th", "tr"),
+)
+_VOWELS = (*"aeiou", *"aeiou", "ai", "ea", "ee", "ou", "io", "y")
+_CODAS = ("", "", "", *"lnrstmxc", "nd", "ng", "ck", "st", "rt", "sh")
+_ENDINGS = (
+    "",
+    "",
+    "",
+    "s",
+    "ing",
+    "er",
+    "ism",
+    "ia",
+    "tion",
+    "ology",
+    "son",
+    "ton",
+    "um",
+    "ist",
+    "ly",
+    "al",
+    "ed",
+)
 
 
 @dataclass
@@ -97,7 +126,8 @@ class Corpus:
             text = expand(rng.choice(self.general), rng).replace("{x}", self.strange_thing())
         elif kind < 0.4:
             fact = rng.choice(self.strangers)
-            text = expand(rng.choice(fact.questions), rng).format(*fact.fields)
+            fields = fact.fields if rng.random() < 0.7 else [self.invented_word()]
+            text = expand(rng.choice(fact.questions), rng).format(*fields)
         else:
             text = expand(rng.choice(self.unknown["Q"]), rng)
             while "{" in text:
@@ -108,9 +138,21 @@ class Corpus:
     def strange_thing(self) -> str:
         """The name of something that the model knows nothing about."""
         rng = self.rng
-        if rng.random() < 0.6:
+        kind = rng.random()
+        if kind < 0.45:
             return rng.choice(self.slots[rng.choice(("subject", "person", "work", "event", "place"))])
+        if kind < 0.75:
+            return self.invented_word()
         return " ".join(rng.sample(self.common, rng.choice((1, 1, 2))))
+
+    def invented_word(self) -> str:
+        """A word or name that does not exist, so that words never met are taken for what they are."""
+        rng = self.rng
+        parts = [
+            rng.choice(kind) for _ in range(rng.choice((1, 2, 2, 3))) for kind in (_ONSETS, _VOWELS, _CODAS)
+        ]
+        word = "".join(parts) + rng.choice(_ENDINGS)
+        return word.capitalize() if rng.random() < 0.4 else word
 
     def turn(self, topic: str) -> Turn:
         """A question on a topic with its answer."""
@@ -142,9 +184,3 @@ class Corpus:
         """That many conversations, of which the first share, `easy`, are single questions."""
         for i in range(count):
             yield self.conversation(1 if i < easy * count else None)
-
-
-def training_conversations(seed: int, counts: tuple[int, ...]) -> Iterator[list[Conversation]]:
-    """The conversations of each stage of training; the first stage begins with single questions."""
-    for stage, count in enumerate(counts):
-        yield list(Corpus(seed + stage).conversations(count, easy=0 if stage else 1 / 3))

@@ -160,10 +160,10 @@ def _open(
     from moei_cli import render
 
     with render.waiting(f"Loading {files.name}"):
+        from moei_cli.prefetch_options import parse_predictor, parse_prefetch
         from moei_core.cache.policies import DEFAULT_POLICY
         from moei_core.engine.chat_session import ChatSession
         from moei_core.engine.loaded_model import LoadedModel, LoadOptions
-        from moei_core.prefetch import PrefetchMode
 
         model = LoadedModel(
             files.folder,
@@ -173,8 +173,8 @@ def _open(
                 context,
                 policy or DEFAULT_POLICY,
                 dtype,
-                predictor,
-                PrefetchMode.parse(prefetch),
+                parse_predictor(predictor, live=True),
+                parse_prefetch(prefetch),
             ),
         )
     if not quiet:

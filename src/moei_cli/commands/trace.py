@@ -105,25 +105,17 @@ def record(
     budget = ExpertBudget.parse(experts) if experts else None
     limit = parse_size(ram, "--ram") if ram else None
     with render.waiting(f"Loading {files.name}"):
+        from moei_cli.prefetch_options import parse_predictor
         from moei_core.engine.chat_session import ChatSession
         from moei_core.engine.loaded_model import LoadedModel, LoadOptions
         from moei_core.trace.hidden import HiddenSampler, sidecar
-        from moei_core.trace.writer import TraceWriter
 
-        loaded = LoadedModel(files.folder, LoadOptions(limit, budget, predictor=predictor))
+        loaded = LoadedModel(
+            files.folder, LoadOptions(limit, budget, predictor=parse_predictor(predictor, live=True))
+        )
     with loaded:
         spec = loaded.spec
-        hinter = loaded.runtime.hinter
-        writer = TraceWriter(
-            output,
-            files.name,
-            spec.num_experts,
-            spec.num_experts_per_tok,
-            hints=2 * spec.num_experts_per_tok if hinter else 0,
-            hint_distances=hinter.distances if hinter else (1,),
-            source="moei trace record",
-        )
-        loaded.runtime.recorder = writer
+        writer = loaded.record(output, files.name, "moei trace record")
         if hidden:
             loaded.runtime.sampler = HiddenSampler(hidden, spec.moe_layers, spec.hidden_size)
         settings = replace(loaded.generation_defaults(), temperature=0.0, max_new_tokens=max_tokens)

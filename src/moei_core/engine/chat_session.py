@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from moei_core.cache.expert_cache import CacheStatistics
@@ -13,8 +14,10 @@ from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel
 from moei_core.engine.runtime import RuntimeStatistics
 from moei_core.engine.text_stream import TextPiece, TextStream, thinking_markers
+from moei_core.engine.time_split import percentiles, time_split
 from moei_core.errors import UsageError
 from moei_core.hardware.memory import peak_memory, resident_memory
+from moei_core.scheduler import PrefetchStatistics
 
 
 @dataclass(slots=True)
@@ -30,8 +33,10 @@ class TurnReport:
     new_tokens: int = 0
     finish_reason: str = ""
     times: GenerationTimes = field(default_factory=GenerationTimes)
+    total_s: float = 0.0
     cache: CacheStatistics = field(default_factory=CacheStatistics)
     runtime: RuntimeStatistics = field(default_factory=RuntimeStatistics)
+    prefetch: PrefetchStatistics = field(default_factory=PrefetchStatistics)
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -43,8 +48,12 @@ class TurnReport:
     @property
     def stall_share(self) -> float:
         """Share of the turn's time in which computing waited for experts."""
-        spent = self.times.prefill_s + self.times.decode_s + self.times.sampling_s
-        return self.runtime.stall_s / spent if spent else 0.0
+        return self.runtime.stall_s / self.total_s if self.total_s else 0.0
+
+    @property
+    def time_split(self) -> dict[str, float]:
+        """Seconds by what they were spent on."""
+        return time_split(self.times, self.runtime, self.total_s)
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -67,7 +76,10 @@ class TurnReport:
             "bytes_read": self.runtime.bytes_read,
             "stall_s": round(self.runtime.stall_s, 4),
             "stall_share": round(self.stall_share, 4),
-            "expert_compute_s": round(self.runtime.expert_compute_s, 4),
+            "total_s": round(self.total_s, 4),
+            "time_split_s": {name: round(seconds, 4) for name, seconds in self.time_split.items()},
+            "token_s": percentiles(self.times.token_s),
+            "prefetch": asdict(self.prefetch) | {"bytes": self.runtime.bytes_prefetched},
             "memory_bytes": resident_memory(),
             "peak_memory_bytes": peak_memory(),
         }
@@ -111,23 +123,32 @@ class ChatSession:
                 "Start anew with /clear, or run with a larger --context.",
             )
         self._stop = False
+        started = time.perf_counter()
         report = TurnReport(len(prompt), self._cache.reuse_prefix(prompt), self.model.context)
         self.report = report
         cache_before = replace(self.model.scheduler.statistics)
         runtime_before = self.model.runtime.snapshot()
+        prefetch_before = replace(self.model.scheduler.prefetch_statistics)
+
+        def account() -> None:
+            report.total_s += time.perf_counter() - started
+            report.cache = self.model.scheduler.statistics.minus(cache_before)
+            report.runtime = self.model.runtime.statistics.minus(runtime_before)
+            report.prefetch = self.model.scheduler.prefetch_statistics.minus(prefetch_before)
+
         answer: list[str] = []
         self.model.scheduler.request_start()
         try:
             for piece in self._generate(prompt, report):
                 if not piece.thinking:
                     answer.append(piece.text)
-                report.cache = self.model.scheduler.statistics.minus(cache_before)
-                report.runtime = self.model.runtime.statistics.minus(runtime_before)
+                account()
                 yield piece
+                # What the reader of the pieces does with them is not the turn's time.
+                started = time.perf_counter()
         finally:
             self.model.scheduler.request_end()
-            report.cache = self.model.scheduler.statistics.minus(cache_before)
-            report.runtime = self.model.runtime.statistics.minus(runtime_before)
+            account()
         self.messages = [*messages, {"role": "assistant", "content": "".join(answer).strip()}]
 
     def _generate(self, prompt: list[int], report: TurnReport) -> Iterator[TextPiece]:

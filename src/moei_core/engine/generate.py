@@ -111,6 +111,7 @@ class Generator:
         except BaseException:
             self._cache.roll_back()
             raise
+        self._runtime.end_pass()
         self._cache.commit(tokens)
         logits: torch.Tensor = output.logits[0, -1]
         return logits

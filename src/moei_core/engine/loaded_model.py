@@ -29,9 +29,13 @@ from moei_core.predict import PREDICTORS, ExpertPredictor
 from moei_core.prefetch import PrefetchMode
 from moei_core.scheduler import ExpertScheduler
 from moei_core.store.safetensors_store import SafetensorsStore
+from moei_core.trace.writer import TraceWriter
 from moei_core.types import ModelSpec
 
 DEFAULT_CONTEXT = 4096
+PREFETCH_SLOTS = 2
+"""One prefetch on its way while the one before waits for the next layer."""
+
 _WORTH_SHARING = 1 << 20
 """Bytes of an expert from which a product is worth more than one thread."""
 
@@ -76,18 +80,25 @@ class LoadedModel:
             self.spec = self.adapter.spec()
             use = self._memory_use(resident_memory(), slot_nbytes)
             self.budget: SlotBudget = plan_slots(
-                self.spec, slot_nbytes, use, available_memory(), options.ram, options.experts
+                self.spec,
+                slot_nbytes,
+                use,
+                available_memory(),
+                options.ram,
+                options.experts,
+                PREFETCH_SLOTS if make_predictor else 0,
             )
             policy = make_policy(self.budget.resident, self.spec.num_experts)
             self.scheduler = ExpertScheduler(
                 ExpertCache(self.budget.resident, policy),
                 self.budget.working,
-                make_predictor(self.spec.num_experts) if make_predictor else None,
+                make_predictor(self.spec.num_experts) if make_predictor and self.budget.spare else None,
                 options.prefetch,
             )
+            hinter = self._hinter(options.predictor)
             pool = SlotPool(self.budget.slots, slot_nbytes)
-            self.runtime = ExpertRuntime(store, pool, self.scheduler)
-            self.runtime.hinter = self._hinter(options.predictor)
+            self.runtime = ExpertRuntime(store, pool, self.scheduler, self.budget.spare)
+            self.runtime.hinter = hinter
         except BaseException:
             store.close()
             raise
@@ -152,6 +163,20 @@ class LoadedModel:
             width = config.num_attention_heads * (key + config.v_head_dim)
         layers = len(DynamicCache(config=self.adapter.config).layers)
         return int(layers * width * self.adapter.dtype.itemsize)
+
+    def record(self, path: Path, name: str, source: str = "") -> TraceWriter:
+        """Record from now on all that a replay needs, hints included; ``close`` of the result writes ``path``."""
+        hinter = self.runtime.hinter
+        self.runtime.recorder = TraceWriter(
+            path,
+            name,
+            self.spec.num_experts,
+            self.spec.num_experts_per_tok,
+            hints=2 * self.spec.num_experts_per_tok if hinter else 0,
+            hint_distances=hinter.distances if hinter else (1,),
+            source=source,
+        )
+        return self.runtime.recorder
 
     def generation_defaults(self) -> GenerationSettings:
         """What the model's authors recommend in ``generation_config.json``, else ours."""
@@ -222,10 +247,10 @@ def _predictor(name: str | None) -> Callable[[Mapping[int, int]], ExpertPredicto
     if _is_file(name):
         return PREDICTORS["stride"]
     if name == "stride" or name not in PREDICTORS:
+        live = ", ".join(known for known in PREDICTORS if known != "stride")
         raise UsageError(
-            "--predictor stride is a file." if name == "stride" else f"There is no predictor '{name}'.",
-            hint=f"Choose from: {', '.join(known for known in PREDICTORS if known != 'stride')}, or a file of "
-            "moei trace train.",
+            f"There is no predictor '{name}' for a chat.",
+            hint=f"Choose from: {live}, or a file of moei trace train.",
         )
     return PREDICTORS[name]
 

@@ -7,6 +7,7 @@ which is what a chat does.
 from __future__ import annotations
 
 import statistics
+import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from moei_core.config import GenerationSettings
 from moei_core.engine.generate import GenerationTimes, Generator
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel
+from moei_core.engine.time_split import percentiles, time_split
 from moei_core.errors import UsageError
 
 
@@ -29,10 +31,15 @@ class Request:
     hits: int
     misses: int
     bytes_read: int
-    stall_s: float
-    expert_compute_s: float
-    sampling_s: float
+    bytes_prefetched: int
     total_s: float
+    dense_s: float
+    experts_s: float
+    disk_s: float
+    decisions_s: float
+    combining_s: float
+    sampling_s: float
+    unexplained_s: float
     token_s: list[float] = field(repr=False)
 
 
@@ -70,10 +77,12 @@ def _request(model: LoadedModel, prompt: list[int], new_tokens: int) -> Request:
     generator = Generator(model.adapter.model, model.runtime, cache, lambda: False)
     # Sampled, since greedy decoding of random weights soon repeats one token and with it one routing.
     settings = GenerationSettings(max_new_tokens=new_tokens, temperature=1.0, seed=1)
+    started = time.perf_counter()
     model.scheduler.request_start()
     for _ in generator.tokens(prompt, settings, frozenset(), times, model.context):
         pass
     model.scheduler.request_end()
+    total_s = time.perf_counter() - started
     counts = model.scheduler.statistics.minus(cache_before)
     work = model.runtime.statistics.minus(runtime_before)
     spent = times.decode_s + times.sampling_s
@@ -84,11 +93,10 @@ def _request(model: LoadedModel, prompt: list[int], new_tokens: int) -> Request:
         hits=counts.hits,
         misses=counts.misses,
         bytes_read=work.bytes_read,
-        stall_s=work.stall_s,
-        expert_compute_s=work.expert_compute_s,
-        sampling_s=times.sampling_s,
-        total_s=times.prefill_s + spent,
+        bytes_prefetched=work.bytes_prefetched,
+        total_s=total_s,
         token_s=times.token_s,
+        **{f"{name}_s": seconds for name, seconds in time_split(times, work, total_s).items()},
     )
 
 
@@ -105,12 +113,7 @@ def summarise(requests: list[Request]) -> dict[str, Any]:
             "min": round(min(values), 5),
             "max": round(max(values), 5),
         }
-    tokens = sorted(second for request in requests for second in request.token_s)
-    if tokens:
-        summary["token_s"] = {
-            f"p{share}": round(tokens[min(len(tokens) - 1, len(tokens) * share // 100)], 5)
-            for share in (50, 90, 99)
-        }
+    summary["token_s"] = percentiles([second for request in requests for second in request.token_s])
     lookups = sum(request.hits + request.misses for request in requests)
     summary["hit_rate"] = round(sum(request.hits for request in requests) / lookups, 4) if lookups else 0.0
     return summary

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mmap import mmap
 
-from moei_core.types import ExpertKey
-
 
 class SlotPool:
     """``count`` slots of ``slot_nbytes`` bytes (a multiple of the page size) in one anonymous mapping.
@@ -19,27 +17,20 @@ class SlotPool:
         self._memory = mmap(-1, count * slot_nbytes)
         self._view = memoryview(self._memory)
         self._free = list(range(count - 1, -1, -1))
-        self._slot_of: dict[ExpertKey, int] = {}
 
-    def __contains__(self, key: ExpertKey) -> bool:
-        return key in self._slot_of
+    @property
+    def free(self) -> int:
+        """How many slots nobody holds."""
+        return len(self._free)
 
-    def __len__(self) -> int:
-        return len(self._slot_of)
+    def take(self) -> int:
+        """The number of a free slot, which is the caller's until it is given back."""
+        return self._free.pop()
 
-    def experts(self) -> list[ExpertKey]:
-        """The experts that have a slot."""
-        return list(self._slot_of)
+    def give_back(self, slot: int) -> None:
+        self._free.append(slot)
 
-    def take(self, key: ExpertKey) -> None:
-        """Give ``key`` a free slot. A plan never asks for more than there are."""
-        self._slot_of[key] = self._free.pop()
-
-    def give_back(self, key: ExpertKey) -> None:
-        """Free ``key``'s slot."""
-        self._free.append(self._slot_of.pop(key))
-
-    def view(self, key: ExpertKey) -> memoryview:
-        """The writable, page-aligned bytes of ``key``'s slot."""
-        start = self._slot_of[key] * self.slot_nbytes
+    def view(self, slot: int) -> memoryview:
+        """The writable, page-aligned bytes of a slot."""
+        start = slot * self.slot_nbytes
         return self._view[start : start + self.slot_nbytes]

@@ -38,8 +38,8 @@ class MemoryUse:
 class SlotBudget:
     """How many experts are held at once, and why so many.
 
-    working: slots for misses in passing. resident: slots for experts that stay; with a slot for every expert
-    all of them stay, and none needs to pass.
+    working: slots for misses in passing. spare: slots that prefetches arrive in. resident: slots for experts
+    that stay; with a slot for every expert all of them stay, and none needs to pass.
     """
 
     slots: int
@@ -47,6 +47,7 @@ class SlotBudget:
     resident: int
     slot_nbytes: int
     reason: str
+    spare: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -60,8 +61,9 @@ def plan_slots(
     available: int,
     ram: int | None = None,
     experts: ExpertBudget | None = None,
+    spare: int = 0,
 ) -> SlotBudget:
-    """How many slots of ``slot_nbytes`` to have.
+    """How many slots of ``slot_nbytes`` to have, ``spare`` of them (if there are so many) for prefetching.
 
     ram: bound on the whole process. experts: bound on the slots alone. With both, the smaller counts; with
     neither, what ``available`` memory allows. Raises: DoesNotFitError, naming the smallest that works.
@@ -98,8 +100,9 @@ def plan_slots(
             )
         bounds.append((free // slot_nbytes, f"{_SAFETY:.0%} of {format_size(available)} free memory"))
     slots, reason = min(bounds, key=lambda bound: bound[0])
-    resident = total if slots == total else slots - working
-    return SlotBudget(int(slots), working, int(resident), slot_nbytes, reason)
+    spare = 0 if slots == total else min(spare, slots - working)
+    resident = total if slots == total else slots - working - spare
+    return SlotBudget(int(slots), working, int(resident), slot_nbytes, reason, int(spare))
 
 
 def too_small(ram: int, use: MemoryUse, working_nbytes: int) -> DoesNotFitError:

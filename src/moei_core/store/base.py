@@ -98,6 +98,20 @@ def lay_out(tensors: Iterable[StoredTensor]) -> ExpertLayout:
     return ExpertLayout(tuple(parts), tuple(extents), align_up(end))
 
 
+def chunks(layout: ExpertLayout, nbytes: int) -> tuple[Extent, ...]:
+    """The extents of an expert in pieces of about ``nbytes``, cut at pages so that each can be read directly."""
+    pieces: list[Extent] = []
+    for extent in layout.extents:
+        start, end = extent.offset, extent.offset + extent.nbytes
+        while start < end:
+            stop = min(end, align_down(start + max(nbytes, PAGE)))
+            pieces.append(
+                Extent(extent.file, start, stop - start, extent.slot_offset + start - extent.offset)
+            )
+            start = stop
+    return tuple(pieces)
+
+
 class ExpertStore(Protocol):
     """Read access to the experts of one model. Safe to call from several threads."""
 
@@ -107,11 +121,27 @@ class ExpertStore(Protocol):
     def layout(self, key: ExpertKey) -> ExpertLayout:
         """Where the parts of ``key`` lie in a slot."""
 
-    def read_into(self, key: ExpertKey, slot: memoryview) -> int:
-        """Fill ``slot`` (writable, page-aligned, at least ``layout(key).slot_nbytes``) with ``key``'s bytes.
+    def read_extent(self, key: ExpertKey, extent: Extent, slot: memoryview) -> None:
+        """Read one of ``chunks(layout(key), ...)`` to its place in ``slot``.
 
-        Returns: bytes read from the store. Raises: ExpertReadError, naming the expert and the file.
+        slot: writable, page-aligned, at least ``layout(key).slot_nbytes``. Raises: ExpertReadError, naming the
+        expert and the file.
+        """
+
+    def verify(self, key: ExpertKey, slot: memoryview) -> None:
+        """Compare what all extents brought into ``slot`` with what ``key`` should be.
+
+        Raises: ExpertReadError, naming the expert and the file.
         """
 
     def close(self) -> None:
         """Release files; nothing can be read afterwards."""
+
+
+def read_expert(store: ExpertStore, key: ExpertKey, slot: memoryview) -> int:
+    """Fill ``slot`` with the whole of ``key``, here and now. Returns the bytes read; raises as the store does."""
+    layout = store.layout(key)
+    for extent in layout.extents:
+        store.read_extent(key, extent, slot)
+    store.verify(key, slot)
+    return layout.nbytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from mmap import mmap
 
-from moei_core.store.base import ExpertLayout, ExpertStore
+from moei_core.store.base import ExpertLayout, ExpertStore, Extent, read_expert
 from moei_core.types import ExpertKey
 
 
@@ -24,7 +24,7 @@ class MemoryStore:
         contents = {}
         for key, layout in layouts.items():
             with mmap(-1, layout.slot_nbytes) as slot, memoryview(slot) as view:
-                store.read_into(key, view)
+                read_expert(store, key, view)
                 contents[key] = bytes(view)
         return cls(layouts, contents)
 
@@ -34,10 +34,12 @@ class MemoryStore:
     def layout(self, key: ExpertKey) -> ExpertLayout:
         return self._layouts[key]
 
-    def read_into(self, key: ExpertKey, slot: memoryview) -> int:
-        layout = self._layouts[key]
-        slot[: layout.slot_nbytes] = self._contents[key]
-        return layout.nbytes
+    def read_extent(self, key: ExpertKey, extent: Extent, slot: memoryview) -> None:
+        start, stop = extent.slot_offset, extent.slot_offset + extent.nbytes
+        slot[start:stop] = self._contents[key][start:stop]
+
+    def verify(self, key: ExpertKey, slot: memoryview) -> None:
+        """Memory does not rot."""
 
     def close(self) -> None:
         self._contents = {}

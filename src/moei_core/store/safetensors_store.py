@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from moei_core.errors import DamagedFileError, ExpertReadError
-from moei_core.store.base import ExpertLayout, StoredTensor, lay_out
+from moei_core.store.base import ExpertLayout, Extent, StoredTensor, lay_out
 from moei_core.store.checksums import ChecksumLedger
 from moei_core.store.file_reader import FileReader
 from moei_core.types import ExpertKey
@@ -51,28 +51,29 @@ class SafetensorsStore:
         """Whether reads go past the page cache."""
         return all(reader.direct for reader in self._readers.values())
 
-    def read_into(self, key: ExpertKey, slot: memoryview) -> int:
+    def read_extent(self, key: ExpertKey, extent: Extent, slot: memoryview) -> None:
+        try:
+            self._readers[extent.file].read_into(extent.offset, extent.nbytes, slot, extent.slot_offset)
+        except (OSError, EOFError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise ExpertReadError(
+                f"Reading {key} from {extent.file.name} failed.",
+                f"{extent.file}: {reason}.",
+                "The conversation is as it was before this turn. Check the disk, then ask again.",
+            ) from error
+
+    def verify(self, key: ExpertKey, slot: memoryview) -> None:
+        if self._ledger is None:
+            return
         layout = self._layouts[key]
-        for extent in layout.extents:
-            try:
-                self._readers[extent.file].read_into(extent.offset, extent.nbytes, slot, extent.slot_offset)
-            except (OSError, EOFError) as error:
-                reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                raise ExpertReadError(
-                    f"Reading {key} from {extent.file.name} failed.",
-                    f"{extent.file}: {reason}.",
-                    "The conversation is as it was before this turn. Check the disk, then ask again.",
-                ) from error
-        if self._ledger is not None:
-            pieces = (slot[p.slot_offset : p.slot_offset + p.tensor.nbytes] for p in layout.parts)
-            if not self._ledger.check(key, pieces):
-                names = ", ".join(sorted({extent.file.name for extent in layout.extents}))
-                raise ExpertReadError(
-                    f"The bytes of {key} are not those read before.",
-                    f"Its checksum differs though {names} seems unchanged: a failing disk or damaged file.",
-                    "Nothing was computed with them. Check the disk, then pull the model again.",
-                )
-        return layout.nbytes
+        pieces = (slot[p.slot_offset : p.slot_offset + p.tensor.nbytes] for p in layout.parts)
+        if not self._ledger.check(key, pieces):
+            names = ", ".join(sorted({extent.file.name for extent in layout.extents}))
+            raise ExpertReadError(
+                f"The bytes of {key} are not those read before.",
+                f"Its checksum differs though {names} seems unchanged: a failing disk or damaged file.",
+                "Nothing was computed with them. Check the disk, then pull the model again.",
+            )
 
     def save_checksums(self) -> None:
         """Keep what first reads have taught for the next run."""

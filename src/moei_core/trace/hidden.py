@@ -16,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 from moei_core.errors import DamagedFileError, ModelNotFoundError
 from moei_core.trace.format import Trace
 
-
 _LARGEST = np.float32(np.finfo(np.float16).max)
 
 
@@ -68,8 +67,7 @@ class HiddenSampler:
         return self._rows
 
     def record(self, layer: int, rows: NDArray[np.float32]) -> None:
-        """rows: [len(wants), hidden_size], what the experts of ``layer`` were given for these tokens; overwritten.
-        """
+        """rows: [len(wants), hidden_size], what the experts of ``layer`` were given for these tokens; overwritten."""
         np.clip(rows, -_LARGEST, _LARGEST, out=rows)
         self._states[self._places, self._position[layer]] = rows
 

@@ -1,0 +1,205 @@
+// The Python module moei_core.quant._native. Shapes are checked by moei_core/quant/native.py when a layout is made;
+// here is what can differ from call to call.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string_view.h>
+#include <unistd.h>
+
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <thread>
+
+#include "matmul.h"
+
+namespace nb = nanobind;
+
+namespace moei {
+namespace {
+
+template <typename T, size_t Dimensions>
+using Array = nb::ndarray<T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+using Bytes = Array<const uint8_t, 1>;
+using MutableBytes = Array<uint8_t, 1>;
+
+constexpr int kMostThreads = 1024;
+
+// One pool and one workspace for the process; calls from several Python threads take turns. Never destroyed: joining
+// threads while the process exits, or in the child of a fork, could wait for ever.
+struct Runtime {
+    std::mutex mutex;
+    std::unique_ptr<ThreadPool> pool;
+    Workspace workspace;
+    int threads = 0;
+    pid_t owner = 0;
+
+    ThreadPool& ready() {
+        if (owner != getpid()) {
+            (void)pool.release();  // its threads stayed in the parent
+            owner = getpid();
+        }
+        if (!pool) {
+            if (threads == 0) threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+            pool = std::make_unique<ThreadPool>(threads);
+        }
+        return *pool;
+    }
+};
+
+Runtime& runtime() {
+    static auto* const shared = new Runtime;
+    return *shared;
+}
+
+// Runs `body(pool, workspace)` without the interpreter's lock.
+template <typename Body>
+auto exclusively(const Body& body) {
+    const nb::gil_scoped_release release;
+    Runtime& shared = runtime();
+    const std::lock_guard lock(shared.mutex);
+    return body(shared.ready(), shared.workspace);
+}
+
+void require(bool holds, const char* message) {
+    if (!holds) throw std::invalid_argument(message);
+}
+
+void set_num_threads(int threads) {
+    require(threads >= 1 && threads <= kMostThreads, "threads must lie between 1 and 1024");
+    const nb::gil_scoped_release release;
+    Runtime& shared = runtime();
+    const std::lock_guard lock(shared.mutex);
+    shared.ready();
+    if (shared.threads == threads) return;
+    shared.pool.reset();
+    shared.threads = threads;
+}
+
+int num_threads() {
+    return exclusively([](ThreadPool& pool, Workspace&) { return pool.threads(); });
+}
+
+FfnLayout make_layout(int64_t hidden, int64_t intermediate, std::string_view gate_up_format, std::string_view gate_up_order,
+                      std::string_view gating, std::string_view down_format, std::string_view down_order,
+                      std::string_view activation, double alpha, double limit, std::string_view bias_format) {
+    FfnLayout layout{};
+    layout.hidden = hidden;
+    layout.intermediate = intermediate;
+    layout.gate_up_format = format_from_name(gate_up_format);
+    layout.gate_up_order = order_from_name(gate_up_order);
+    layout.gating = gating_from_name(gating);
+    layout.down_format = format_from_name(down_format);
+    layout.down_order = order_from_name(down_order);
+    layout.bias_format = format_from_name(bias_format);
+    layout.activation = {activation_from_name(activation), static_cast<float>(alpha), static_cast<float>(limit)};
+    return layout;
+}
+
+void call_ffn(const FfnLayout& layout, Array<const int64_t, 2> parts, Array<const int64_t, 1> offsets,
+              Array<const int64_t, 1> rows, Array<const float, 2> x, Array<float, 2> out) {
+    static_assert(sizeof(ExpertParts) == 6 * sizeof(int64_t));
+    const auto experts = static_cast<int64_t>(parts.shape(0)), pairs = static_cast<int64_t>(rows.shape(0));
+    const auto tokens = static_cast<int64_t>(x.shape(0)), hidden = static_cast<int64_t>(x.shape(1));
+    require(parts.shape(1) == 6, "parts must be [experts, 6]");
+    require(hidden == layout.hidden, "x must be [tokens, hidden]");
+    require(static_cast<int64_t>(out.shape(0)) == pairs && static_cast<int64_t>(out.shape(1)) == hidden, "out must be [pairs, hidden]");
+    require(static_cast<int64_t>(offsets.shape(0)) == experts + 1 && offsets.data()[0] == 0 && offsets.data()[experts] == pairs,
+            "offsets must be [experts + 1], from 0 to the number of pairs");
+    for (int64_t e = 0; e < experts; ++e) {
+        require(offsets.data()[e] <= offsets.data()[e + 1], "offsets must not decrease");
+        const ExpertParts& part = reinterpret_cast<const ExpertParts*>(parts.data())[e];
+        require(part.gate && part.down && (layout.gating != Gating::Separate || part.up), "an expert's address is missing");
+    }
+    for (int64_t p = 0; p < pairs; ++p) {
+        require(rows.data()[p] >= 0 && rows.data()[p] < tokens, "rows must be rows of x");
+    }
+    const FfnCall call{experts, tokens, reinterpret_cast<const ExpertParts*>(parts.data()), offsets.data(), rows.data(), x.data(), out.data()};
+    exclusively([&](ThreadPool& pool, Workspace& workspace) { moe_ffn(layout, call, pool, workspace); });
+}
+
+Matrix make_matrix(std::string_view format, std::string_view order, int64_t address, int64_t rows, int64_t cols) {
+    const Order stored = order_from_name(order);
+    return {reinterpret_cast<const uint8_t*>(address), format_from_name(format), stored, rows, cols,
+            stored == Order::Transposed ? rows : cols};
+}
+
+void call_linear(std::string_view format, std::string_view order, int64_t address, Array<const float, 2> x, Array<float, 2> out) {
+    require(x.shape(0) == out.shape(0), "x and out must have one row per token");
+    require(address != 0, "the weight's address is missing");
+    const Matrix w = make_matrix(format, order, address, static_cast<int64_t>(out.shape(1)), static_cast<int64_t>(x.shape(1)));
+    exclusively([&](ThreadPool& pool, Workspace& workspace) {
+        linear(w, x.data(), static_cast<int64_t>(x.shape(0)), out.data(), pool, workspace);
+    });
+}
+
+using Convert = void (*)(Format, int64_t, int64_t, const uint8_t*, uint8_t*);
+
+template <Convert convert>
+void call_convert(std::string_view format, int64_t rows, int64_t cols, Bytes source, MutableBytes destination) {
+    const Format stored = format_from_name(format);
+    const bool packing = convert == to_rows16;
+    const auto row_order = static_cast<size_t>(matrix_nbytes(stored, Order::Plain, rows, cols));
+    const auto interleaved = static_cast<size_t>(matrix_nbytes(stored, Order::Rows16, rows, cols));
+    require(source.size() == (packing ? row_order : interleaved) && destination.size() == (packing ? interleaved : row_order),
+            "source or destination has the wrong number of bytes");
+    const nb::gil_scoped_release release;
+    convert(stored, rows, cols, source.data(), destination.data());
+}
+
+void call_decode(std::string_view format, Bytes source, Array<float, 1> out) {
+    const Format stored = format_from_name(format);
+    const auto count = static_cast<int64_t>(out.size());
+    require(count % format_info(stored).block_weights == 0 && static_cast<int64_t>(source.size()) == row_nbytes(stored, count),
+            "source has the wrong number of bytes");
+    const nb::gil_scoped_release release;
+    decode(stored, source.data(), count, out.data());
+}
+
+bool call_all_finite(std::string_view format, std::string_view order, int64_t rows, int64_t cols, Bytes source) {
+    const Format stored = format_from_name(format);
+    require(static_cast<int64_t>(source.size()) == matrix_nbytes(stored, order_from_name(order), rows, cols), "source has the wrong number of bytes");
+    const nb::gil_scoped_release release;
+    return all_finite(stored, order_from_name(order), rows, cols, source.data());
+}
+
+}  // namespace
+}  // namespace moei
+
+NB_MODULE(_native, m) {
+    using namespace moei;
+    using namespace nb::literals;
+    nb::class_<FfnLayout>(m, "FfnLayout").def("__init__", [](FfnLayout* self, int64_t hidden, int64_t intermediate, std::string_view gate_up_format, std::string_view gate_up_order, std::string_view gating, std::string_view down_format, std::string_view down_order, std::string_view activation, double alpha, double limit, std::string_view bias_format) {
+        new (self) FfnLayout(make_layout(hidden, intermediate, gate_up_format, gate_up_order, gating, down_format, down_order, activation, alpha, limit, bias_format));
+    });
+    nb::dict formats;
+    for (int i = 0; i <= static_cast<int>(Format::MXFP4); ++i) {
+        const FormatInfo& info = format_info(static_cast<Format>(i));
+        formats[info.name] = nb::make_tuple(info.block_weights, info.block_nbytes);
+    }
+    m.attr("FORMATS") = formats;
+    m.def("isa", [] { return kernels().isa; });
+    m.def("set_num_threads", &set_num_threads);
+    m.def("num_threads", &num_threads);
+    // An array of another type or order must be refused: a converted copy of `out` would swallow the result.
+    const auto exact = [](const char* name) { return nb::arg(name).noconvert(); };
+    m.def("moe_ffn", &call_ffn, "layout"_a, exact("parts"), exact("offsets"), exact("rows"), exact("x"), exact("out"));
+    m.def("linear", &call_linear, "format"_a, "order"_a, "address"_a, exact("x"), exact("out"));
+    m.def("to_rows16", &call_convert<to_rows16>, "format"_a, "rows"_a, "cols"_a, exact("source"), exact("destination"));
+    m.def("from_rows16", &call_convert<from_rows16>, "format"_a, "rows"_a, "cols"_a, exact("source"), exact("destination"));
+    m.def("decode", &call_decode, "format"_a, exact("source"), exact("out"));
+    m.def("all_finite", &call_all_finite, "format"_a, "order"_a, "rows"_a, "cols"_a, exact("source"));
+    m.def("workspace_nbytes", [](const FfnLayout& layout, int64_t tokens, int64_t pairs, int threads) {
+        return ffn_workspace_nbytes(layout, tokens, pairs, threads);
+    });
+    m.def("release_workspace", [] {
+        exclusively([](ThreadPool&, Workspace& workspace) { workspace.release(); });
+    });
+    m.def("read_bandwidth", [](Bytes buffer, int repeats) {
+        require(buffer.size() >= 1 << 20, "the buffer must hold at least a mebibyte");
+        return exclusively([&](ThreadPool& pool, Workspace&) {
+            return read_bandwidth(buffer.data(), static_cast<int64_t>(buffer.size()), repeats, pool);
+        });
+    });
+}

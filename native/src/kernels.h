@@ -1,0 +1,81 @@
+// One table of inner kernels per instruction set, chosen at run time.
+//
+// Only this header and <cstdint>, <cstring> may be included by the files that are compiled with special flags: an
+// inline function of the standard library, compiled there and kept by the linker, would crash older processors.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace moei {
+
+// A row of activations as int8 blocks of 32: cols int8 values, then a float scale for each block, then for each block
+// an int32 correction (minus the sum of its values times the offset of the weight format).
+static inline int64_t quantized_row_nbytes(int64_t cols) { return (cols + cols / 32 * 8 + 63) / 64 * 64; }
+constexpr int kQ8Offset = 128;  // what turns Q8_0's signed weights into the unsigned ones that integer dots want
+constexpr int kQ4Offset = 8;    // Q4_0's own zero point
+
+// Adds the products of one row of tiles, block columns [first, first + count), with n quantised activation rows of `cols`
+// values to sums[n][16]. `tiles` points at column `first`. In every kernel each sum is
+//     sum += float(integer dot of the block) * (weight scale * activation scale)
+// block after block, each operation rounded, so all instruction sets and all n give the same bits.
+using TileKernel = void (*)(const uint8_t* tiles, int64_t first, int64_t count, int64_t cols,
+                            const void* const* activations, int64_t n, float* sums);
+
+// out[t * ld + r] = sum over c of w[r * stride + c] * x[t][c] (rows), or w[c * stride + r] * x[t][c] (columns).
+// rows: sixteen partial sums, c modulo 16, each in ascending c with fused multiply-adds (the portable path rounds
+// the product), then added in halves: 8, 4, 2, 1. columns: one sum in ascending c.
+using FloatKernel = void (*)(const uint8_t* w, int64_t stride, int64_t rows, int64_t cols, const void* const* x,
+                             int64_t n, float* out, int64_t ld);
+
+// Reads every byte once and returns something that depends on all of them.
+using ReadKernel = uint64_t (*)(const uint8_t* data, int64_t nbytes);
+
+struct FloatKernels {
+    FloatKernel f32, f16, bf16;
+};
+
+struct Kernels {
+    const char* isa;
+    TileKernel q8_0, q4_0;
+    FloatKernels rows, columns;
+    ReadKernel read[3];  // one, two and four streams
+};
+
+extern const Kernels kPortable;
+#if defined(__x86_64__) || defined(_M_X64)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#elif defined(__aarch64__)
+extern const Kernels kNeon;
+extern const Kernels kNeonDotprod;
+#endif
+
+// The best table that this processor runs, or the one that MOEI_NATIVE_ISA names (portable, avx2, avx512, neon, neon-dotprod).
+// Throws std::runtime_error if that name is unknown or cannot run here.
+const Kernels& kernels();
+
+// Element types, as tags that choose a load.
+struct F32 {
+    static constexpr int nbytes = 4;
+};
+struct F16 {
+    static constexpr int nbytes = 2;
+};
+struct BF16 {
+    static constexpr int nbytes = 2;
+};
+
+// Helpers of the per-instruction-set files; `static` keeps every copy in its own file.
+static inline uint32_t load_u32(const void* address) {
+    uint32_t value;
+    memcpy(&value, address, sizeof value);
+    return value;
+}
+static inline float load_f32(const void* address) {
+    float value;
+    memcpy(&value, address, sizeof value);
+    return value;
+}
+
+}  // namespace moei

@@ -1,0 +1,107 @@
+// AVX-512 with VNNI (Ice Lake, Zen 4 and later).
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace moei {
+namespace {
+
+using Lanes = __m512;
+constexpr int kRows = 4, kTokens = 4;
+
+inline Lanes zero() { return _mm512_setzero_ps(); }
+inline Lanes broadcast(float value) { return _mm512_set1_ps(value); }
+inline Lanes fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+inline float sum(Lanes lanes) {
+    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+inline void store(float* out, Lanes lanes) { _mm512_storeu_ps(out, lanes); }
+inline Lanes load(F32, const uint8_t* from) { return _mm512_loadu_ps(from); }
+inline Lanes load(F16, const uint8_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline Lanes load(BF16, const uint8_t* from) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+using Bits = __m512i;
+inline Bits no_bits() { return _mm512_setzero_si512(); }
+inline Bits flip_bits(Bits bits, const uint8_t* data) { return _mm512_xor_si512(bits, _mm512_loadu_si512(data)); }
+
+// Four activations to every lane: each lane holds four weights of its row.
+inline __m512i four(const int8_t* x) { return _mm512_set1_epi32(static_cast<int>(load_u32(x))); }
+
+struct Q8 {
+    static constexpr int tile_nbytes = 16 * 34;
+    template <int N>
+    static void dots(const uint8_t* quants, const int8_t* const* x, int64_t at, __m512i* dot) {
+        // Weights become unsigned by flipping the sign bit (adding 128); the correction is in `dot` already.
+        const __m512i sign = _mm512_set1_epi8(-128);
+        for (int k = 0; k < 8; ++k) {
+            const __m512i w = _mm512_xor_si512(_mm512_loadu_si512(quants + 64 * k), sign);
+            for (int t = 0; t < N; ++t) dot[t] = _mm512_dpbusd_epi32(dot[t], w, four(x[t] + at + 4 * k));
+        }
+    }
+};
+struct Q4 {
+    static constexpr int tile_nbytes = 16 * 18;
+    template <int N>
+    static void dots(const uint8_t* quants, const int8_t* const* x, int64_t at, __m512i* dot) {
+        const __m512i nibble = _mm512_set1_epi8(15);
+        for (int k = 0; k < 4; ++k) {
+            const __m512i pairs = _mm512_loadu_si512(quants + 64 * k);
+            const __m512i low = _mm512_and_si512(pairs, nibble);
+            const __m512i high = _mm512_and_si512(_mm512_srli_epi16(pairs, 4), nibble);
+            for (int t = 0; t < N; ++t) {
+                dot[t] = _mm512_dpbusd_epi32(dot[t], low, four(x[t] + at + 4 * k));
+                dot[t] = _mm512_dpbusd_epi32(dot[t], high, four(x[t] + at + 16 + 4 * k));
+            }
+        }
+    }
+};
+
+template <typename Q, int N>
+void tile_tokens(const uint8_t* tiles, int64_t first, int64_t count, int64_t cols, const void* const* rows, float* out) {
+    const int8_t* x[N];
+    for (int t = 0; t < N; ++t) x[t] = static_cast<const int8_t*>(rows[t]);
+    __m512 sums[N];
+    for (int t = 0; t < N; ++t) sums[t] = _mm512_loadu_ps(out + 16 * t);
+    for (int64_t b = first; b < first + count; ++b, tiles += Q::tile_nbytes) {
+        const __m512 scales = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tiles)));
+        const int64_t at_scale = cols + 4 * b, at_correction = cols + cols / 8 + 4 * b;
+        __m512i dot[N];
+        for (int t = 0; t < N; ++t) dot[t] = four(x[t] + at_correction);
+        Q::template dots<N>(tiles + 32, x, 32 * b, dot);
+        for (int t = 0; t < N; ++t) {
+            const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(load_f32(x[t] + at_scale)));
+            sums[t] = _mm512_add_ps(sums[t], _mm512_mul_ps(_mm512_cvtepi32_ps(dot[t]), scale));
+        }
+    }
+    for (int t = 0; t < N; ++t) _mm512_storeu_ps(out + 16 * t, sums[t]);
+}
+
+template <typename Q>
+void tile_kernel(const uint8_t* tiles, int64_t first, int64_t count, int64_t cols, const void* const* x, int64_t n,
+                 float* sums) {
+    int64_t t = 0;
+    for (; t + 8 <= n; t += 8) tile_tokens<Q, 8>(tiles, first, count, cols, x + t, sums + 16 * t);
+    if (n - t >= 4) tile_tokens<Q, 4>(tiles, first, count, cols, x + t, sums + 16 * t), t += 4;
+    if (n - t >= 2) tile_tokens<Q, 2>(tiles, first, count, cols, x + t, sums + 16 * t), t += 2;
+    if (n - t >= 1) tile_tokens<Q, 1>(tiles, first, count, cols, x + t, sums + 16 * t);
+}
+
+}  // namespace
+}  // namespace moei
+
+#include "float_kernels.h"
+
+namespace moei {
+
+const Kernels kAvx512{"avx512",     tile_kernel<Q8>, tile_kernel<Q4>, kRowsKernels, kColumnsKernels,
+                      {read_streams<1>, read_streams<2>, read_streams<4>}};
+
+}  // namespace moei

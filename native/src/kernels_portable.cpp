@@ -1,0 +1,120 @@
+// Plain C++ for every processor. Products of the floating-point kernels are rounded before they are added: fused
+// multiply-add is a slow library call where the hardware lacks it.
+#include "formats.h"
+#include "kernels.h"
+
+namespace moei {
+namespace {
+
+struct Lanes {
+    float v[16];
+};
+constexpr int kRows = 1, kTokens = 4;
+
+inline Lanes zero() { return {}; }
+inline Lanes broadcast(float value) {
+    Lanes lanes;
+    for (float& lane : lanes.v) lane = value;
+    return lanes;
+}
+inline Lanes fma(const Lanes& a, const Lanes& b, Lanes c) {
+    for (int i = 0; i < 16; ++i) c.v[i] += a.v[i] * b.v[i];
+    return c;
+}
+inline float sum(Lanes lanes) {
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes.v[i] += lanes.v[i + half];
+    return lanes.v[0];
+}
+inline void store(float* out, const Lanes& lanes) { memcpy(out, lanes.v, sizeof lanes.v); }
+
+struct Bits {
+    uint64_t v[2];
+};
+inline Bits no_bits() { return {}; }
+inline Bits flip_bits(Bits bits, const uint8_t* data) {
+    Bits other;
+    memcpy(&other, data, sizeof other);
+    return {{bits.v[0] ^ other.v[0], bits.v[1] ^ other.v[1]}};
+}
+
+Lanes load(F32, const uint8_t* from) {
+    Lanes lanes;
+    memcpy(lanes.v, from, sizeof lanes.v);
+    return lanes;
+}
+Lanes load(F16, const uint8_t* from) {
+    Lanes lanes;
+    for (int i = 0; i < 16; ++i) {
+        uint16_t half;
+        memcpy(&half, from + 2 * i, sizeof half);
+        lanes.v[i] = half_to_float(half);
+    }
+    return lanes;
+}
+Lanes load(BF16, const uint8_t* from) {
+    Lanes lanes;
+    for (int i = 0; i < 16; ++i) {
+        uint16_t bits;
+        memcpy(&bits, from + 2 * i, sizeof bits);
+        lanes.v[i] = bfloat_to_float(bits);
+    }
+    return lanes;
+}
+
+}  // namespace
+}  // namespace moei
+
+#include "float_kernels.h"
+
+namespace moei {
+namespace {
+
+// Four weights of one row, the unit that tiles are interleaved by, as signed values.
+struct Q8 {
+    static constexpr int tile_nbytes = 16 * 34, offset = 0;
+    static void dots(const uint8_t* quants, const int8_t* x, int32_t* dot) {
+        for (int k = 0; k < 8; ++k)
+            for (int r = 0; r < 16; ++r)
+                for (int i = 0; i < 4; ++i)
+                    dot[r] += static_cast<int8_t>(quants[64 * k + 4 * r + i]) * x[4 * k + i];
+    }
+};
+struct Q4 {
+    static constexpr int tile_nbytes = 16 * 18;
+    static void dots(const uint8_t* quants, const int8_t* x, int32_t* dot) {
+        for (int k = 0; k < 4; ++k)
+            for (int r = 0; r < 16; ++r)
+                for (int i = 0; i < 4; ++i) {
+                    const int pair = quants[64 * k + 4 * r + i];
+                    dot[r] += ((pair & 15) - kQ4Offset) * x[4 * k + i] + ((pair >> 4) - kQ4Offset) * x[16 + 4 * k + i];
+                }
+    }
+};
+
+template <typename Q>
+void tile_kernel(const uint8_t* tiles, int64_t first, int64_t count, int64_t cols, const void* const* activations,
+                 int64_t n, float* sums) {
+    for (int64_t b = 0; b < count; ++b, tiles += Q::tile_nbytes) {
+        float scales[16];
+        for (int r = 0; r < 16; ++r) {
+            uint16_t half;
+            memcpy(&half, tiles + 2 * r, sizeof half);
+            scales[r] = half_to_float(half);
+        }
+        for (int64_t t = 0; t < n; ++t) {
+            const auto* x = static_cast<const int8_t*>(activations[t]);
+            int32_t dot[16] = {};
+            Q::dots(tiles + 32, x + 32 * (first + b), dot);
+            const float scale = load_f32(x + cols + 4 * (first + b));
+            for (int r = 0; r < 16; ++r) sums[16 * t + r] += static_cast<float>(dot[r]) * (scales[r] * scale);
+        }
+    }
+}
+
+}  // namespace
+
+const Kernels kPortable{"portable",   tile_kernel<Q8>, tile_kernel<Q4>, kRowsKernels, kColumnsKernels,
+                        {read_streams<1>, read_streams<2>, read_streams<4>}};
+
+}  // namespace moei

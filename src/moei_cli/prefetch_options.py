@@ -1,0 +1,43 @@
+"""``--predictor`` and ``--prefetch``, which mean the same wherever they are given."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from moei_core.errors import UsageError
+from moei_core.predict import DEFAULT_PREDICTOR, PREDICTORS
+from moei_core.prefetch import PrefetchMode
+
+T = TypeVar("T")
+
+
+def parse_predictor(text: str | None, *, live: bool = False) -> str | None:
+    """``none`` (or nothing), ``default`` or a predictor's name. Raises: UsageError.
+
+    live: for a model, where a file of ``moei trace train`` stands for its stride predictor. In a replay its
+    hints are those that the trace has recorded.
+    """
+    if text is None or text == "none":
+        return None
+    if live and (text.endswith(".safetensors") or text == "stride"):
+        if text == "stride":
+            raise UsageError(
+                "--predictor stride must be trained for the model first.",
+                hint="See moei trace train --help, then give its file: --predictor FILE.safetensors",
+            )
+        return text
+    if text == "default":
+        return DEFAULT_PREDICTOR
+    return one_of(text, {name: name for name in PREDICTORS}, "--predictor")
+
+
+def parse_prefetch(text: str) -> PrefetchMode:
+    """``off``, ``on`` or ``auto``. Raises: UsageError."""
+    return one_of(text, {mode.name.lower(): mode for mode in PrefetchMode}, "--prefetch")
+
+
+def one_of(text: str, known: dict[str, T], option: str) -> T:
+    """What ``text`` stands for. Raises: UsageError that names the choices."""
+    if text not in known:
+        raise UsageError(f"{option}: there is no '{text}'.", hint=f"Choose from: {', '.join(known)}.")
+    return known[text]

@@ -1,0 +1,310 @@
+"""``TransferQueue``: experts on their way from the store to slots, while the model computes.
+
+Demand loads come first, in the order they were asked for. Prefetches use the link only while nothing else is
+read, and have one chunk in flight at most, so a demand load never waits for more than that chunk (early
+preemption: ProMoE, arXiv 2410.22134, section 4). Reader threads do the work; what the brain must know is
+handed over as events, in order, when the engine asks for them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from moei_core.errors import ExpertReadError
+from moei_core.store.base import ExpertStore, Extent, chunks, read_expert
+from moei_core.types import ExpertKey
+
+READERS = 4
+"""Chunks read at the same time; a disk reaches its bandwidth at a few megabytes in flight."""
+
+CHUNK_NBYTES = 2 << 20
+"""What is read at a time. Larger chunks make a demand load wait longer for a prefetch that has begun."""
+
+PATIENCE_S = 60.0
+"""Seconds without any progress after which a read counts as hanging."""
+
+_CLOSING_S = 5.0
+
+
+class Step(Enum):
+    """What can happen to a prefetch."""
+
+    STARTED = 0
+    FINISHED = 1
+    FAILED = 2
+
+
+@dataclass(eq=False, slots=True)
+class Load:
+    """One expert on its way to ``slot``. waiting: chunks that no thread has begun. missing: not read yet."""
+
+    key: ExpertKey
+    slot: int
+    view: memoryview
+    nbytes: int
+    demand: bool
+    waiting: deque[Extent]
+    missing: int
+    readers: int = 0
+    abandoned: bool = False
+    settled: bool = False
+    failure: Exception | None = None
+
+
+class TransferQueue:
+    """Two priorities over one store. For the engine's thread; only ``next_ready`` waits for the disk."""
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        view: Callable[[int], memoryview],
+        *,
+        readers: int = READERS,
+        chunk_nbytes: int = CHUNK_NBYTES,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        """view: gives the bytes of a slot."""
+        self._store, self._view = store, view
+        self._chunk_nbytes, self._patience_s = chunk_nbytes, patience_s
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._news = threading.Condition(self._lock)
+        self._active: set[Load] = set()
+        self._demand: deque[Load] = deque()
+        self._ready: deque[Load] = deque()
+        self._wishes: deque[ExpertKey] = deque()
+        self._spares: list[int] = []
+        self._prefetches: dict[ExpertKey, Load] = {}
+        self._current: Load | None = None
+        self._events: deque[tuple[Step, Load]] = deque()
+        self._returned: list[int] = []
+        self._progress = 0.0
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"moei-reader-{i}", daemon=True) for i in range(readers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def demand(self, key: ExpertKey, slot: int) -> None:
+        """Bring ``key`` into ``slot``; ``next_ready`` hands it out."""
+        with self._lock:
+            load = self._new(key, slot, demand=True)
+            self._demand.append(load)
+            self._progress = time.monotonic()
+            self._work.notify(load.missing)
+
+    def next_ready(self) -> Load:
+        """The demand load that is complete (or has failed) first; waits for it.
+
+        Raises: ExpertReadError when no read has made progress for a long time.
+        """
+        with self._lock:
+            while not self._ready:
+                left = self._progress + self._patience_s - time.monotonic()
+                if left <= 0:
+                    raise self._hanging()
+                self._news.wait(left)
+            return self._ready.popleft()
+
+    def prefetch(self, keys: Iterable[ExpertKey]) -> None:
+        """Replace what is wished for: taken in this order while the link is idle and there is a spare slot."""
+        with self._lock:
+            self._wishes = deque(keys)
+            self._work.notify()
+
+    def add_spare(self, slot: int) -> None:
+        """Give the queue a slot to prefetch into."""
+        with self._lock:
+            self._spares.append(slot)
+            self._work.notify()
+
+    def take_events(self) -> list[tuple[Step, Load]]:
+        """What became of prefetches since the last call. A finished load's slot is the caller's now.
+
+        Also ends the wishes: the caller is about to decide anew, and nothing may begin behind its back.
+        """
+        with self._lock:
+            self._wishes.clear()
+            events = list(self._events)
+            self._events.clear()
+            for step, load in events:
+                if step is not Step.STARTED:
+                    del self._prefetches[load.key]
+                if step is Step.FAILED:
+                    self._spares.append(load.slot)
+            return events
+
+    def promote(self, key: ExpertKey) -> int | None:
+        """Make the prefetch of ``key``, if there is one, a demand load; its slot is then the caller's."""
+        with self._lock:
+            load = self._withdraw(key)
+            if load is None:
+                return None
+            load.demand = True
+            self._progress = time.monotonic()
+            if load.settled:
+                self._ready.append(load)
+            elif load.waiting:
+                self._demand.appendleft(load)
+                self._work.notify(len(load.waiting))
+            return load.slot
+
+    def cancel(self, key: ExpertKey) -> None:
+        """Forget the prefetch of ``key``; its slot is a spare again once no thread writes to it."""
+        with self._lock:
+            load = self._withdraw(key)
+            if load is not None:
+                self._abandon(load)
+
+    def abandon_demand(self) -> None:
+        """Forget all demand loads and wait, but not for a read that hangs, until no thread writes to their slots.
+
+        ``take_returned`` gives the slots, also those that come back later.
+        """
+        with self._lock:
+            self._demand.clear()
+            self._returned += [load.slot for load in self._ready]
+            self._ready.clear()
+            for load in [load for load in self._active if load.demand]:
+                self._abandon(load)
+            until = time.monotonic() + _CLOSING_S
+            while any(load.demand for load in self._active) and time.monotonic() < until:
+                self._news.wait(until - time.monotonic())
+
+    def take_returned(self) -> list[int]:
+        """The slots of abandoned demand loads that are free by now."""
+        with self._lock:
+            slots, self._returned = self._returned, []
+            return slots
+
+    def close(self) -> None:
+        """End the threads and the store. A read that hangs is left behind with its file, and ends with it."""
+        with self._lock:
+            self._closing = True
+            self._work.notify_all()
+        until = time.monotonic() + _CLOSING_S
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        if not any(thread.is_alive() for thread in self._threads):
+            self._store.close()
+
+    def _new(self, key: ExpertKey, slot: int, demand: bool) -> Load:
+        layout = self._store.layout(key)
+        pieces = deque(chunks(layout, self._chunk_nbytes))
+        load = Load(key, slot, self._view(slot), layout.nbytes, demand, pieces, len(pieces))
+        self._active.add(load)
+        return load
+
+    def _withdraw(self, key: ExpertKey) -> Load | None:
+        """Take a prefetch out of the events and the link's reach."""
+        load = self._prefetches.pop(key, None)
+        if load is not None and load.settled:
+            self._events = deque(event for event in self._events if event[1] is not load)
+        if load is self._current:
+            self._current = None
+        return load
+
+    def _abandon(self, load: Load) -> None:
+        load.abandoned = True
+        load.waiting.clear()
+        if load.readers == 0:
+            self._settle(load)
+
+    def _settle(self, load: Load) -> None:
+        """No thread writes to the slot any more, and none will."""
+        load.settled = True
+        self._active.discard(load)
+        if load is self._current:
+            self._current = None
+        if load.abandoned and load.demand:
+            self._returned.append(load.slot)
+        elif load.abandoned:
+            self._spares.append(load.slot)
+        elif load.demand:
+            self._ready.append(load)
+        else:
+            self._events.append((Step.FINISHED if load.failure is None else Step.FAILED, load))
+        self._work.notify()
+        self._news.notify_all()
+
+    def _hanging(self) -> ExpertReadError:
+        names = sorted(str(load.key) for load in self._active if load.demand)
+        files = sorted({str(e.file) for load in self._active for e in self._store.layout(load.key).extents})
+        return ExpertReadError(
+            f"Reading {', '.join(names[:3])} hangs.",
+            f"{', '.join(files[:2])}: no answer for {self._patience_s:.0f} seconds.",
+            "The conversation is as it was before this turn. Check the disk or the network it is on.",
+        )
+
+    def _serve(self) -> None:
+        """The life of a reader thread."""
+        while (task := self._next_task()) is not None:
+            load, chunk = task
+            failure = self._attempt(load, chunk)
+            with self._lock:
+                load.missing -= 1
+                whole = failure is None and load.missing == 0 and not load.abandoned and load.failure is None
+            if whole:
+                failure = self._check(load)
+            with self._lock:
+                load.readers -= 1
+                self._progress = time.monotonic()
+                if failure is not None and load.failure is None:
+                    load.failure = failure
+                    load.waiting.clear()
+                    if load in self._demand:
+                        self._demand.remove(load)
+                if load.readers == 0 and not load.waiting:
+                    self._settle(load)
+
+    def _next_task(self) -> tuple[Load, Extent] | None:
+        """Waits for something to read. None: the queue is closing."""
+        with self._lock:
+            while not self._closing:
+                load = self._demand[0] if self._demand else self._idle_link_task()
+                if load is not None:
+                    chunk = load.waiting.popleft()
+                    if load.demand and not load.waiting:
+                        self._demand.popleft()
+                    load.readers += 1
+                    return load, chunk
+                self._work.wait()
+            return None
+
+    def _idle_link_task(self) -> Load | None:
+        """A prefetch that may use the link now: only while nothing at all is being read."""
+        if any(load.readers for load in self._active):
+            return None
+        if self._current is None and self._wishes and self._spares:
+            load = self._new(self._wishes.popleft(), self._spares.pop(), demand=False)
+            self._current = self._prefetches[load.key] = load
+            self._events.append((Step.STARTED, load))
+        return self._current
+
+    def _attempt(self, load: Load, chunk: Extent) -> Exception | None:
+        """Read, with one retry: a disk may fail once and answer the second time."""
+        for last in (False, True):
+            try:
+                self._store.read_extent(load.key, chunk, load.view)
+                break
+            except Exception as failure:
+                if last:
+                    return failure
+        return None
+
+    def _check(self, load: Load) -> Exception | None:
+        """Compare with the checksum; a second reading may heal what the first one spoilt on the way."""
+        try:
+            self._store.verify(load.key, load.view)
+        except ExpertReadError:
+            try:
+                read_expert(self._store, load.key, load.view)
+            except Exception as failure:
+                return failure
+        return None

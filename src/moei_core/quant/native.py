@@ -1,0 +1,303 @@
+"""The native CPU kernels: products of weights as they are stored, without decoding them to memory first.
+
+Everything here works on raw addresses and numpy arrays, releases the interpreter's lock and uses one thread pool
+of the process. The result for an expert and a token depends only on the expert's bytes and the token's row: not
+on the other tokens and experts of the call, their order, or the number of threads. ``docs/kernels.md`` has the
+layouts, the accumulation order and the error bounds.
+
+Where the extension was not built (no compiler) or cannot be loaded, importing this module still works,
+``available()`` is false, and the caller computes with torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moei_core.errors import MoeiError, UsageError
+
+try:
+    from moei_core.quant import _native
+except ImportError as error:
+    _reason = f"The native kernels cannot be loaded: {error}."
+else:
+    _reason = ""
+
+FLOAT_FORMATS = ("F32", "F16", "BF16")
+ROWS16_FORMATS = ("Q8_0", "Q4_0")
+ORDERS = ("plain", "transposed", "rows16")
+GATINGS = ("none", "separate", "concatenated", "interleaved")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu")
+PARTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+"""The columns of an expert's addresses (``ExpertFfn``)."""
+
+
+_TILE_ROWS = 16
+
+
+class NativeUnavailableError(MoeiError):
+    """The native kernels were asked for and are not there."""
+
+
+def available() -> bool:
+    """Whether the kernels are built and loaded."""
+    return not _reason
+
+
+def unavailable_reason() -> str:
+    """Why ``available()`` is false, in one sentence; empty when it is true."""
+    return _reason
+
+
+def isa() -> str:
+    """The instruction set in use: ``avx512``, ``avx2``, ``neon-dotprod``, ``neon`` or ``portable``.
+
+    The environment variable MOEI_NATIVE_ISA chooses one; it is read once. UsageError if it cannot run here.
+    """
+    _require_native()
+    try:
+        return _native.isa()
+    except RuntimeError as error:
+        raise UsageError(
+            "The native kernels cannot start.", f"{error}.", "Unset MOEI_NATIVE_ISA to choose automatically."
+        ) from error
+
+
+def set_num_threads(threads: int) -> None:
+    """Threads of all further calls, the calling one counted. Results do not depend on it."""
+    isa()
+    try:
+        _native.set_num_threads(threads)
+    except ValueError as error:
+        raise UsageError(f"The native kernels cannot use {threads} threads.", f"{error}.") from error
+
+
+def num_threads() -> int:
+    """Threads that a call uses, the calling one counted; all allowed processors unless set."""
+    isa()
+    return _native.num_threads()
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """How a weight matrix of ``rows`` outputs and ``cols`` inputs is stored.
+
+    format: as in safetensors (F32, F16, BF16) or GGUF (Q8_0, Q4_0, Q4_K, Q5_K, Q6_K, MXFP4).
+    order: ``plain`` ([rows, cols] as in safetensors and GGUF), ``transposed`` (floats only) or ``rows16`` (tiles of 16
+    interleaved rows, Q8_0 and Q4_0 only). UsageError for what no kernel computes.
+    """
+
+    format: str
+    rows: int
+    cols: int
+    order: str = "plain"
+
+    def __post_init__(self) -> None:
+        _require_native()
+        what = f"No native kernel for a {self.rows}x{self.cols} matrix of {self.format}, {self.order}."
+        if self.format not in _native.FORMATS:
+            raise UsageError(what, hint=f"The formats are {', '.join(_native.FORMATS)}.")
+        if self.order not in ORDERS:
+            raise UsageError(what, hint=f"The orders are {', '.join(ORDERS)}.")
+        if self.rows < 1 or self.cols < 1:
+            raise UsageError(what, "Both sizes must be positive.")
+        if self.order == "transposed" and self.format not in FLOAT_FORMATS:
+            raise UsageError(what, f"Only {', '.join(FLOAT_FORMATS)} may be transposed.")
+        if self.order == "rows16" and self.format not in ROWS16_FORMATS:
+            raise UsageError(what, f"Only {', '.join(ROWS16_FORMATS)} are interleaved.")
+        if self.cols % self._block[0]:
+            raise UsageError(
+                what, f"{self.format} needs a multiple of {self._block[0]} inputs, not {self.cols}."
+            )
+
+    @property
+    def _block(self) -> tuple[int, int]:
+        return _native.FORMATS[self.format]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole matrix; ``rows16`` is padded with zero rows to a multiple of 16."""
+        weights, nbytes = self._block
+        rows = -(-self.rows // _TILE_ROWS) * _TILE_ROWS if self.order == "rows16" else self.rows
+        return rows * (self.cols // weights) * nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class FfnLayout:
+    """The experts of a layer: ``down(activation(gate(x)) * up(x))``, all of one shape and format.
+
+    gating: ``separate`` matrices, ``concatenated`` (gate's rows, then up's), ``interleaved`` (gate and up rows
+    alternate, as in gpt-oss) or ``none`` (``down(activation(up(x)))``).
+    activation: ``silu``, ``gelu`` (erf), ``gelu_tanh``, ``relu``, or gpt-oss's ``clamped_swiglu``:
+    (up + 1) * gate * sigmoid(alpha * gate), gate at most ``limit`` and up within +-``limit``.
+    bias_format: of all biases, which may be absent. UsageError for what no kernel computes.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    gate_up_format: str
+    down_format: str
+    gating: str = "separate"
+    gate_up_order: str = "plain"
+    down_order: str = "plain"
+    activation: str = "silu"
+    alpha: float = 1.702
+    limit: float = 7.0
+    bias_format: str = "F32"
+
+    def __post_init__(self) -> None:
+        what = "No native kernel for these experts."
+        if self.gating not in GATINGS:
+            raise UsageError(what, f"Unknown gating {self.gating}.", f"There are {', '.join(GATINGS)}.")
+        if self.activation not in ACTIVATIONS:
+            raise UsageError(
+                what, f"Unknown activation {self.activation}.", f"There are {', '.join(ACTIVATIONS)}."
+            )
+        if self.activation == "clamped_swiglu" and self.gating == "none":
+            raise UsageError(what, "clamped_swiglu needs a gate.")
+        if self.bias_format not in FLOAT_FORMATS:
+            raise UsageError(
+                what, f"Biases in {self.bias_format}.", f"They may be {', '.join(FLOAT_FORMATS)}."
+            )
+        if (
+            self.gating == "concatenated"
+            and self.gate_up_order == "rows16"
+            and self.intermediate_size % _TILE_ROWS
+        ):
+            raise UsageError(
+                what,
+                f"Concatenated and interleaved by 16 needs a multiple of {_TILE_ROWS} rows in each half.",
+            )
+        self.gate_up, self.down  # noqa: B018 - a matrix checks itself when made
+
+    @property
+    def gate_up(self) -> Matrix:
+        """The stored matrix at an expert's ``gate`` address."""
+        halves = 2 if self.gating in ("concatenated", "interleaved") else 1
+        rows = halves * self.intermediate_size
+        return Matrix(self.gate_up_format, rows, self.hidden_size, self.gate_up_order)
+
+    @property
+    def down(self) -> Matrix:
+        """The stored matrix at an expert's ``down`` address."""
+        return Matrix(self.down_format, self.hidden_size, self.intermediate_size, self.down_order)
+
+
+class ExpertFfn:
+    """The fused call: all experts of a layer that a forward pass chose, each on its own tokens."""
+
+    def __init__(self, layout: FfnLayout) -> None:
+        isa()
+        self.layout = layout
+        self._native = _native.FfnLayout(
+            layout.hidden_size,
+            layout.intermediate_size,
+            layout.gate_up_format,
+            layout.gate_up_order,
+            layout.gating,
+            layout.down_format,
+            layout.down_order,
+            layout.activation,
+            layout.alpha,
+            layout.limit,
+            layout.bias_format,
+        )
+
+    def __call__(
+        self,
+        parts: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        x: NDArray[np.float32],
+        out: NDArray[np.float32],
+    ) -> None:
+        """Compute ``out``; the router's weights, and a norm after the expert, are the caller's.
+
+        parts: [experts, 6] addresses in the order of ``PARTS``, 0 where the layout has no such part; concatenated and
+        interleaved weights (and biases) are at ``gate`` (``gate_bias``), ungated ones too. Any alignment.
+        offsets: [experts + 1]; expert e serves the pairs offsets[e]..offsets[e + 1].
+        rows: [pairs], each the row of ``x`` that a pair reads. x: [tokens, hidden_size]. out: [pairs, hidden_size].
+        ValueError if the shapes contradict each other. The memory at the addresses must stay until the call returns.
+        """
+        _native.moe_ffn(self._native, parts, offsets, rows, x, out)
+
+    def workspace_nbytes(self, tokens: int, pairs: int, threads: int | None = None) -> int:
+        """Bytes that a call of this size works in. They are kept for the next call (``release_workspace``)."""
+        return _native.workspace_nbytes(
+            self._native, tokens, pairs, num_threads() if threads is None else threads
+        )
+
+
+def release_workspace() -> None:
+    """Give back the memory that calls keep between them."""
+    _require_native()
+    _native.release_workspace()
+
+
+def linear(weight: Matrix, address: int, x: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """out[tokens, rows] = x[tokens, cols] times the transposed matrix at ``address``. ValueError for other shapes."""
+    if x.shape[-1] != weight.cols or out.shape[-1] != weight.rows:
+        raise ValueError(f"{x.shape} to {out.shape} does not fit a {weight.rows}x{weight.cols} matrix")
+    isa()
+    _native.linear(weight.format, weight.order, address, x, out)
+
+
+def to_rows16(
+    format: str, rows: int, cols: int, source: NDArray[np.uint8], out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """The bytes of a ``rows`` matrix of Q8_0 or Q4_0 in ``rows16`` order; lossless. UsageError for other formats.
+
+    source, out: bytes, one dimension, not overlapping; out is allocated if not given (``Matrix.nbytes``).
+    """
+    return _convert(True, Matrix(format, rows, cols), Matrix(format, rows, cols, "rows16"), source, out)
+
+
+def from_rows16(
+    format: str, rows: int, cols: int, source: NDArray[np.uint8], out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """The inverse of ``to_rows16``."""
+    return _convert(False, Matrix(format, rows, cols, "rows16"), Matrix(format, rows, cols), source, out)
+
+
+def _convert(
+    packing: bool, before: Matrix, after: Matrix, source: NDArray[np.uint8], out: NDArray[np.uint8] | None
+) -> NDArray[np.uint8]:
+    _require_native()
+    result = np.empty(after.nbytes, np.uint8) if out is None else out
+    convert = _native.to_rows16 if packing else _native.from_rows16
+    convert(before.format, before.rows, before.cols, source, result)
+    return result
+
+
+def decode(format: str, source: NDArray[np.uint8], count: int) -> NDArray[np.float32]:
+    """The first ``count`` weights (whole blocks) that ``source`` holds in row order, as float32."""
+    _require_native()
+    out = np.empty(count, np.float32)
+    _native.decode(format, source, out)
+    return out
+
+
+def all_finite(weight: Matrix, source: NDArray[np.uint8]) -> bool:
+    """False if any weight or scale is a NaN or an infinity: such weights must be refused, not computed with."""
+    _require_native()
+    return _native.all_finite(weight.format, weight.order, weight.rows, weight.cols, source)
+
+
+def read_bandwidth(buffer: NDArray[np.uint8], repeats: int = 1) -> float:
+    """Bytes per second at which ``num_threads()`` threads read ``buffer``, the best of several vector loops.
+
+    buffer: bytes that were written once, at least a mebibyte; to measure memory, at least twice the last-level cache.
+    """
+    isa()
+    return _native.read_bandwidth(buffer, repeats)
+
+
+def _require_native() -> None:
+    if _reason:
+        raise NativeUnavailableError(
+            "The native kernels are not there.",
+            _reason,
+            "Install a C++20 compiler and then moei again to build them.",
+        )
