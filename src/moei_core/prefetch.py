@@ -7,6 +7,8 @@ so that a replay decides as the live run did.
 
 from __future__ import annotations
 
+import math
+import statistics
 from enum import IntEnum
 
 
@@ -24,16 +26,17 @@ class PrefetchController:
     Prefetching is off for ``EVIDENCE`` passes: predictors know nothing before. Then each predictor in turn
     challenges what is kept (at first: no prefetching) in a trial: windows kept, challenger, kept, ...; a
     window of the challenger is compared with the mean of its neighbours, since texts drift. After ``PAIRS``
-    pairs the challenger is kept from then on if its mean gain exceeds ``MARGIN``, which is the hysteresis:
-    what is kept stays unless something is clearly better. One window that is far slower ends the trial at
+    pairs the challenger is kept from then on if its mean gain, less ``CERTAINTY`` standard errors, exceeds
+    ``MARGIN``. That is the hysteresis: what is kept stays unless something is clearly better. One window that is far slower ends the trial at
     once. A challenger that has lost waits twice as long before its next trial, so a useless predictor costs
     less and less.
     """
 
     EVIDENCE = 1000
     WINDOW = 16
-    PAIRS = 4
+    PAIRS = 6
     MARGIN = 0.02
+    CERTAINTY = 3.0
     ABORT = -0.05
     WAIT = 1024
 
@@ -90,12 +93,16 @@ class PrefetchController:
         # The window after the challenger's is needed to judge it, so an abort comes a window late but fairly.
         hopeless = bool(gains) and gains[-1] < self.ABORT
         if len(windows) == 2 * self.PAIRS + 1 or hopeless:
-            self._decide(sum(gains) / len(gains) if gains else 0.0)
+            self._decide(gains)
         else:
             windows.append(0.0)
             self._left = self.WINDOW
 
-    def _decide(self, gain: float) -> None:
+    def _decide(self, gains: list[float]) -> None:
+        gain = -1.0
+        if len(gains) > 1:
+            error = statistics.stdev(gains) / math.sqrt(len(gains))
+            gain = statistics.fmean(gains) - self.CERTAINTY * error
         self.trials += 1
         self._windows = None
         challenger = self._challenger
