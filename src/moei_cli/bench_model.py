@@ -28,14 +28,14 @@ class ModelBenchOptions:
     quant: str | None = None
     trace: str | None = None
     policy: str | None = None
-    predictor: str | None = None
-    prefetch: str = "auto"
     experts: str | None = None
     ram: str | None = None
     context: int | None = None
     prompt_tokens: int = 64
     new_tokens: int = 32
     repeats: int = 3
+    predictor: str | None = None
+    prefetch: str = "auto"
 
 
 def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
@@ -67,7 +67,7 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
                     budget,
                     max(context, 16),
                     options.policy or DEFAULT_POLICY,
-                    predictor=parse_predictor(options.predictor),
+                    predictor=parse_predictor(options.predictor, live=True),
                     prefetch=parse_prefetch(options.prefetch),
                 ),
             )
@@ -148,6 +148,7 @@ def _report(model: LoadedModel, name: str, options: ModelBenchOptions) -> dict[s
         "slots": asdict(budget),
         "slots_bytes": budget.nbytes,
         "policy": model.options.policy,
+        "predictor": model.options.predictor,
         "ram_limit_bytes": model.options.ram,
         "prompt_tokens": options.prompt_tokens,
         "new_tokens": options.new_tokens,

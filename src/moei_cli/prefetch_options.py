@@ -11,10 +11,21 @@ from moei_core.prefetch import PrefetchMode
 T = TypeVar("T")
 
 
-def parse_predictor(text: str | None) -> str | None:
-    """``none`` (or nothing), ``default`` or a predictor's name. Raises: UsageError."""
+def parse_predictor(text: str | None, *, live: bool = False) -> str | None:
+    """``none`` (or nothing), ``default`` or a predictor's name. Raises: UsageError.
+
+    live: for a model, where a file of ``moei trace train`` stands for its stride predictor. In a replay its
+    hints are those that the trace has recorded.
+    """
     if text is None or text == "none":
         return None
+    if live and (text.endswith(".safetensors") or text == "stride"):
+        if text == "stride":
+            raise UsageError(
+                "--predictor stride must be trained for the model first.",
+                hint="See moei trace train --help, then give its file: --predictor FILE.safetensors",
+            )
+        return text
     if text == "default":
         return DEFAULT_PREDICTOR
     return one_of(text, {name: name for name in PREDICTORS}, "--predictor")

@@ -7,6 +7,8 @@ so that a replay decides as the live run did.
 
 from __future__ import annotations
 
+import math
+import statistics
 from enum import IntEnum
 
 
@@ -19,41 +21,48 @@ class PrefetchMode(IntEnum):
 
 
 class PrefetchController:
-    """Trials prefetching in windows of decode passes and keeps what wins.
+    """Trials predictors in windows of decode passes and keeps the one that wins; nothing is one of them.
 
-    Off for ``evidence`` passes: predictors know nothing before. Then a trial: windows off, on, off, on ...;
-    a window on is compared with the mean of its neighbours off, since texts drift. After ``PAIRS`` pairs the
-    mean gain decides: on if it exceeds ``MARGIN``, off if it is below -``MARGIN``, else as before
-    (hysteresis). One window on that is far slower ends the trial at once. After each trial without a change
-    the wait for the next doubles, so a useless predictor costs less and less.
+    Prefetching is off for ``EVIDENCE`` passes: predictors know nothing before. Then each predictor in turn
+    challenges what is kept (at first: no prefetching) in a trial: windows kept, challenger, kept, ...; a
+    window of the challenger is compared with the mean of its neighbours, since texts drift. After ``PAIRS``
+    pairs the challenger is kept from then on if its mean gain, less ``CERTAINTY`` standard errors, exceeds
+    ``MARGIN``. That is the hysteresis: what is kept stays unless something is clearly better. One window that
+    is far slower ends the trial at once. A challenger that has lost waits twice as long before its next trial,
+    so a useless predictor costs less and less.
     """
 
     EVIDENCE = 1000
     WINDOW = 16
-    PAIRS = 4
+    PAIRS = 6
     MARGIN = 0.02
+    CERTAINTY = 3.0
     ABORT = -0.05
     WAIT = 1024
 
-    def __init__(self, mode: PrefetchMode = PrefetchMode.AUTO) -> None:
+    def __init__(self, mode: PrefetchMode = PrefetchMode.AUTO, predictors: int = 1) -> None:
+        """predictors: how many there are to choose from; they are numbered from 0."""
         self.mode = mode
-        self.kept = False
+        self.kept: int | None = None
         self.trials = 0
         self._passes = 0
-        self._next_trial = self.EVIDENCE
-        self._wait = self.WAIT
-        # Total duration of each window of the trial that runs, off and on in turn, starting with off.
+        # None, too, is a challenger: what was kept once must still beat no prefetching later.
+        options: list[int | None] = [*range(predictors), None]
+        self._next_trial = dict.fromkeys(options, self.EVIDENCE)
+        self._wait = dict.fromkeys(options, self.WAIT)
+        self._challenger: int | None = None
+        # Total duration of each window of the trial that runs, kept and challenger in turn.
         self._windows: list[float] | None = None
         self._left = 0
 
     @property
-    def active(self) -> bool:
-        """Whether the next plan should prefetch."""
+    def active(self) -> int | None:
+        """The predictor that the next plan should prefetch by; None: do not prefetch."""
         if self.mode is not PrefetchMode.AUTO:
-            return self.mode is PrefetchMode.ON
-        if self._windows is None:
+            return 0 if self.mode is PrefetchMode.ON else None
+        if self._windows is None or len(self._windows) % 2 == 1:
             return self.kept
-        return len(self._windows) % 2 == 0
+        return self._challenger
 
     def on_pass(self, duration: float) -> None:
         """A decode pass took ``duration``, in any unit."""
@@ -61,7 +70,13 @@ class PrefetchController:
         if self.mode is not PrefetchMode.AUTO:
             return
         if self._windows is None:
-            if self._passes >= self._next_trial:
+            due = [
+                option
+                for option, start in self._next_trial.items()
+                if option != self.kept and start <= self._passes
+            ]
+            if due:
+                self._challenger = due[0]
                 self._windows, self._left = [0.0], self.WINDOW
             return
         self._windows[-1] += duration
@@ -75,8 +90,8 @@ class PrefetchController:
             for i in range(1, len(windows) - 1, 2)
             if windows[i - 1] + windows[i + 1] > 0
         ]
-        # The window after one on is needed to judge it, so an abort comes a window late but fairly.
-        hopeless = not self.kept and bool(gains) and gains[-1] < self.ABORT
+        # The window after the challenger's is needed to judge it, so an abort comes a window late but fairly.
+        hopeless = bool(gains) and gains[-1] < self.ABORT
         if len(windows) == 2 * self.PAIRS + 1 or hopeless:
             self._decide(gains)
         else:
@@ -84,13 +99,17 @@ class PrefetchController:
             self._left = self.WINDOW
 
     def _decide(self, gains: list[float]) -> None:
-        gain = sum(gains) / len(gains) if gains else 0.0
-        before = self.kept
-        if gain > self.MARGIN:
-            self.kept = True
-        elif gain < -self.MARGIN:
-            self.kept = False
+        gain = -1.0
+        if len(gains) > 1:
+            error = statistics.stdev(gains) / math.sqrt(len(gains))
+            gain = statistics.fmean(gains) - self.CERTAINTY * error
         self.trials += 1
         self._windows = None
-        self._wait = self.WAIT if self.kept != before else 2 * self._wait
-        self._next_trial = self._passes + self._wait
+        challenger = self._challenger
+        if gain > self.MARGIN:
+            self.kept = challenger
+            self._wait = dict.fromkeys(self._wait, self.WAIT)
+            self._next_trial = dict.fromkeys(self._wait, self._passes + self.WAIT)
+        else:
+            self._wait[challenger] *= 2
+            self._next_trial[challenger] = self._passes + self._wait[challenger]

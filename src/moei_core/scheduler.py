@@ -73,7 +73,10 @@ class ExpertScheduler:
         self._predictor = predictor
         self._look_ahead, self._least_score = look_ahead, least_score
         self._budget = prefetch_budget
-        self.controller = PrefetchController(mode if predictor is not None else PrefetchMode.OFF)
+        self._candidates = () if predictor is None else tuple(predictor.candidates())
+        self.controller = PrefetchController(
+            PrefetchMode.OFF if predictor is None else mode, len(self._candidates)
+        )
         self.prefetch_statistics = PrefetchStatistics()
         self._in_flight: dict[ExpertKey, float] = {}
         # Prefetched residents whose layer has not run yet, with their scores. They must survive until then.
@@ -92,6 +95,12 @@ class ExpertScheduler:
     @property
     def working_slots(self) -> int:
         return self._working_slots
+
+    @property
+    def prefetching_by(self) -> str | None:
+        """The kind of predictor that the controller keeps; None: prefetching has not earned its place."""
+        kept = self.controller.kept
+        return None if kept is None else type(self._candidates[kept]).__name__
 
     @property
     def resident_count(self) -> int:
@@ -164,7 +173,8 @@ class ExpertScheduler:
         if self._predictor is None:
             return FetchPlan(access.layer, tuple(waves), len(hits), len(misses))
         self._predictor.observe(access)
-        prefetch = self._plan_prefetch(access) if self.controller.active else ()
+        active = self.controller.active
+        prefetch = () if active is None else self._plan_prefetch(access, self._candidates[active])
         return FetchPlan(access.layer, tuple(waves), len(hits), len(misses), cancel, prefetch)
 
     def start_load(self, key: ExpertKey) -> None:
@@ -183,7 +193,7 @@ class ExpertScheduler:
         excluded = set(self._waiting)
         ahead = self._predicted.get(key, self._look_ahead)
         excluded.update(other for other, steps in self._predicted.items() if steps <= ahead)
-        stays, evicted = self._cache.place_predicted(key, score, excluded, self._worth)
+        stays, evicted = self._cache.place(key, excluded, lambda victim: self._worth(victim) < score)
         if stays:
             self._waiting[key] = score
         else:
@@ -240,15 +250,14 @@ class ExpertScheduler:
                 cancel.append(key)
         return tuple(cancel)
 
-    def _plan_prefetch(self, access: LayerAccess) -> tuple[ExpertKey, ...]:
-        assert self._predictor is not None
+    def _plan_prefetch(self, access: LayerAccess, predictor: ExpertPredictor) -> tuple[ExpertKey, ...]:
         cache = self._cache
         left = self._working_slots * cache.size_of(access.layer) if self._budget is None else self._budget
         offered: dict[ExpertKey, float] = {}
         predicted: dict[ExpertKey, int] = {}
-        for ahead, layer in enumerate(self._predictor.layers_after(access.layer, self._look_ahead), 1):
+        for ahead, layer in enumerate(predictor.layers_after(access.layer, self._look_ahead), 1):
             size = cache.size_of(layer)
-            for key, score in self._predictor.predict(layer):
+            for key, score in predictor.predict(layer):
                 if score < self._least_score:
                     break
                 predicted[key] = ahead

@@ -51,6 +51,8 @@ class LayerAccess:
     experts: the distinct experts that the router chose, ascending.
     token_counts: how many tokens each of them serves, in the same order.
     hints: scored experts of later layers, computed by the engine from hidden states; data to the brain.
+    order: for a single token the same experts as its router named them; empty where that is not known. It
+        decides only what a plain LRU does with experts that were used at the same time.
     """
 
     layer: int
@@ -58,6 +60,7 @@ class LayerAccess:
     token_counts: tuple[int, ...]
     phase: Phase
     hints: tuple[ScoredExpert, ...] = ()
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

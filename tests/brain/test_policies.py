@@ -130,33 +130,6 @@ def test_belady_of_the_same_shape_is_never_beaten(
         assert run(rival, slots, trace)[0].statistics.hits <= best, rival
 
 
-GOLDEN = {
-    "learned": 312,
-    "layer-lru": 320,
-    "global-lru": 310,
-    "layer-lfu": 357,
-    "global-lfu": 804,
-    "request-lfu": 310,
-    "decayed-lfu": 359,
-    "activation-aware": 388,
-    "allocated-lru": 320,
-    "cost-aware": 641,
-    "static": 748,
-    "on-demand": 2880,
-    "layer-belady": 243,
-    "layer-belady-bypass": 219,
-    "global-belady": 195,
-    "global-belady-bypass": 189,
-}
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_misses_are_those_of_the_record(name: str) -> None:
-    """Any change of a policy shows here. Sums of floats may differ in the last bit between machines."""
-    tolerance = 3 if name in ("learned", "activation-aware") else 0
-    assert abs(run(name, 20)[0].statistics.misses - GOLDEN[name]) <= tolerance
-
-
 def test_belady_on_a_sequence_worked_out_by_hand() -> None:
     # One layer, two slots, one expert a token: 0 1 2 0 1 2. Optimal with forced admission: 2 hits.
     experts = np.array([0, 1, 2, 0, 1, 2], np.uint8).reshape(6, 1, 1)

@@ -205,7 +205,7 @@ def test_a_recorded_run_replays_to_the_same_plans(policy: str, predictor: str, t
         assert seen.plans == engine.plans
         assert again.statistics == live.statistics
         assert again.prefetch_statistics == live.prefetch_statistics
-        if policy == DEFAULT_POLICY and predictor != "hints" and slots == 24:
+        if policy == DEFAULT_POLICY and predictor not in ("router", "stride") and slots == 24:
             assert live.prefetch_statistics.started > 0
 
 
@@ -263,9 +263,8 @@ REFERENCE = [
     ("olmoe-1b-7b-code", 32, 0.785, 0.794, 0.899),
 ]
 SLOW_REFERENCE = [
-    # Per-layer LRU: .3293 here. The published .327 breaks ties within an access by the order of the stored
-    # row, which is not part of the format; with eight slots for six experts that decides.
-    ("deepseek-v2-lite-esft", 8, 0.281, 0.3293, 0.439),
+    # With eight slots for six experts the order of use within an access decides: see LayerLRU.
+    ("deepseek-v2-lite-esft", 8, 0.281, 0.327, 0.439),
     ("deepseek-v2-lite-esft", 16, 0.505, 0.527, 0.702),
     ("deepseek-v2-lite-esft", 32, 0.756, 0.763, 0.891),
 ]

@@ -140,6 +140,35 @@ def test_a_recording_is_read_as_it_happened(tmp_path: Path) -> None:
     assert trace.events is not None and trace.events[0].tolist() == [5, TraceEvent.START_LOAD, 3, 4]
 
 
+def test_a_narrower_layer_keeps_its_sign_for_no_expert(tmp_path: Path) -> None:
+    writer = TraceWriter(tmp_path / "r", "demo", {0: 8, 1: 4}, 2)
+    writer.begin_pass(Phase.DECODE, 1)
+    writer.record(0, np.array([[7, 4]]))
+    writer.record(1, np.array([[3, 4]]))
+    assert writer.trace().experts.tolist() == [[[7, 4], [3, 8]]]
+
+
+def test_hints_are_read_where_they_arose(tmp_path: Path) -> None:
+    """From one and from two layers before; a hint beyond the columns of its distance is dropped."""
+    path = tmp_path / "r.safetensors"
+    writer = TraceWriter(path, "demo", {0: 6, 1: 6, 4: 6}, 1, hints=2, hint_distances=(1, 2))
+    hints = {
+        0: ((1, 5, 0.5), (4, 3, 0.25), (4, 2, 0.125), (4, 1, 0.0625)),
+        1: ((4, 0, 1.0),),
+    }
+    writer.begin_pass(Phase.DECODE, 1)
+    for layer in (0, 1, 4):
+        given = tuple(ScoredExpert(ExpertKey(to, e), score) for to, e, score in hints.get(layer, ()))
+        writer.record(layer, np.array([[0]]), given)
+    assert writer.close()
+    (one,) = passes(read_trace(path))
+    kept = [[(h.key.layer, h.key.expert, h.score) for h in access.hints] for access in one.accesses]
+    assert kept == [[*hints[0][:3]], [*hints[1]], []]
+    _rewrite(path, {"hint_distances": "[1]"})
+    with pytest.raises(DamagedFileError, match="hint_distances"):
+        read_trace(path)
+
+
 def test_an_empty_recording_leaves_no_file(tmp_path: Path) -> None:
     writer = TraceWriter(tmp_path / "r", "demo", {0: 4}, 2)
     writer.begin_request()

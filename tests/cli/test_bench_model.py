@@ -102,3 +102,29 @@ def test_recording_a_file_of_questions(moei: Moei, tmp_path: Path) -> None:
     assert moei("trace", "show", str(tmp_path / "t")).code == 0
     empty = moei("trace", "record", "moei-demo", "--prompts", "/dev/null", "-o", str(tmp_path / "t"))
     assert empty.code == 2
+
+
+def test_a_predictor_is_recorded_for_trained_and_used(moei: Moei, tmp_path: Path) -> None:
+    questions = "\n\n".join(f"What is {word}?" for word in ("moei", "an expert", "a router", "a cache"))
+    (tmp_path / "q").write_text(questions)
+    trace, predictor = str(tmp_path / "t.safetensors"), str(tmp_path / "p.safetensors")
+    recorded = moei(
+        "trace", "record", "moei-demo", "--prompts", str(tmp_path / "q"), "-o", trace,
+        "--hidden", "400", "--max-tokens", "40", "--predictor", "router",
+    )  # fmt: skip
+    assert recorded.code == 0, recorded.err
+    assert "the layer inputs of" in recorded.err
+    trained = moei("trace", "train", trace, "-o", predictor, "--json")
+    assert trained.code == 0, trained.err
+    report = json.loads(trained.out)
+    assert report["recall"] > 2 * report["chance"]
+    answer = moei(
+        "chat", "moei-demo", "What is moei?", "--predictor", predictor, "--prefetch", "on", "--json",
+        "--max-tokens", "4",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out)["new_tokens"] == 4
+    refused = moei("chat", "moei-demo", "Hi", "--predictor", "oracle")
+    assert refused.code == 2 and "Choose from" in refused.err
+    without = moei("trace", "train", str(tmp_path / "q"), "-o", predictor)
+    assert without.code == 6

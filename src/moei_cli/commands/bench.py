@@ -79,7 +79,9 @@ def bench(
     ] = None,
     predictor: Annotated[
         str | None,
-        typer.Option(help="What to prefetch by: none, default, or a predictor's name."),
+        typer.Option(
+            help="What to prefetch by: none, default, a predictor's name; for a model, a file of moei trace train too."
+        ),
     ] = None,
     prefetch: Annotated[
         str | None,

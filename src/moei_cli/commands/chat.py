@@ -66,10 +66,11 @@ def chat(
     ] = None,
     policy: Annotated[str | None, typer.Option(help="Cache policy.")] = None,
     predictor: Annotated[
-        str | None, typer.Option(help="What to prefetch by: none, default, or a predictor's name.")
+        str | None,
+        typer.Option(help="What to prefetch by: a predictor's name, or a file of moei trace train."),
     ] = None,
     prefetch: Annotated[
-        str, typer.Option(help="off, on, or auto: keep it only if it makes things faster.")
+        str, typer.Option(help="off, on, or auto: follow the predictor only while that is faster.")
     ] = "auto",
     dtype: Annotated[str | None, typer.Option(help="Compute in float32, bfloat16 or float16.")] = None,
     as_json: Annotated[
@@ -185,7 +186,7 @@ def _open(
                     context,
                     policy or DEFAULT_POLICY,
                     dtype,
-                    parse_predictor(predictor),
+                    parse_predictor(predictor, live=True),
                     parse_prefetch(prefetch),
                 ),
             )

@@ -13,6 +13,8 @@ _EPILOG = (
     "Examples:  moei trace show T.safetensors        moei trace show T.safetensors --request 3 --png eam.png"
 )
 
+_TRAIN_EPILOG = "Example:  moei trace train T.safetensors -o P.safetensors"
+
 _RECORD_EPILOG = "Example:  moei trace record moei-demo --prompts questions.txt -o T.safetensors"
 
 
@@ -20,6 +22,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Recorded routing of chats.", no_args_is_help=True, rich_markup_mode=None)
     group.command(name="show", epilog=_EPILOG)(show)
     group.command(name="record", epilog=_RECORD_EPILOG)(record)
+    group.command(name="train", epilog=_TRAIN_EPILOG)(train)
     app.add_typer(group, name="trace")
 
 
@@ -81,6 +84,12 @@ def record(
     experts: Annotated[str | None, typer.Option(help="Bound on the memory for experts.")] = None,
     ram: Annotated[str | None, typer.Option(help="Bound on the memory of the whole process.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens that a reply may have.")] = 256,
+    hidden: Annotated[
+        int, typer.Option(help="Also keep the layer inputs of so many tokens, for: moei trace train.")
+    ] = 0,
+    predictor: Annotated[
+        str | None, typer.Option(help="Also record what this predictor hints: router, or a trained file.")
+    ] = None,
 ) -> None:
     """Answer a file of questions greedily and record which experts the routers chose."""
     from dataclasses import replace
@@ -89,22 +98,26 @@ def record(
     from moei_core.config import ExpertBudget, parse_size
     from moei_core.hub.resolve import resolve_model
 
+    if hidden < 0:
+        raise UsageError(f"--hidden: {hidden} is not a number of tokens.")
     conversations = _conversations(prompts)
     files = resolve_model(model)
     budget = ExpertBudget.parse(experts) if experts else None
     limit = parse_size(ram, "--ram") if ram else None
     with render.waiting(f"Loading {files.name}"):
+        from moei_cli.prefetch_options import parse_predictor
         from moei_core.engine.chat_session import ChatSession
         from moei_core.engine.loaded_model import LoadedModel, LoadOptions
-        from moei_core.trace.writer import TraceWriter
+        from moei_core.trace.hidden import HiddenSampler, sidecar
 
-        loaded = LoadedModel(files.folder, LoadOptions(limit, budget))
+        loaded = LoadedModel(
+            files.folder, LoadOptions(limit, budget, predictor=parse_predictor(predictor, live=True))
+        )
     with loaded:
         spec = loaded.spec
-        writer = TraceWriter(
-            output, files.name, spec.num_experts, spec.num_experts_per_tok, source="moei trace record"
-        )
-        loaded.runtime.recorder = writer
+        writer = loaded.record(output, files.name, "moei trace record")
+        if hidden:
+            loaded.runtime.sampler = HiddenSampler(hidden, spec.moe_layers, spec.hidden_size)
         settings = replace(loaded.generation_defaults(), temperature=0.0, max_new_tokens=max_tokens)
         with render.progress("recording", sum(map(len, conversations))) as advance:
             for questions in conversations:
@@ -117,7 +130,53 @@ def record(
                     advance()
         written = writer.trace()
         writer.close()
+        if loaded.runtime.sampler is not None:
+            kept = loaded.runtime.sampler.save(sidecar(output))
+            render.note(f"{sidecar(output)}: the layer inputs of {kept} tokens.")
     render.note(f"{output}: {written.tokens} tokens of {written.sequences} conversations.")
+
+
+def train(
+    trace: Annotated[str, typer.Argument(help="A trace recorded with --hidden.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The predictor file to write.")],
+    stride: Annotated[
+        int, typer.Option(help="Layers between the one looked at and the one predicted.", min=0)
+    ] = 1,
+    width: Annotated[int, typer.Option(help="Hidden units of each network.", min=1)] = 128,
+    seed: Annotated[int, typer.Option(help="Makes training repeatable.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Fit a predictor of later layers' experts to recorded layer inputs; minutes on a processor."""
+    from moei_cli import render
+    from moei_core.trace import read_trace
+    from moei_core.trace.hidden import read_hidden, sidecar
+
+    recorded = read_trace(trace)
+    hidden = read_hidden(sidecar(trace), recorded)
+    from moei_core.engine import stride as engine
+
+    with render.progress("training", max(0, len(recorded.moe_layers) - 1 - stride)) as advance:
+        predictor, recalls = engine.train(
+            recorded, hidden, stride=stride, width=width, seed=seed, progress=advance
+        )
+    predictor.save(output)
+    mean = sum(recalls.values()) / len(recalls)
+    report: dict[str, Any] = {
+        "predictor": str(output),
+        "model": recorded.model,
+        "stride": stride,
+        "samples": len(hidden.tokens),
+        "recall": round(mean, 4),
+        "chance": round(recorded.num_experts_per_tok / recorded.num_experts, 4),
+        "recall_by_layer": {str(layer): round(recall, 4) for layer, recall in recalls.items()},
+    }
+    if json:
+        render.print_json(report)
+        return
+    render.note(
+        f"{output}: names {mean:.0%} of the experts that are chosen {stride + 1} MoE layers later "
+        f"(by chance: {report['chance']:.0%}), on conversations that it did not learn from."
+    )
 
 
 def _conversations(path: Path) -> list[list[str]]:

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from moei_core.adapters.early_router import EarlyRouters
 from moei_core.types import ModelSpec
 
 
@@ -39,6 +40,9 @@ class ModelAdapter(Protocol):
 
     def spec(self) -> ModelSpec:
         """The shape of the model's routed experts."""
+
+    def early_routers(self) -> EarlyRouters:
+        """The layers' own routers, to be applied early for hints; to be closed when no longer used."""
 
     def install(self, runtime: ExpertsRuntime) -> None:
         """Make every MoE layer run through ``runtime``."""

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from moei_core.adapters.base import ExpertsRuntime
 from moei_core.adapters.checkpoint import check_shapes, read_tensors, take_apart
+from moei_core.adapters.early_router import EarlyRouters
 from moei_core.adapters.skeleton import (
     TORCH_DTYPES,
     build_skeleton,
@@ -205,6 +206,21 @@ class TransformersAdapter:
         if self._previous is not None:
             self.model.set_experts_implementation(self._previous)
 
+    def early_routers(self) -> EarlyRouters:
+        """The layers' own routers, for hints. After ``load``, and not while a runtime is installed."""
+
+        def run_token() -> dict[int, torch.Tensor]:
+            probe = _Probe()
+            self.install(probe)
+            try:
+                with torch.inference_mode():
+                    self.model(input_ids=torch.zeros((1, 1), dtype=torch.long), use_cache=False)
+            finally:
+                self.uninstall()
+            return probe.chosen
+
+        return EarlyRouters(self.model, run_token)
+
     def _refuse(self, why: str) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"The architecture {type(self.model).__name__} is not supported.",
@@ -214,10 +230,11 @@ class TransformersAdapter:
 
 
 class _Probe:
-    """An ``ExpertsRuntime`` that notes the top-k of each layer that ran, and contributes nothing."""
+    """An ``ExpertsRuntime`` that notes what each layer that ran had chosen, and contributes nothing."""
 
     def __init__(self) -> None:
         self.top_k: dict[int, int] = {}
+        self.chosen: dict[int, torch.Tensor] = {}
 
     def run_layer(
         self,
@@ -227,7 +244,7 @@ class _Probe:
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        self.top_k[layer] = top_k_index.shape[-1]
+        self.top_k[layer], self.chosen[layer] = top_k_index.shape[-1], top_k_index
         return torch.zeros_like(hidden_states)
 
 

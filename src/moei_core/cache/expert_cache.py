@@ -91,11 +91,19 @@ class ExpertCache:
         self.statistics.misses += len(misses)
         return hits, misses
 
-    def place(self, key: ExpertKey, excluded: Container[ExpertKey]) -> tuple[bool, tuple[ExpertKey, ...]]:
+    def place(
+        self,
+        key: ExpertKey,
+        excluded: Container[ExpertKey],
+        may_evict: Callable[[ExpertKey], bool] | None = None,
+    ) -> tuple[bool, tuple[ExpertKey, ...]]:
         """Try to make ``key``, which is loaded, resident: (whether it stays, who was evicted for it).
 
-        With unequal sizes several small experts may go for a large one; if the policy stops half way, those
-        already chosen are evicted and ``key`` still does not stay: rare, and only a lost opportunity.
+        may_evict: for a prefetched ``key``, of which only a prediction is known: the policy then names its
+        least valuable resident without looking at ``key``, and ``may_evict`` decides. None: the policy does.
+
+        With unequal sizes several small experts may go for a large one; if one may not go, those already
+        chosen are evicted and ``key`` still does not stay: rare, and only a lost opportunity.
         """
         policy, layer = self.policy, key.layer
         size = self.size_of(layer)
@@ -104,40 +112,13 @@ class ExpertCache:
         resident = self._resident.get(layer)
         if resident is None:
             resident = self._resident[layer] = {}
+        incoming = key if may_evict is None else ExpertKey(layer, -1)
         evicted: list[ExpertKey] = []
         while self._used + size > limit or (quota is not None and len(resident) >= quota):
-            victim = policy.victim(key, excluded) if self._count and quota != 0 else None
-            if victim is None:
-                self.statistics.bypasses += 1
-                return False, tuple(evicted)
-            self.drop(victim)
-            self.statistics.evictions += 1
-            evicted.append(victim)
-        resident[key.expert] = key
-        self._count += 1
-        self._used += size
-        policy.insert(key)
-        return True, tuple(evicted)
-
-    def place_predicted(
-        self,
-        key: ExpertKey,
-        score: float,
-        excluded: Container[ExpertKey],
-        worth: Callable[[ExpertKey], float],
-    ) -> tuple[bool, tuple[ExpertKey, ...]]:
-        """As ``place``, for a prefetched ``key`` of which only a prediction is known.
-
-        It stays if there is room, or if the least valuable resident is worth less than ``score``.
-        """
-        policy, layer = self.policy, key.layer
-        size = self.size_of(layer)
-        quota = policy.quota(layer)
-        resident = self._resident.setdefault(layer, {})
-        evicted: list[ExpertKey] = []
-        while self._used + size > self.capacity or (quota is not None and len(resident) >= quota):
-            victim = policy.victim(ExpertKey(layer, -1), excluded) if self._count and quota != 0 else None
-            if victim is None or worth(victim) >= score:
+            victim = policy.victim(incoming, excluded) if self._count and quota != 0 else None
+            if victim is None or (may_evict is not None and not may_evict(victim)):
+                if may_evict is None:
+                    self.statistics.bypasses += 1
                 return False, tuple(evicted)
             self.drop(victim)
             self.statistics.evictions += 1

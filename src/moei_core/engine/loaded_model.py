@@ -19,6 +19,7 @@ from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES, CachePolicy
 from moei_core.config import ExpertBudget, GenerationSettings
 from moei_core.engine.expert_compute import DECODED_NBYTES
+from moei_core.engine.hints import Hinter, RouterHints, StrideHints
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.slots import SlotPool
 from moei_core.errors import DamagedFileError, UsageError
@@ -36,6 +37,7 @@ from moei_core.predict import PREDICTORS, ExpertPredictor
 from moei_core.prefetch import PrefetchMode
 from moei_core.quant import native
 from moei_core.scheduler import ExpertScheduler
+from moei_core.trace.writer import TraceWriter
 from moei_core.types import ModelSpec
 
 DEFAULT_CONTEXT = 4096
@@ -51,7 +53,8 @@ class LoadOptions:
     """ram: bytes for the whole process. experts: bound on the slots. context: tokens of one conversation.
 
     policy: a name of ``POLICIES``. dtype: ``float32``, ``bfloat16``, ``float16`` or None for the checkpoint's.
-    predictor: a name of ``PREDICTORS`` to prefetch by, or None. prefetch: when to follow it.
+    predictor: a name of ``PREDICTORS`` to prefetch by, a file of ``moei trace train``, or None. prefetch: when to
+    follow it.
     """
 
     ram: int | None = None
@@ -100,16 +103,33 @@ class LoadedModel:
                 make_predictor(self.spec.num_experts) if make_predictor and self.budget.spare else None,
                 options.prefetch,
             )
+            hinter = self._hinter(options.predictor)
             pool = SlotPool(self.budget.slots, slot_nbytes)
             self.runtime = ExpertRuntime(store, pool, self.scheduler, self.budget.spare, threads)
             least = self.budget.working + self.budget.spare
             self.runtime.governor = MemoryGovernor(self.budget.slots, least, slot_nbytes)
+            self.runtime.hinter = hinter
         except BaseException:
             store.close()
             raise
         self.adapter.install(self.runtime)
         self.options = options
         self.load_s = time.perf_counter() - started
+
+    def _hinter(self, predictor: str | None) -> Hinter | None:
+        """What computes the hints that ``predictor`` needs. Raises: UsageError, DamagedFileError."""
+        if _is_file(predictor):
+            return StrideHints(Path(str(predictor)), self.spec.num_experts, self.spec.hidden_size)
+        if predictor not in ("router", "mixed"):
+            return None
+        routers = self.adapter.early_routers()
+        if predictor == "router" and not routers.layers:
+            raise UsageError(
+                "--predictor router: the routers of this model cannot be applied early.",
+                "They do not return the experts that they choose.",
+                f"Choose another: {', '.join(name for name in PREDICTORS if name != 'router')}.",
+            )
+        return RouterHints(routers)
 
     def _refuse_hopeless(self, options: LoadOptions, slot_nbytes: int) -> None:
         """Before reading gigabytes: refuse a ``--ram`` that the dense weights alone exceed."""
@@ -149,6 +169,20 @@ class LoadedModel:
             return ()
         what = self.adapter.packed.format.lower() if self.adapter.packed is not None else "the"
         return (f"{native.unavailable_reason()} So {what} experts are computed on a slow torch path.",)
+
+    def record(self, path: Path, name: str, source: str = "") -> TraceWriter:
+        """Record from now on all that a replay needs, hints included; ``close`` of the result writes ``path``."""
+        hinter = self.runtime.hinter
+        self.runtime.recorder = TraceWriter(
+            path,
+            name,
+            self.spec.num_experts,
+            self.spec.num_experts_per_tok,
+            hints=2 * self.spec.num_experts_per_tok if hinter else 0,
+            hint_distances=hinter.distances if hinter else (1,),
+            source=source,
+        )
+        return self.runtime.recorder
 
     def generation_defaults(self) -> GenerationSettings:
         """What the model's authors recommend in ``generation_config.json``, else ours."""
@@ -209,10 +243,22 @@ def _policy(name: str) -> Callable[[int, Mapping[int, int]], CachePolicy]:
     return POLICIES[name]
 
 
+def _is_file(predictor: str | None) -> bool:
+    return predictor is not None and predictor.endswith(".safetensors")
+
+
 def _predictor(name: str | None) -> Callable[[Mapping[int, int]], ExpertPredictor] | None:
-    if name is not None and name not in PREDICTORS:
-        raise UsageError(f"There is no predictor '{name}'.", hint=f"Choose from: {', '.join(PREDICTORS)}.")
-    return None if name is None else PREDICTORS[name]
+    if name is None:
+        return None
+    if _is_file(name):
+        return PREDICTORS["stride"]
+    if name == "stride" or name not in PREDICTORS:
+        live = ", ".join(known for known in PREDICTORS if known != "stride")
+        raise UsageError(
+            f"There is no predictor '{name}' for a chat.",
+            hint=f"Choose from: {live}, or a file of moei trace train.",
+        )
+    return PREDICTORS[name]
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

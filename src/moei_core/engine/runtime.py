@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
-from moei_core.engine.expert_compute import HeldExpert, expert_forward, stored_alike
+from moei_core.engine.expert_compute import HeldExpert, stored_alike
 from moei_core.engine.forced_routing import ForcedRouting
+from moei_core.engine.hints import Hinter
+from moei_core.engine.layer_work import LayerWork
 from moei_core.engine.native_compute import NativeExperts, native_experts
 from moei_core.engine.slots import SlotPool
 from moei_core.engine.transfers import Load, Step, TransferQueue
@@ -30,6 +32,7 @@ from moei_core.quant import native
 from moei_core.scheduler import ExpertScheduler
 from moei_core.store.base import ExpertStore
 from moei_core.trace.format import TraceEvent
+from moei_core.trace.hidden import HiddenSampler
 from moei_core.trace.writer import TraceWriter
 from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase
 
@@ -59,73 +62,13 @@ class RuntimeStatistics:
         )
 
 
-class _LayerWork:
-    """One layer of one forward pass: which rows each expert has, and where its outputs go."""
-
-    def __init__(
-        self,
-        module: Any,
-        hidden_states: torch.Tensor,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-        kernel: Callable[[HeldExpert], NativeExperts | None],
-    ) -> None:
-        """hidden_states: [tokens, hidden]. index, weights: [tokens, top_k], index ascending in each row.
-
-        kernel: what computes an expert natively, if anything does.
-        """
-        self.module, self.hidden_states, self._kernel = module, hidden_states, kernel
-        self._exact: torch.Tensor | None = None
-        self.tokens, self.top_k = index.shape
-        self.rows = _rows_by_expert(index, int(module.num_experts))
-        self._scale = weights.to(torch.float32).reshape(-1, 1)
-        # Zeros, since a row may have fewer experts than top_k.
-        self._outputs = hidden_states.new_zeros(
-            (self.tokens * self.top_k, hidden_states.shape[-1]), dtype=torch.float32
-        )
-
-    def compute(self, experts: Sequence[HeldExpert]) -> None:
-        """The outputs of some experts, each for all its tokens. How depends on the access alone."""
-        batches: dict[int, tuple[NativeExperts, list[HeldExpert]]] = {}
-        for expert in experts:
-            kernel = self._kernel(expert)
-            if kernel is not None and kernel.takes(len(self.rows[expert.key.expert])):
-                batches.setdefault(id(kernel), (kernel, []))[1].append(expert)
-            else:
-                self._compute_in_torch(expert)
-        for kernel, batch in batches.values():
-            self._compute_natively(kernel, batch)
-
-    def _compute_natively(self, kernel: NativeExperts, batch: list[HeldExpert]) -> None:
-        positions = [self.rows[expert.key.expert] for expert in batch]
-        if self._exact is None:
-            self._exact = self.hidden_states.to(torch.float32).contiguous()
-        output = kernel(batch, positions, self.top_k, self._exact)
-        if getattr(self.module, "has_post_expert_norm", False):
-            output = self.module.post_expert_norm(output.to(self.hidden_states.dtype)).to(torch.float32)
-        place = torch.tensor([position for one in positions for position in one])
-        self._outputs[place] = output * self._scale[place]
-
-    def _compute_in_torch(self, expert: HeldExpert) -> None:
-        place = torch.tensor(self.rows[expert.key.expert])
-        output = expert_forward(self.module, expert.weights, self.hidden_states[place // self.top_k])
-        self._outputs[place] = output.to(torch.float32) * self._scale[place]
-
-    def total(self) -> torch.Tensor:
-        """[tokens, hidden]: the weighted outputs of each token's experts, summed in ascending expert order."""
-        columns = self._outputs.view(self.tokens, self.top_k, -1)
-        total = columns[:, 0].clone()
-        for column in range(1, self.top_k):
-            total += columns[:, column]
-        return total.to(self.hidden_states.dtype)
-
-
 class ExpertRuntime:
     """An ``ExpertsRuntime`` over a store, a slot pool and a scheduler.
 
     before_access is called at the start of every access; it may raise to abandon the forward pass.
     recorder notes what the routers chose. routing, where given, chooses in their place. governor, where given,
-    is asked before every access how many slots the system's memory allows.
+    is asked before every access how many slots the system's memory allows. hinter tells the brain what later
+    layers are likely to choose. sampler keeps layer inputs for training predictors.
     """
 
     def __init__(
@@ -164,6 +107,8 @@ class ExpertRuntime:
         self.recorder: TraceWriter | None = None
         self.routing: ForcedRouting | None = None
         self.governor: MemoryGovernor | None = None
+        self.hinter: Hinter | None = None
+        self.sampler: HiddenSampler | None = None
         self.statistics = RuntimeStatistics()
 
     @property
@@ -183,6 +128,8 @@ class ExpertRuntime:
         self._pass_started, self._pass_stall = time.perf_counter(), self.statistics.stall_s
         if self.recorder is not None:
             self.recorder.begin_pass(phase, tokens)
+        if self.sampler is not None:
+            self.sampler.begin_pass(tokens)
         if self.routing is not None:
             self.routing.forward_pass(tokens)
         self._scheduler.forward_pass(phase)
@@ -210,17 +157,24 @@ class ExpertRuntime:
         if self.routing is not None:
             top_k_index = self.routing.top_k_index(layer, top_k_index)
         self._settle_prefetches()
+        single = top_k_index.shape[0] == 1
+        named = _named(top_k_index, int(module.num_experts)) if single else ()
+        hints = self.hinter.hints(layer, hidden_states, named) if self.hinter is not None and single else ()
         if self.recorder is not None:
-            self.recorder.record(layer, top_k_index.numpy())
+            self.recorder.record(layer, top_k_index.numpy(), hints)
+        if self.sampler is not None and self.sampler.wants:
+            self.sampler.record(layer, hidden_states[self.sampler.wants].to(torch.float32).numpy())
         # Each token's experts ascending: column order is then the order of summation.
         index, order = torch.sort(top_k_index, dim=-1)
         scale = torch.gather(top_k_weights, -1, order)
-        work = _LayerWork(module, hidden_states, index, scale, lambda expert: self._kernel(module, expert))
+        work = LayerWork(module, hidden_states, index, scale, lambda expert: self._kernel(module, expert))
         access = LayerAccess(
             layer,
             tuple(work.rows),
             tuple(len(positions) for positions in work.rows.values()),
             self._phase,
+            hints,
+            named,
         )
         gathered = time.perf_counter()
         plan = self._scheduler.access(access)
@@ -250,7 +204,7 @@ class ExpertRuntime:
             self._forget(key)
         self._pool.resize(slots)
 
-    def _carry_out(self, plan: FetchPlan, work: _LayerWork) -> None:
+    def _carry_out(self, plan: FetchPlan, work: LayerWork) -> None:
         """The waves in one flow: what a wave evicts is never needed by this access, so it can go at once, and
         each expert that does not stay makes room for the next."""
         for key in plan.cancel:
@@ -273,7 +227,7 @@ class ExpertRuntime:
             if absent:
                 self._ask(absent, plan.prefetch)
 
-    def _compute(self, work: _LayerWork, keys: Iterable[ExpertKey]) -> None:
+    def _compute(self, work: LayerWork, keys: Iterable[ExpertKey]) -> None:
         started = time.perf_counter()
         work.compute([self._held[key] for key in keys])
         self.statistics.expert_compute_s += time.perf_counter() - started
@@ -385,15 +339,13 @@ class ExpertRuntime:
                 self._forget(key)
 
     def close(self) -> None:
-        """End the reader threads and the store, and free the slots' views."""
+        """End the reader threads and the store, free the slots' views, detach from the model."""
+        if self.hinter is not None:
+            self.hinter.close()
         self._transfers.close()
         self._held.clear()
 
 
-def _rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, list[int]]:
-    """Flat positions [token * top_k + column] of each chosen expert, experts and positions ascending."""
-    rows: dict[int, list[int]] = {}
-    for position, expert in enumerate(index.reshape(-1).tolist()):
-        if expert < num_experts:
-            rows.setdefault(expert, []).append(position)
-    return dict(sorted(rows.items()))
+def _named(top_k_index: torch.Tensor, num_experts: int) -> tuple[int, ...]:
+    """The experts of a single token as its router named them."""
+    return tuple(expert for expert in top_k_index[0].tolist() if expert < num_experts)

@@ -14,10 +14,11 @@ PREDICTORS: dict[str, Callable[[Mapping[int, int]], ExpertPredictor]] = {
     "eamc": EAMCPredictor,
     "markov": MarkovPredictor,
     "popularity": PopularityPredictor,
-    "hints": HintPredictor,
+    "router": HintPredictor,
+    "stride": HintPredictor,
     "noise": NoisePredictor,
 }
-"""Name to constructor(num_experts by layer)."""
+"""Name to constructor(num_experts by layer). ``router`` and ``stride`` hand on hints, which the engine computes."""
 
 DEFAULT_PREDICTOR = "mixed"
 

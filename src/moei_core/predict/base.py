@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from moei_core.types import LayerAccess, Phase, ScoredExpert
 
@@ -38,6 +38,9 @@ class ExpertPredictor(Protocol):
     def layers_after(self, layer: int, count: int) -> Sequence[int]:
         """The ``count`` MoE layers that run after ``layer``, across the end of the pass."""
 
+    def candidates(self) -> Sequence[ExpertPredictor]:
+        """Predictors to choose from, itself first; what it observes they all observe."""
+
 
 class LayerOrder:
     """The order in which MoE layers run; the common part of all predictors."""
@@ -57,3 +60,7 @@ class LayerOrder:
             found = tuple(self.layers[(at + step) % total] for step in range(1, min(count, total - 1) + 1))
             self._after[layer, count] = found
         return found
+
+    def candidates(self) -> Sequence[Any]:
+        """Itself alone."""
+        return (self,)

@@ -51,6 +51,11 @@ class ExpertActivationMatrix:
         return experts, counts
 
 
+def sum_of_squares(counts: Array) -> float:
+    """Of whole numbers, exactly."""
+    return float(np.square(counts, dtype=np.float64).sum())
+
+
 class Matcher:
     """Cosine similarities of a growing query to every entry of a collection, row by row.
 
@@ -70,8 +75,9 @@ class Matcher:
         self, i: int, experts: NDArray[np.intp], counts: Array, *, added_square: float | None = None
     ) -> None:
         """The row of layer number ``i`` has gained ``counts`` at ``experts``."""
-        self._dot += counts @ self._entries[i].take(experts, axis=0)
-        self._square += float(counts @ counts) if added_square is None else added_square
+        # Not a matrix product: libraries sum in an order of their own, and plans must not depend on it.
+        self._dot += (self._entries[i].take(experts, axis=0) * counts[:, None]).sum(axis=0)
+        self._square += sum_of_squares(counts) if added_square is None else added_square
         self._rows = max(self._rows, i + 1)
 
     def similarities(self) -> Array:
@@ -129,8 +135,9 @@ class ExpertActivationMatrixCollection:
             self.unsaved.append(rows)
 
     def _nearest(self, rows: Array) -> int:
-        flat = self._entries.reshape(-1, self.capacity)
-        dot = rows.reshape(-1) @ flat
+        dot = np.zeros(self.capacity, np.float32)
+        for entries, row in zip(self._entries, rows, strict=True):
+            dot += (entries * row[:, None]).sum(axis=0)
         return int(np.argmax(dot / np.sqrt(np.maximum(self._norms[-1], np.float32(1e-12)))))
 
     def save(self, path: str | Path) -> None:

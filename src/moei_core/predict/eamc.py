@@ -8,7 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moei_core.predict.base import Event, LayerOrder, PassEvent, RequestEvent
-from moei_core.predict.eam import ExpertActivationMatrix, ExpertActivationMatrixCollection, Matcher
+from moei_core.predict.eam import (
+    ExpertActivationMatrix,
+    ExpertActivationMatrixCollection,
+    Matcher,
+    sum_of_squares,
+)
 from moei_core.types import ExpertKey, LayerAccess, Phase, ScoredExpert
 
 Array = NDArray[np.float32]
@@ -73,7 +78,7 @@ class EAMCPredictor(LayerOrder):
             square = None
             if self._by_request:
                 row = self.matrix.request[access.phase][self._at, experts]
-                square = float(row @ row - (row - counts) @ (row - counts))
+                square = sum_of_squares(row) - sum_of_squares(row - counts)
             self._matcher.add_row(self._at, experts, counts, added_square=square)
 
     def row(self, i: int) -> Array | None:

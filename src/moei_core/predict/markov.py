@@ -62,7 +62,10 @@ class MarkovPredictor(LayerOrder):
             at = (self._at + step) % len(self.layers)
             popularity = self._uses[at] / max(float(self._times[at]), 1.0)
             trust = weights / (self._seen[at] + np.float32(self.SHRINK)) / np.float32(weights.sum())
-            weights = trust @ self._follows[at] + popularity * np.float32(self.SHRINK * trust.sum())
+            sources = np.flatnonzero(trust)
+            # Not a matrix product: libraries sum in an order of their own, and plans must not depend on it.
+            follows = self._follows[at].take(sources, axis=0) * trust.take(sources)[:, None]
+            weights = follows.sum(axis=0) + popularity * np.float32(self.SHRINK * float(trust.sum()))
             if not weights.any():
                 return None
         return weights

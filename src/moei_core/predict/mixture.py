@@ -42,11 +42,11 @@ class MixedPredictor(LayerOrder):
     """Weighs its parts by how well each has predicted lately, separately for one and for more layers ahead.
 
     The record of a part is the decayed mean of its squared error over the experts of a layer (Brier score);
-    weights are exp(-``SHARPNESS`` x error). Judged on every ``SAMPLE``-th pass, to keep it cheap.
+    weights are (1 + excess error) to the power of -``SHARPNESS``. Judged on every ``SAMPLE``-th pass, to keep it cheap.
     """
 
     SAMPLE = 4
-    SHARPNESS = 8.0
+    SHARPNESS = 8
     DECAY = 0.98
 
     def __init__(
@@ -95,8 +95,15 @@ class MixedPredictor(LayerOrder):
     @property
     def weights(self) -> list[float]:
         """The share of each part in the scores, in the order of ``parts``."""
-        raw = np.exp(-self.SHARPNESS * (self._errors - self._errors.min()))
+        # Powers of two by squaring: exp and pow round differently between machines.
+        raw = 1 / (1 + (self._errors - self._errors.min()))
+        for _ in range(self.SHARPNESS.bit_length() - 1):
+            raw = raw * raw
         return (raw / raw.sum()).tolist()  # type: ignore[no-any-return]
+
+    def candidates(self) -> Sequence[ExpertPredictor]:
+        """The mixture and each of its parts."""
+        return (self, *self.parts)
 
     def predict(self, layer: int) -> Sequence[ScoredExpert]:
         scores: dict[ExpertKey, float] = {}

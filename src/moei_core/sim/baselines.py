@@ -1,11 +1,11 @@
 """What other systems would do with the same accesses: closed rules, no brain, the same links and compute.
 
-Each is an ``Observer``-like cost model of its own; ``tests/sim/test_baselines.py`` checks them against closed
-forms (streaming time = bytes / bandwidth).
+Each is a cost model of its own; tests check them against closed forms (streaming time = bytes / bandwidth).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,7 +15,7 @@ from moei_core.sim.hardware import Hardware
 from moei_core.types import LayerAccess
 
 
-class Baseline:
+class Baseline(ABC):
     """Advances its own clock for each access; ``hits`` and ``misses`` count experts."""
 
     def __init__(
@@ -45,9 +45,9 @@ class Baseline:
         self.costs.stall_seconds += max(0.0, until - self.now)
         self.now = max(self.now, until)
 
+    @abstractmethod
     def access(self, access: LayerAccess) -> None:
         """One layer of one pass."""
-        raise NotImplementedError
 
     def compute(self, access: LayerAccess) -> None:
         machine = self.hardware

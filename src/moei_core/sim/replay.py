@@ -55,8 +55,10 @@ def passes(trace: Trace, next_uses: NDArray[np.int64] | None = None) -> Iterator
             phase = Phase.DECODE if phase_of is None else Phase(phase_of[first])
             hints = _hints(trace, first) if trace.hints_experts is not None else {}
             accesses = [
-                LayerAccess(layer, tuple(experts), counts, phase, hints.get(i, ()))
-                for i, (layer, (experts, counts)) in enumerate(zip(trace.moe_layers, rows, strict=True))
+                LayerAccess(layer, tuple(experts), counts, phase, hints.get(i, ()), tuple(named))
+                for i, (layer, (experts, counts, named)) in enumerate(
+                    zip(trace.moe_layers, rows, strict=True)
+                )
             ]
             yield PassAccesses(
                 index,
@@ -82,7 +84,7 @@ def _single_rows(trace: Trace, start: int, stop: int, next_uses: NDArray[np.int6
         if order is None or next_uses is None
         else np.take_along_axis(next_uses[start:stop], order, 2).tolist()
     )
-    none, width = trace.num_experts, block.shape[2]
+    none, width, named = trace.num_experts, block.shape[2], block.tolist()
     ones = _ONES[width] if width < len(_ONES) else (1,) * width
     for token, layers in enumerate(rows):
         future = None if ahead is None else ahead[token]
@@ -92,9 +94,10 @@ def _single_rows(trace: Trace, start: int, stop: int, next_uses: NDArray[np.int6
                 row = row[: row.index(none)]
                 if future is not None:
                     future[i] = future[i][: len(row)]
-                result.append((row, ones[: len(row)]))
+                chosen = [expert for expert in named[token][i] if expert != none]
+                result.append((row, ones[: len(row)], chosen))
             else:
-                result.append((row, ones))
+                result.append((row, ones, named[token][i]))
         yield result, future
 
 
@@ -104,24 +107,23 @@ def _merged_rows(trace: Trace, start: int, stop: int, next_uses: NDArray[np.int6
         flat = np.asarray(trace.experts[start:stop, i]).reshape(-1)
         experts, first, counts = np.unique(flat, return_index=True, return_counts=True)
         real = experts < trace.num_experts
-        result.append((experts[real].tolist(), tuple(counts[real].tolist())))
+        result.append((experts[real].tolist(), tuple(counts[real].tolist()), ()))
         if next_uses is not None:
             future.append(next_uses[start:stop, i].reshape(-1)[first[real]].tolist())
     return result, (None if next_uses is None else future)
 
 
 def _hints(trace: Trace, token: int) -> dict[int, tuple[ScoredExpert, ...]]:
-    """Hints for layer number i are handed over with the access of the layer before it, where they arose."""
+    """Hints by the number of the MoE layer whose access hands them over: the one where they arose."""
     assert trace.hints_experts is not None and trace.hints_scores is not None
-    found: dict[int, tuple[ScoredExpert, ...]] = {}
-    for i in range(1, len(trace.moe_layers)):
+    found: dict[int, list[ScoredExpert]] = {}
+    distances = trace.hint_distances or (1,) * trace.hints_experts.shape[2]
+    for i, layer in enumerate(trace.moe_layers):
         experts, scores = trace.hints_experts[token, i].tolist(), trace.hints_scores[token, i].tolist()
-        found[i - 1] = tuple(
-            ScoredExpert(ExpertKey(trace.moe_layers[i], expert), score)
-            for expert, score in zip(experts, scores, strict=True)
-            if expert < trace.num_experts
-        )
-    return found
+        for expert, score, distance in zip(experts, scores, distances, strict=True):
+            if expert < trace.num_experts and distance <= i:
+                found.setdefault(i - distance, []).append(ScoredExpert(ExpertKey(layer, expert), score))
+    return {i: tuple(hints) for i, hints in found.items()}
 
 
 @dataclass(slots=True)

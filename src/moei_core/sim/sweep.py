@@ -59,7 +59,7 @@ class Result:
     costs: Costs
     by_task: dict[str, float] = field(default_factory=dict)
     prefetch: dict[str, int] = field(default_factory=dict)
-    prefetch_kept: bool = False
+    prefetch_kept: str | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -179,7 +179,7 @@ def simulate(run: Run) -> Result:
         clock.costs,
         _by_task(trace, marks, statistics),
         asdict(scheduler.prefetch_statistics),
-        scheduler.controller.kept,
+        scheduler.prefetching_by,
     )
 
 

@@ -47,7 +47,10 @@ class TraceEvent(IntEnum):
 
 @dataclass(frozen=True)
 class Trace:
-    """Routing of whole conversations, as stored. Arrays may be views of the memory-mapped file."""
+    """Routing of whole conversations, as stored. Arrays may be views of the memory-mapped file.
+
+    hint_distances: for each column of the hints how many MoE layers before theirs they arose; empty: one.
+    """
 
     model: str
     num_experts: int
@@ -61,6 +64,7 @@ class Trace:
     weights: NDArray[np.float16] | None = None
     hints_experts: NDArray[Any] | None = None
     hints_scores: NDArray[Any] | None = None
+    hint_distances: tuple[int, ...] = ()
     events: NDArray[np.int64] | None = None
     sequence_tasks: tuple[str, ...] = ()
     source: str = ""
@@ -168,6 +172,7 @@ def read_trace(path: str | Path) -> Trace:
             num_experts_per_tok=int(metadata["num_experts_per_tok"]),
             moe_layers=tuple(int(layer) for layer in json.loads(metadata["moe_layers"])),
             sequence_tasks=tuple(str(task) for task in tasks),
+            hint_distances=tuple(int(d) for d in json.loads(metadata.get("hint_distances", "[]"))),
             source=metadata.get("source", ""),
             note=metadata.get("note", ""),
             path=str(path),
@@ -201,6 +206,8 @@ def write_trace(trace: Trace, path: str | Path) -> None:
     }
     if trace.sequence_tasks:
         metadata["sequence_tasks"] = json.dumps(list(trace.sequence_tasks))
+    if trace.hints_experts is not None and trace.hint_distances:
+        metadata["hint_distances"] = json.dumps(list(trace.hint_distances))
     tensors = {
         "experts": trace.experts,
         "sequence_offsets": trace.sequence_offsets,
@@ -294,6 +301,10 @@ def _hint_problems(trace: Trace) -> Iterator[str]:
             yield "'hints_experts' holds an id above num_experts"
         elif not np.isfinite(scores).all() or (scores < 0).any():
             yield "'hints_scores' holds a negative or infinite score"
+        elif trace.hint_distances and (
+            len(trace.hint_distances) != hints.shape[2] or min(trace.hint_distances) < 1
+        ):
+            yield "'hint_distances' does not give a distance of at least 1 for each column of the hints"
 
 
 def _id_problems(experts: NDArray[Any], count: int) -> Iterator[str]:

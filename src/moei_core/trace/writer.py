@@ -30,20 +30,27 @@ class TraceWriter:
         num_experts_per_tok: int,
         *,
         hints: int = 0,
+        hint_distances: tuple[int, ...] = (1,),
         source: str = "",
         note: str = "",
     ) -> None:
-        """num_experts: by decoder layer. hints: how many predicted experts a layer are kept."""
+        """num_experts: by decoder layer. hints: how many experts predicted for a layer are kept, from each of
+        ``hint_distances`` MoE layers before it."""
         self._path, self._model, self._source, self._note = Path(path), model, source, note
         self._num_experts = dict(num_experts)
         self._position = {layer: i for i, layer in enumerate(num_experts)}
         self._top_k, self._count = num_experts_per_tok, max(num_experts.values())
         self._type: Any = np.uint8 if self._count < 256 else np.uint16
         self._experts = self._empty(_GROW, num_experts_per_tok)
-        self._hint_experts = self._empty(_GROW, hints) if hints else None
-        self._hint_scores = np.zeros((_GROW, len(num_experts), hints), np.float16) if hints else None
+        # One group of columns for each distance.
+        self._hint_columns = {distance: at * hints for at, distance in enumerate(hint_distances)}
+        self._hints = hints
+        columns = hints * len(hint_distances)
+        self._hint_experts = self._empty(_GROW, columns) if hints else None
+        self._hint_scores = np.zeros((_GROW, len(num_experts), columns), np.float16) if hints else None
         self._tokens = 0
         self._end = 0
+        self._rows = self._experts[:0]
         self._steps = 0
         self._phases: list[int] = []
         self._passes: list[int] = []
@@ -72,6 +79,7 @@ class TraceWriter:
                 more = self._empty(len(self._hint_experts), self._hint_experts.shape[2])
                 self._hint_experts = np.concatenate([self._hint_experts, more])
                 self._hint_scores = np.concatenate([self._hint_scores, np.zeros_like(self._hint_scores)])
+        self._rows = self._experts[self._tokens : self._end]
 
     def record(self, layer: int, top_k_index: NDArray[Any], hints: tuple[ScoredExpert, ...] = ()) -> None:
         """One MoE layer of the pass. top_k_index: [tokens, k] integers, as the router chose them.
@@ -79,24 +87,30 @@ class TraceWriter:
         hints: what was predicted for this pass before the router of its layer had run; kept for single-token
         passes only.
         """
-        rows = self._experts[self._tokens : self._end, self._position[layer]]
-        rows[:, : top_k_index.shape[1]] = np.minimum(top_k_index, self._count)
+        none = self._num_experts[layer]
+        if none != self._count:
+            # A narrower layer's own sign for no expert is another number than the file's.
+            top_k_index = np.where(top_k_index < none, top_k_index, self._count)
+        self._rows[:, self._position[layer], : top_k_index.shape[1]] = top_k_index
         self._steps += 1
         if hints and self._hint_experts is not None and self._end == self._tokens + 1:
-            self._keep_hints(hints)
+            self._keep_hints(layer, hints)
 
     def event(self, kind: TraceEvent, a: int = 0, b: int = 0) -> None:
         """Something that depended on the machine happened after what was recorded so far."""
         self._events.append((self._steps, int(kind), a, b))
 
-    def _keep_hints(self, hints: tuple[ScoredExpert, ...]) -> None:
+    def _keep_hints(self, layer: int, hints: tuple[ScoredExpert, ...]) -> None:
         assert self._hint_experts is not None and self._hint_scores is not None
+        used: dict[int, int] = {}
         for hint in hints:
-            row = self._hint_experts[self._tokens, self._position[hint.key.layer]]
-            free = np.flatnonzero(row == self._count)
-            if len(free):
-                row[free[0]] = hint.key.expert
-                self._hint_scores[self._tokens, self._position[hint.key.layer], free[0]] = hint.score
+            target = self._position[hint.key.layer]
+            start = self._hint_columns[target - self._position[layer]]
+            count = used[target] = used.get(target, 0) + 1
+            if count <= self._hints:
+                column = start + count - 1
+                self._hint_experts[self._tokens, target, column] = hint.key.expert
+                self._hint_scores[self._tokens, target, column] = hint.score
 
     def trace(self) -> Trace:
         """What has been recorded so far."""
@@ -120,6 +134,7 @@ class TraceWriter:
             phase=phase,
             hints_experts=None if self._hint_experts is None else self._hint_experts[:end],
             hints_scores=None if self._hint_scores is None else self._hint_scores[:end],
+            hint_distances=tuple(d for d in self._hint_columns for _ in range(self._hints)),
             events=np.asarray(self._events, np.int64).reshape(-1, 4) if self._events else None,
             source=self._source,
             note=self._note,

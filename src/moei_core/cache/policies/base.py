@@ -110,18 +110,18 @@ class ValuePolicy(PolicyDefaults):
         self.quotas = even_quotas(capacity, num_experts) if per_layer else None
         shape = (len(self.layers), self.width)
         self.values: NDArray[np.float32] = np.zeros(shape, np.float32)
-        self.resident = np.zeros(shape, np.bool_)
-        # The values of the residents, infinite elsewhere: an argmin finds the victim, no scan in Python.
+        # Added to the values: 0 for residents, infinite elsewhere. So an argmin over the sums finds the victim.
+        self._absence = np.full(shape, np.inf, np.float32)
         self._candidates = np.full(shape, np.inf, np.float32)
         self._flat = self._candidates.reshape(-1)
 
     def refresh(self, i: int) -> None:
         """``values[i]`` has changed."""
-        np.copyto(self._candidates[i], self.values[i], where=self.resident[i])
+        np.add(self.values[i], self._absence[i], self._candidates[i])
 
     def refresh_all(self) -> None:
         """All ``values`` have changed."""
-        np.copyto(self._candidates, self.values, where=self.resident)
+        np.add(self.values, self._absence, self._candidates)
 
     def quota(self, layer: int) -> int | None:
         return None if self.quotas is None else self.quotas[layer]
@@ -132,12 +132,12 @@ class ValuePolicy(PolicyDefaults):
 
     def insert(self, key: ExpertKey) -> None:
         i = self.position[key.layer]
-        self.resident[i, key.expert] = True
+        self._absence[i, key.expert] = 0
         self._candidates[i, key.expert] = self.values[i, key.expert]
 
     def remove(self, key: ExpertKey) -> None:
         i = self.position[key.layer]
-        self.resident[i, key.expert] = False
+        self._absence[i, key.expert] = np.inf
         self._candidates[i, key.expert] = np.inf
 
     def victim(self, incoming: ExpertKey, excluded: Container[ExpertKey]) -> ExpertKey | None:

@@ -13,11 +13,18 @@ The value of an expert is ``w . features``, an estimate of how much it will be u
 feature x discounted future use equals the sum over tokens of use x discounted past feature, so both the fit
 and the affinities are updated when a use happens. Each layer has its own ``w``, drawn towards one common to
 all layers, which is drawn towards weights that held on every trace measured (``docs/policies.md``).
+
+Decisions are the same on every machine. Matrix libraries sum in an order of their own, so a product goes
+through one only where every partial sum is exact: uses are 0 or 1, and discounts and the features of the fit
+are rounded to multiples of ``GRID`` so that sums need no more digits than the number type has. All else is
+done element by element, or summed by numpy in a fixed order.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -28,11 +35,11 @@ from moei_core.types import ExpertKey, LayerAccess
 
 Array = NDArray[np.float32]
 
-DECAYS = np.array([0.5, 0.8, 0.93, 0.98], np.float32)
+DECAYS = (0.5, 0.8, 0.93, 0.98)
 SLOW = 0.9995
 REQUEST_SCALE = 0.3
 """What a new request leaves of the request's own features: a new subject makes the old history stale."""
-PRIOR = np.array([0.013, 0.18, -0.125, 0.617, -0.69, 1.07, -0.6, 0.8], np.float64)
+PRIOR = np.array([0.013, 0.18, -0.125, 0.617, -0.69, 0.95, 0.8, -0.12], np.float64)
 """Weights before any evidence, in the order of the features."""
 PRIOR_WEIGHT = 100.0
 LAYER_WEIGHT = 50.0
@@ -40,13 +47,16 @@ FORGET = 0.9999
 SHRINK = 5.0
 """An affinity seen n times counts n / (n + SHRINK); the rest is popularity."""
 RECENT = 0.8
+GRID = 2.0**-16
 FEATURES = len(PRIOR)
-_USES, _OWN, _BEFORE = FEATURES, FEATURES + 1, FEATURES + 2
+_FREQUENCIES, _SLOW, _OWN, _BEFORE, _OWN_RECENT = slice(0, 4), 4, 5, 6, 7
 _FIRST_FITS = 8
 _FADED = 1e-3
 _NOTHING = 1e-20
 _FIRST_BATCH, _EARLY = 16, 256
 _FIT_EVERY = 32
+_RENEW = 64
+_SAMPLE = 128
 
 
 class LearnedMixture(ValuePolicy):
@@ -64,38 +74,59 @@ class LearnedMixture(ValuePolicy):
         self.gamma = 1 - 1 / horizon
         # Small batches learn sooner, which is worth points of hit rate; wide layers cannot pay for it.
         self._batch = batch = 16 if width <= 128 else 32
-        self._powers = (self.gamma ** np.arange(batch + 1)).astype(np.float32)
+        self._powers = _on_grid(_powers(self.gamma, batch).astype(np.float32))
         # later[s, t]: how much a use at t counts for a feature at s < t.
         gap = np.arange(batch)[None, :] - np.arange(batch)[:, None]
-        self._later = np.where(gap > 0, self.gamma ** np.maximum(gap - 1, 0), 0).astype(np.float32)
-        self._weights = np.tile(PRIOR.astype(np.float32), (layers, 1))
-        # Two rows a layer: the weights and the floor below which no estimate falls, both times the discount.
-        self._ranking = np.zeros((layers, 2, FEATURES), np.float32)
-        self._ranked = np.zeros((2, width), np.float32)
-        # One row block per token of the batch: features, then its uses and the two affinities it brings.
-        # Entry 0 holds the features that the batch started from.
-        self._batches = np.zeros((layers, batch + 1, FEATURES + 3, width), np.float32)
-        # The next features are step @ block; only the popularity's entries change from step to step.
-        self._step = np.zeros((FEATURES, FEATURES + 3), np.float32)
-        self._step[range(4), range(4)] = DECAYS
-        self._step[:4, _USES] = 1 - DECAYS
-        self._step[5, _OWN] = self._step[7, _BEFORE] = 1
-        self._step[6, 6], self._step[6, _OWN] = RECENT, 1 - RECENT
+        self._later = np.where(gap > 0, self._powers[np.maximum(gap - 1, 0)], np.float32(0))
+        self._forget = _powers(FORGET, batch)
+        # Features by token of the batch; the last entry holds those that the batch started from.
+        self._batches = np.zeros((layers, batch + 1, FEATURES, width), np.float32)
+        self._views = [
+            [
+                (
+                    block[at - 1],
+                    block[at],
+                    block[at, :_OWN],
+                    block[at, _OWN:_OWN_RECENT],
+                    block[at, _SLOW],
+                    block[at, _OWN],
+                    block[at, _BEFORE],
+                    block[at, _OWN_RECENT],
+                )
+                for at in range(batch)
+            ]
+            for block in self._batches
+        ]
+        self._keep = np.array([[*DECAYS, 1, 0, 0, RECENT]], np.float32).T
+        self._gain = np.array([[1 - decay for decay in DECAYS] + [1]], np.float32).T
         self._total = [0.0] * layers
         self._sources = np.zeros((layers, batch, 2 * width), np.float32)
         self._filled = [0] * layers
-        self._feature_trace = np.zeros((layers, FEATURES, width), np.float32)
+        # The fit looks at so many experts of a layer: of a wide one they are evidence enough, and cost less.
+        self._sample = slice(None, None, max(1, width // _SAMPLE))
+        self._feature_trace = np.zeros((layers, FEATURES, width), np.float64)[:, :, self._sample].copy()
         self._source_trace = np.zeros((layers, 2 * width), np.float32)
         # follows[i, s]: discounted uses of each expert of layer i after s, which is an expert of layer i or,
-        # shifted by width, one of the layer before it; shrunk towards 0 by how rarely s was seen.
+        # shifted by width, one of the layer before it. Times trust it is an estimate of the use, shrunk
+        # towards 0 by how rarely s was seen.
         self._follows = np.zeros((layers, 2 * width, width), np.float32)
         self._seen = np.full((layers, 2 * width), SHRINK, np.float32)
-        # What the shrinking took, and popularity has to give. Lists: single numbers are read, not vectors.
-        self._doubt = [[1.0] * (2 * width) for _ in range(layers)]
-        self._mixers: dict[tuple[int, int], Array] = {}
+        self._trust = np.full((layers, 2 * width), (1 - self.gamma) / SHRINK, np.float32)
+        # What the shrinking takes from a trust of 1, and popularity has to give.
+        self._doubt = SHRINK / (1 - self.gamma)
+        self._doubts = np.zeros((2, 1), np.float32)
+        self._means: dict[tuple[int, int], Array] = {}
         self._gram = np.zeros((layers, FEATURES, FEATURES), np.float64)
         self._moment = np.zeros((layers, FEATURES), np.float64)
-        self._pass = self._base = 0
+        self._weights = np.tile(PRIOR.astype(np.float32), (layers, 1))
+        # The weights, and the floor below which no estimate falls, both times the discount of the layer.
+        self._ranking = np.zeros((layers, FEATURES, 1), np.float32)
+        self._floor = np.zeros(layers, np.float32)
+        self._delay = _powers(round(self.gamma ** (1 / layers), 9), layers - 1)
+        self._discount = 1.0
+        self._products = np.zeros((FEATURES, width), np.float32)
+        self._added, self._added_pair = self._products[:_OWN], self._products[:2]
+        self._pass = 0
         self._request_started = [False] * layers
         self._previous: list[int] = []
         self._decode_width = 0
@@ -110,17 +141,16 @@ class LearnedMixture(ValuePolicy):
         done = self._pass
         if done % _FIT_EVERY == 0 or (done < 4 * _FIT_EVERY and done % _FIRST_FITS == 0):
             self._fit()
-        if done - self._base >= 64:
+        self._discount *= self.gamma
+        if done % _RENEW == 0:
             # Values are discounted to a common origin that must not drift out of float32's range.
-            scale = np.float32(self.gamma ** (self._base - done))
-            self._base = done
-            self.values *= scale
-            self._candidates *= scale
+            self.values /= np.float32(self._discount)
+            self._candidates /= np.float32(self._discount)
+            self._discount = 1.0
         self._discount_layers()
 
     def on_access(self, access: LayerAccess) -> None:
-        i, width = self.position[access.layer], self.width
-        experts = access.experts
+        i, width, experts = self.position[access.layer], self.width, access.experts
         if self._request_started[i]:
             self._start_request(i)
         if max(access.token_counts, default=0) > 1:
@@ -132,50 +162,54 @@ class LearnedMixture(ValuePolicy):
             self._learn(i)
             at = 0
         self._filled[i] = at + 1
-        self._decode_width = len(experts)
+        own = self._decode_width = len(experts)
         indices = np.array([*experts, *self._previous], np.intp)
         sources = self._sources[i, at]
         sources[indices] = 1
-        block = self._batches[i, at]
-        block[_USES] = sources[:width]
-        mixer = self._mixer(len(experts), len(self._previous))
-        np.dot(mixer, self._follows[i].take(indices, axis=0), out=block[_OWN:])
-        doubt, doubt_before = self._doubt[i], 1.0
-        doubt_own = sum([doubt[expert] for expert in experts]) / len(experts) if experts else 1.0
-        if self._previous:
-            doubt_before = sum([doubt[source] for source in self._previous]) / len(self._previous)
         kept = self._total[i] * SLOW
         self._total[i] = total = kept + 1
-        step, kept, gain = self._step, kept / total, 1 / total
-        step[4:, 4] = (kept, kept * doubt_own, kept * (1 - RECENT) * doubt_own, kept * doubt_before)
-        step[4:, _USES] = (gain, gain * doubt_own, gain * (1 - RECENT) * doubt_own, gain * doubt_before)
-        features = self._batches[i, at + 1, :FEATURES]
-        np.dot(step, block, out=features)
+        old, features, histories, affinities, popularity, own_row, before_row, recent = self._views[i][at]
+        self._keep[_SLOW, 0], self._gain[_SLOW, 0] = kept / total, 1 / total
+        np.multiply(old, self._keep, features)
+        np.add(recent, old[_OWN], recent)
+        added, added_pair = self._added, self._added_pair
+        np.multiply(sources[:width], self._gain, added)
+        np.add(histories, added, histories)
+        trust = self._trust[i].take(indices)
+        trust *= self._mean(own, len(self._previous))
+        follows = self._follows[i].take(indices, 0)
+        np.multiply(follows, trust[:, None], follows)
+        np.add.reduce(follows[:own], 0, None, own_row)
+        np.add.reduce(follows[own:], 0, None, before_row)
+        trusts, doubts = trust.tolist(), self._doubts
+        doubts[0, 0] = self._doubt * sum(trusts[:own]) if own else 1.0
+        doubts[1, 0] = self._doubt * sum(trusts[own:]) if self._previous else 1.0
+        np.multiply(popularity, doubts, added_pair)
+        np.add(affinities, added_pair, affinities)
         self._previous = [expert + width for expert in experts]
         self._value(i, features)
 
-    def _mixer(self, own: int, before: int) -> Array:
-        """Takes the means over the experts of this layer and of the one before; one product for both."""
-        mixer = self._mixers.get((own, before))
-        if mixer is None:
-            mixer = self._mixers[own, before] = np.zeros((2, own + before), np.float32)
-            mixer[0, :own] = 1 / max(own, 1)
-            mixer[1, own:] = 1 / max(before, 1)
-        return mixer
+    def _mean(self, own: int, before: int) -> Array:
+        """Takes the means over the experts of this layer and of the one before, in one product."""
+        mean = self._means.get((own, before))
+        if mean is None:
+            parts = [1 / max(own, 1)] * own + [1 / max(before, 1)] * before
+            mean = self._means[own, before] = np.array(parts, np.float32)
+        return mean
 
     def _value(self, i: int, features: Array) -> None:
         """Turn estimates into values that compare across layers: discounted by when the layer runs next."""
-        ranked = self._ranked
-        np.dot(self._ranking[i], features, out=ranked)
-        np.maximum(ranked[0], ranked[1], out=self.values[i])
+        products, values = self._products, self.values[i]
+        np.multiply(features, self._ranking[i], products)
+        np.add.reduce(products, 0, None, values)
+        # An estimate can be negative, a use cannot; the old frequency orders what is left at the bottom.
+        np.maximum(values, np.multiply(features[3], self._floor[i], products[0]), out=values)
         self.refresh(i)
 
     def _discount_layers(self) -> None:
-        count = len(self.layers)
-        discount = self.gamma ** (self._pass - self._base + np.arange(count) / count)
-        self._ranking[:, 0] = self._weights * discount[:, None]
-        # An estimate can be negative, a use cannot; the old frequency orders what is left at the bottom.
-        self._ranking[:, 1, 3] = 0.02 * discount
+        discount = self._delay * self._discount
+        np.multiply(self._weights, discount[:, None], out=self._ranking[:, :, 0])
+        np.multiply(discount, 0.02, out=self._floor)
 
     def _absorb_many(self, i: int, access: LayerAccess) -> None:
         """A pass over many tokens: its counts stand for as many single tokens of the same mix.
@@ -186,29 +220,32 @@ class LearnedMixture(ValuePolicy):
         experts = list(access.experts)
         counts = np.asarray(access.token_counts, np.float32)
         width = min(self._decode_width or len(experts), len(experts))
-        tokens = max(float(counts.max()), float(counts.sum()) / width)
+        tokens = max(max(access.token_counts), round(sum(access.token_counts) / width))
         share = counts / np.float32(tokens)
-        features = self._batches[i, 0, :FEATURES]
-        kept = DECAYS[:, None] ** np.float32(tokens)
-        features[:4] *= kept
-        features[:4, experts] += (1 - kept) * share
-        old = self._total[i] * SLOW**tokens
+        features = self._batches[i, -1]
+        kept = np.array([[_power(decay, tokens)] for decay in DECAYS], np.float32)
+        features[_FREQUENCIES] *= kept
+        features[_FREQUENCIES, experts] += (1 - kept) * share
+        old = self._total[i] * _power(SLOW, tokens)
         self._total[i] = total = old + tokens
-        features[4] *= np.float32(old / total)
-        features[4, experts] += counts / np.float32(total)
-        mean = share / share.sum()
-        features[5] = mean @ self._follows[i, experts]
-        features[5] += features[4] * (mean @ np.array(self._doubt[i], np.float32)[experts])
-        features[6] = features[7] = features[5]
+        features[_SLOW] *= np.float32(old / total)
+        features[_SLOW, experts] += counts / np.float32(total)
+        trust = self._trust[i, experts] * share / share.sum()
+        follows = self._follows[i, experts]
+        follows *= trust[:, None]
+        np.add.reduce(follows, axis=0, out=features[_OWN])
+        features[_OWN] += features[_SLOW] * np.float32(float(trust.sum()) * self._doubt)
+        features[_BEFORE] = features[_OWN]
+        features[_OWN_RECENT] = features[_OWN] / np.float32(1 - RECENT)
         self._previous = []
         self._value(i, features)
 
     def _start_request(self, i: int) -> None:
         self._request_started[i] = False
         self._learn(i)
-        features = self._batches[i, 0]
-        features[:4] *= np.float32(REQUEST_SCALE)
-        features[6] *= np.float32(REQUEST_SCALE)
+        features = self._batches[i, -1]
+        features[_FREQUENCIES] *= np.float32(REQUEST_SCALE)
+        features[_OWN_RECENT] *= np.float32(REQUEST_SCALE)
         # What follows in the next request does not follow from this one.
         self._source_trace[i] = 0
 
@@ -222,51 +259,77 @@ class LearnedMixture(ValuePolicy):
         uses = sources[:, : self.width]
         later, powers = self._later[:count, :count], self._powers[:count]
         fading, last = powers[::-1], self._powers[count]
-        scale = FORGET**count
-        rows = self._batches[i, 1 : count + 1, :FEATURES].transpose(1, 0, 2).reshape(FEATURES, -1)
-        self._gram[i] = self._gram[i] * scale + rows @ rows.T
-        trace = self._feature_trace[i]
-        gain = rows @ (later @ uses).reshape(-1) + trace @ (powers @ uses)
-        self._moment[i] = self._moment[i] * scale + gain * (1 - self.gamma)
+        # In multiples of GRID: sums of products of these are exact in float64.
+        rows = self._batches[i, :count, :, self._sample] * (1 / GRID)
+        np.rint(rows, out=rows)
+        rows, sampled = rows.swapaxes(0, 1).astype(np.float64, order="C"), uses[:, self._sample]
+        flat, trace = rows.reshape(FEATURES, -1), self._feature_trace[i]
+        self._gram[i] *= self._forget[count]
+        self._gram[i] += flat @ flat.T * GRID**2
+        gain = flat @ (later @ sampled).reshape(-1) + trace @ (powers @ sampled)
+        self._moment[i] *= self._forget[count]
+        self._moment[i] += gain * (GRID * (1 - self.gamma))
         trace *= last
-        trace += fading @ rows.reshape(FEATURES, count, -1)
-        self._batches[i, 0, :FEATURES] = self._batches[i, count, :FEATURES]
+        trace += fading.astype(np.float64) @ rows
+        np.rint(trace, out=trace)
         self._learn_affinities(i, sources, uses, later, powers)
-        self._source_trace[i] *= last
-        self._source_trace[i] += fading @ sources
+        self._source_trace[i] = _on_grid(self._source_trace[i] * last + fading @ sources)
         sources.fill(0)
+        start = self._batches[i, -1]
+        start[:] = self._batches[i, count - 1]
         # What fades for ever ends as denormal numbers, which processors compute a hundred times slower.
-        for fading_values in (self._batches[i, 0, :FEATURES], trace, self._source_trace[i]):
-            fading_values[np.abs(fading_values) < _NOTHING] = 0
+        start[np.abs(start) < _NOTHING] = 0
 
     def _learn_affinities(self, i: int, sources: Array, uses: Array, later: Array, powers: Array) -> None:
         """The same identity as for the fit: uses now times the discounted past of their sources."""
-        past = later.T @ sources
-        past += powers[:, None] * self._source_trace[i]
-        seen = self._seen[i]
-        before = seen.copy()
-        seen += sources.sum(axis=0)
-        past *= np.float32(1 - self.gamma) / seen
+        trace, now = self._source_trace[i], sources.sum(axis=0)
         # Few sources were used lately; of a wide layer's matrix, most rows need not be touched.
-        recent = np.flatnonzero((seen > before) | (self._source_trace[i] > _FADED))
-        rows = self._follows[i].take(recent, axis=0)
-        rows *= (before[recent] / seen[recent])[:, None]
-        rows += past.take(recent, axis=1).T @ uses
-        self._follows[i][recent] = rows
-        self._doubt[i] = (np.float32(SHRINK) / seen).tolist()
+        recent = np.flatnonzero((now > 0) | (trace > _FADED))
+        past = later.T @ sources.take(recent, axis=1)
+        past += _on_grid(powers[:, None] * trace.take(recent))
+        self._follows[i][recent] += past.T @ uses
+        self._seen[i] += now
+        np.divide(1 - self.gamma, self._seen[i], out=self._trust[i])
 
     def _fit(self) -> None:
         eye = np.eye(FEATURES)
-        common = np.linalg.solve(
-            self._gram.sum(axis=0) + PRIOR_WEIGHT * eye, self._moment.sum(axis=0) + PRIOR_WEIGHT * PRIOR
+        common = _solve(
+            self._gram.sum(axis=0, keepdims=True) + PRIOR_WEIGHT * eye,
+            self._moment.sum(axis=0, keepdims=True) + PRIOR_WEIGHT * PRIOR,
         )
-        solved: NDArray[Any] = np.linalg.solve(
-            self._gram + LAYER_WEIGHT * eye, (self._moment + LAYER_WEIGHT * common)[..., None]
-        )
-        self._weights = solved[..., 0].astype(np.float32)
+        solved = _solve(self._gram + LAYER_WEIGHT * eye, self._moment + LAYER_WEIGHT * common)
+        self._weights = solved.astype(np.float32)
 
     def value(self, key: ExpertKey) -> float:
         """The estimated discounted use of ``key``, comparable with ``value`` of any other key now."""
-        return float(self.values[self.position[key.layer], key.expert]) * self.gamma ** (
-            self._base - self._pass
-        )
+        return float(self.values[self.position[key.layer], key.expert]) / self._discount
+
+
+def _powers(base: float, last: int) -> NDArray[np.float64]:
+    """``base`` to the powers 0 .. ``last``, by multiplying: ``pow`` rounds differently between machines."""
+    return np.multiply.accumulate(np.array([1.0, *repeat(base, last)]))
+
+
+def _power(base: float, exponent: int) -> float:
+    return math.prod(repeat(base, exponent))
+
+
+def _on_grid(values: Array) -> Array:
+    """``values`` rounded to multiples of ``GRID``."""
+    rounded: Array = np.rint(values * np.float32(1 / GRID)) * np.float32(GRID)
+    return rounded
+
+
+def _solve(matrices: NDArray[Any], vectors: NDArray[Any]) -> NDArray[Any]:
+    """x of ``matrices`` [n, f, f], symmetric and positive definite, times x = ``vectors`` [n, f].
+
+    Gauss-Jordan, element by element (the order of LAPACK's operations is the machine's choice); no pivoting,
+    which such matrices do not need.
+    """
+    system = np.concatenate([matrices, vectors[:, :, None]], axis=2)
+    for pivot in range(matrices.shape[1]):
+        system[:, pivot] /= system[:, pivot, pivot, None].copy()
+        factors = system[:, :, pivot].copy()
+        factors[:, pivot] = 0
+        system -= factors[:, :, None] * system[:, pivot, None, :]
+    return system[:, :, -1]

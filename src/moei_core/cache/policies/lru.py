@@ -12,8 +12,9 @@ class LayerLRU(PolicyDefaults):
     """LRU within each layer: every layer owns a fixed share of the residents.
 
     One global LRU hits nothing while it holds fewer experts than one token needs (each token floods it);
-    quotas per layer do not have that cliff. The experts of one access count as used in ascending order,
-    whether they were resident or not: with few slots that order decides, and it must not favour misses.
+    quotas per layer do not have that cliff. The experts of one access count as used in the order in which the
+    router named them (ascending where that is not known), whether they were resident or not: with few slots
+    that order decides, and it must not favour misses.
     """
 
     def __init__(self, capacity: int, num_experts: Mapping[int, int]) -> None:
@@ -26,7 +27,7 @@ class LayerLRU(PolicyDefaults):
 
     def on_access(self, access: LayerAccess) -> None:
         recency = self._recency[access.layer]
-        for expert in access.experts:
+        for expert in access.order or access.experts:
             recency[expert] = recency.pop(expert, False)
 
     def quota(self, layer: int) -> int | None:
@@ -59,7 +60,7 @@ class GlobalLRU(PolicyDefaults):
 
     def on_access(self, access: LayerAccess) -> None:
         keys, recency = self._keys[access.layer], self._recency
-        for expert in access.experts:
+        for expert in access.order or access.experts:
             key = keys[expert]
             recency[key] = recency.pop(key, False)
 
