@@ -13,7 +13,7 @@ from moei_core.hardware.profile import HardwareProfile, load_profile, save_profi
 
 if TYPE_CHECKING:
     from moei_core.hardware.probe import Machine
-    from moei_core.hardware.profile import FrameworkCost
+    from moei_core.hardware.profile import ExpertSpeed, FrameworkCost
 
 
 def model_folders() -> list[Path]:
@@ -75,7 +75,18 @@ def measure_now(folders: Sequence[Path]) -> tuple[HardwareProfile, str]:
 def _measure(machine: Machine, progress: Callable[[str, int, int], None]) -> HardwareProfile:
     from moei_core.hardware.probe import measure
 
-    return measure(machine, weights_by_disk(), _framework, progress=progress)
+    # Where models are, so that experts are read from the disk that they would be read from.
+    place = next((Path(disk.folder) for disk in machine.disks if not disk.in_memory), None)
+
+    def experts() -> tuple[ExpertSpeed, ...]:
+        from moei_core.engine.expert_probe import ProbeEffort, measure_experts
+
+        if place is None:
+            return ()
+        room = min(machine.memory.usable // 8, read_disk(place).free // 10, ProbeEffort().nbytes)
+        return measure_experts(place, ProbeEffort(nbytes=room))
+
+    return measure(machine, weights_by_disk(), _framework, experts, progress=progress)
 
 
 def _framework() -> FrameworkCost | None:

@@ -31,9 +31,10 @@ def show(
 ) -> None:
     """Show what a model is, where its bytes are and how many a token needs."""
     if settings:
+        from moei_cli.settings import resolve_all
         from moei_cli.settings_view import show_settings
 
-        show_settings(model, ram, experts, context, as_json=as_json)
+        show_settings(model, resolve_all(ram=ram, experts=experts, context=context), as_json=as_json)
         return
     if (ram, experts, context) != (None, None, None):
         raise UsageError("--ram, --experts and --context belong to --settings.", hint="See: moei show --help")
