@@ -24,12 +24,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from memory_group import capped, join, read_count
 
 from moei_cli.measured_machine import stored_profile
 from moei_core.config import ExpertBudget
@@ -100,43 +101,6 @@ def predict(geometry: str, form: str, experts: str, speeds: Speeds, options: arg
     )
 
 
-@contextmanager
-def capped(nbytes: int) -> Iterator[Path | None]:
-    """A memory control group (version 1 or 2) of so many bytes, page cache included; None where none can be made."""
-    name = f"moei-forecast-{os.getpid()}"
-    for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
-        group = Path(root, name)
-        try:
-            group.mkdir()
-        except OSError:
-            continue
-        try:
-            if (group / limit).exists():
-                (group / limit).write_text(str(nbytes))
-                yield group
-                return
-        finally:
-            _remove(group)
-    yield None
-
-
-def _remove(group: Path) -> None:
-    for _ in range(50):
-        try:
-            group.rmdir()
-            return
-        except OSError:
-            time.sleep(0.1)  # the last process is not quite gone
-
-
-def _count(group: Path, names: Sequence[str]) -> int | None:
-    """The first of these files of ``group`` that is there."""
-    for name in names:
-        if (group / name).exists():
-            return int((group / name).read_text().split()[-1])
-    return None
-
-
 def moei(*arguments: str) -> list[str]:
     return [sys.executable, "-c", "from moei_cli.main import main; main()", *arguments]
 
@@ -166,16 +130,12 @@ def run(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     settle_memory(case.ram)
     before, started = processor_seconds(), time.perf_counter()
     with capped(int(case.ram * _CAP)) as group:
-
-        def join() -> None:
-            if group is not None:
-                (group / "cgroup.procs").write_text(str(os.getpid()))
-
-        done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=join)
+        enter = None if group is None else partial(join, group)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=enter)
         peak = hits = None
         if group is not None:
-            peak = _count(group, ("memory.max_usage_in_bytes", "memory.peak"))
-            hits = _count(group, ("memory.failcnt",))
+            peak = read_count(group, ("memory.max_usage_in_bytes", "memory.peak"))
+            hits = read_count(group, ("memory.failcnt",))
     wall = time.perf_counter() - started
     after = processor_seconds()
     if done.returncode:

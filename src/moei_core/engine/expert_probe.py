@@ -25,11 +25,12 @@ from moei_core.hardware.probe.bandwidth import FILLER
 from moei_core.hardware.probe.disk import nameless_file
 from moei_core.hardware.profile import ExpertSpeed
 from moei_core.quant.formats import FORMATS
-from moei_core.quant.layouts import PLAIN, ROWS16, can_interleave
+from moei_core.quant.layouts import PLAIN, can_interleave
 from moei_core.scheduler import ExpertScheduler
 from moei_core.store.base import PAGE, StoredTensor, align_up, lay_out
 from moei_core.store.checksums import checksum
 from moei_core.store.file_store import FileStore
+from moei_core.store.packing import USUAL_LAYOUT
 from moei_core.types import ExpertKey, Phase
 
 
@@ -99,7 +100,7 @@ def _tensors(file: Path, geometry: Geometry, form: str, offset: int) -> Iterator
     up, down = (geometry.ffn, geometry.hidden), (geometry.hidden, geometry.ffn)
     for param, index, shape in (("gate_up_proj", 0, up), ("gate_up_proj", 1, up), ("down_proj", 0, down)):
         nbytes = FORMATS[form].nbytes(shape)
-        layout = ROWS16 if can_interleave(form, shape) else PLAIN
+        layout = USUAL_LAYOUT if can_interleave(form, shape) else PLAIN
         yield StoredTensor(param, index, file, offset, nbytes, form, shape, layout=layout)
         offset += nbytes
 
