@@ -75,8 +75,7 @@ def measure_now(folders: Sequence[Path]) -> tuple[HardwareProfile, str]:
 def _measure(machine: Machine, progress: Callable[[str, int, int], None]) -> HardwareProfile:
     from moei_core.hardware.probe import measure
 
-    # Where models are, so that experts are read from the disk that they would be read from.
-    place = next((Path(disk.folder) for disk in machine.disks if not disk.in_memory), None)
+    place = _expert_place(machine)
 
     def experts() -> tuple[ExpertSpeed, ...]:
         from moei_core.engine.expert_probe import ProbeEffort, measure_experts
@@ -87,6 +86,12 @@ def _measure(machine: Machine, progress: Callable[[str, int, int], None]) -> Har
         return measure_experts(place, ProbeEffort(nbytes=room))
 
     return measure(machine, weights_by_disk(), _framework, experts, progress=progress)
+
+
+def _expert_place(machine: Machine) -> Path | None:
+    """A folder on the first disk that can be written: where models are, so that their disk is the one that is read."""
+    disks = (disk for disk in machine.disks if not disk.in_memory and not disk.read_only)
+    return next((Path(disk.folder) for disk in disks), None)
 
 
 def _framework() -> FrameworkCost | None:
