@@ -23,11 +23,33 @@ def _origin(setting: Setting, why: str) -> str:
     return f"automatic: {why}" if setting.text is None else setting.origin
 
 
-def show_settings(model: str, chosen: Mapping[str, Setting], *, as_json: bool) -> None:
-    """Print the settings and the memory budget, without loading anything.
+_WITHOUT_MODEL = {
+    "ram": "what is free decides",
+    "experts": "as many as fit",
+    "context": f"the model's, at most {DEFAULT_CONTEXT}",
+    "policy": f"{DEFAULT_POLICY}, the best of docs/policies.md",
+    "predictor": "none, which on most machines is fastest",
+    "prefetch": "auto: a predictor is followed only while that is faster",
+}
+
+
+def show_settings(model: str | None, chosen: Mapping[str, Setting], *, as_json: bool) -> None:
+    """Print the settings, and with a model its memory budget, without loading anything.
 
     Raises: what finding the model raises; UsageError; DoesNotFitError.
     """
+    if model is None:
+        rows = [
+            (name, one.text or "automatic", _WITHOUT_MODEL[name] if one.text is None else one.origin)
+            for name, one in chosen.items()
+        ]
+        if as_json:
+            render.print_json(
+                {"settings": {name: {"value": value, "reason": why} for name, value, why in rows}}
+            )
+        else:
+            render.print_table(("setting", "value", "where from"), rows)
+        return
     shape, folder = shape_of(model)
     memory, profile = read_memory(), stored_profile()
     if profile is not None:

@@ -105,6 +105,18 @@ def test_show_says_which_won(moei: Moei, monkeypatch: pytest.MonkeyPatch) -> Non
     assert told["policy"].startswith("automatic: ")
 
 
+def test_without_a_model_the_origins_are_shown(moei: Moei) -> None:
+    write('ram = "6GiB"\n')
+    done = moei("show", "--settings", "--experts", "40%", "--json")
+    told = json.loads(done.out)["settings"]
+    assert list(told) == list(SETTINGS)
+    assert told["ram"] == {"value": "6GiB", "reason": str(config_path())}
+    assert told["experts"] == {"value": "40%", "reason": "--experts"}
+    assert told["policy"]["value"] == "automatic"
+    assert moei("show", "--settings").out.count("automatic") == 5
+    assert moei("show").code == 2
+
+
 def test_a_plan_follows_them_too(moei: Moei) -> None:
     write('ram = "nonsense"\n')
     done = moei("plan", "mixtral-8x7b", "--json")
