@@ -38,6 +38,7 @@ from moei_core.forecast.forecast import forecast, plan_budget
 from moei_core.forecast.formats import FORMATS
 from moei_core.forecast.shape import shape_of_config
 from moei_core.forecast.speed import Speeds
+from moei_core.hub.synthetic import make_synthetic
 from moei_core.hub.synthetic_models import SYNTHETIC_MODELS
 
 CASES = (
@@ -103,6 +104,16 @@ def predict(geometry: str, form: str, experts: str, speeds: Speeds, options: arg
 
 def moei(*arguments: str) -> list[str]:
     return [sys.executable, "-c", "from moei_cli.main import main; main()", *arguments]
+
+
+def make(case: Case) -> None:
+    """Make the model of ``case`` and pack it, outside of any bound. Nothing happens if it is there."""
+    name, _, layers = case.geometry.partition("@")
+    make_synthetic(name, int(layers))
+    if case.form != "bf16":
+        subprocess.run(
+            moei("quantize", f"synthetic:{case.geometry}", case.form), stdout=subprocess.DEVNULL, check=True
+        )
 
 
 def settle_memory(nbytes: int) -> None:
@@ -255,6 +266,7 @@ def main() -> None:
     rows, failures = [], []
     for geometry, group in groupby(cases, key=lambda one: one.geometry):
         for case in group:
+            make(case)
             report = run(case, options)
             if "failed" in report:
                 failures.append({"case": case.name, **report})
@@ -263,7 +275,9 @@ def main() -> None:
             rows.append(row(case, report))
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr)
         if not options.keep:
-            subprocess.run(moei("rm", "--yes", f"synthetic:{geometry}"), capture_output=True, check=False)
+            for packed in (":q4_0", ""):
+                name = f"synthetic:{geometry}{packed}"
+                subprocess.run(moei("rm", "--yes", name), capture_output=True, check=False)
     if rows:
         text = f"{table(rows)}\n\n{in_words(summary(rows))}"
         print(text)
