@@ -38,6 +38,7 @@ from moei_core.forecast.forecast import forecast, plan_budget
 from moei_core.forecast.formats import FORMATS
 from moei_core.forecast.shape import shape_of_config
 from moei_core.forecast.speed import Speeds
+from moei_core.hardware.probe import processor_seconds
 from moei_core.hub.synthetic import make_synthetic
 from moei_core.hub.synthetic_models import SYNTHETIC_MODELS
 
@@ -122,12 +123,10 @@ def settle_memory(nbytes: int) -> None:
     subprocess.run([sys.executable, "-c", code, str(nbytes)], check=False)
 
 
-def processor_seconds() -> tuple[float, float]:
-    """(of everybody, of this process's finished children), to tell how much of the processor others took."""
-    used = [int(field) for field in Path("/proc/stat").read_text().split()[1:9]]
-    busy = sum(used) - used[3] - used[4]
+def spent() -> tuple[float, float]:
+    """Processor seconds (of everybody, of this process's finished children), to tell how much others took."""
     children = os.times()
-    return busy / os.sysconf("SC_CLK_TCK"), children.children_user + children.children_system
+    return processor_seconds()[0], children.children_user + children.children_system
 
 
 def run(case: Case, options: argparse.Namespace) -> dict[str, Any]:
@@ -139,7 +138,7 @@ def run(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         "--new-tokens", str(options.new_tokens), "--repeats", str(options.repeats), "--json",
     )  # fmt: skip
     settle_memory(case.ram)
-    before, started = processor_seconds(), time.perf_counter()
+    before, started = spent(), time.perf_counter()
     with capped(int(case.ram * _CAP)) as group:
         enter = None if group is None else partial(join, group)
         done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=enter)
@@ -148,7 +147,7 @@ def run(case: Case, options: argparse.Namespace) -> dict[str, Any]:
             peak = read_count(group, ("memory.max_usage_in_bytes", "memory.peak"))
             hits = read_count(group, ("memory.failcnt",))
     wall = time.perf_counter() - started
-    after = processor_seconds()
+    after = spent()
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-3:], "status": done.returncode}
     report: dict[str, Any] = json.loads(done.stdout)
