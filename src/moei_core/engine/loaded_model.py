@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, DynamicCache
 
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.cache.expert_cache import ExpertCache
-from moei_core.cache.policies import DEFAULT_POLICY, LIVE_POLICIES, POLICIES, CachePolicy
+from moei_core.cache.policies import DEFAULT_POLICY, POLICIES, CachePolicy
 from moei_core.config import ExpertBudget, GenerationSettings
 from moei_core.engine.expert_compute import DECODED_NBYTES
 from moei_core.engine.hints import Hinter, RouterHints, StrideHints
@@ -226,23 +226,19 @@ def compute_threads(spec: ModelSpec) -> int:
 
     Products of small experts are over before a second thread has woken up.
     """
-    return share_compute(max(spec.expert_nbytes.values()))
-
-
-def share_compute(expert_nbytes: int) -> int:
-    """How many threads compute experts of at most so many bytes."""
     cores = psutil.cpu_count(logical=False) or 1
     if hasattr(os, "sched_getaffinity"):
         cores = min(cores, len(os.sched_getaffinity(0)))
-    return cores if expert_nbytes >= _WORTH_SHARING else 1
+    return cores if max(spec.expert_nbytes.values()) >= _WORTH_SHARING else 1
 
 
 def _policy(name: str) -> Callable[[int, Mapping[int, int]], CachePolicy]:
     """The constructor of a policy that can run live: one that needs no future."""
-    if name not in LIVE_POLICIES:
+    live = [known for known, policy in POLICIES.items() if not getattr(policy, "needs_future", False)]
+    if name not in live:
         why = "It needs the accesses to come: it can only simulate." if name in POLICIES else ""
         raise UsageError(
-            f"There is no cache policy '{name}' for a chat.", why, f"Choose from: {', '.join(LIVE_POLICIES)}."
+            f"There is no cache policy '{name}' for a chat.", why, f"Choose from: {', '.join(live)}."
         )
     return POLICIES[name]
 
