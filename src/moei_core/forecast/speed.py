@@ -44,7 +44,7 @@ class Speeds:
             profile.best_memory_bandwidth.value,
             profile.framework or ASSUMED_FRAMEWORK,
             disk,
-            _tables((one.format, one.rows, one.nbytes, one.seconds.value) for one in profile.kernels),
+            _tables((one.format, one.rows, one.nbytes, one.seconds.low) for one in profile.kernels),
             _tables((one.format, one.tokens, one.nbytes, one.resident) for one in profile.experts),
             _tables((one.format, one.tokens, one.nbytes, one.arriving) for one in profile.experts),
         )
