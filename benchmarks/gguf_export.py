@@ -6,6 +6,7 @@ become float32, which holds them exactly. The vocabulary is made up: the file is
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from moei_core.adapters.checkpoint import read_tensors
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.quant.formats import decode
 from moei_core.quant.layouts import from_layout
-from moei_core.store.base import StoredTensor
+from moei_core.store.base import PAGE, StoredTensor
 from moei_core.store.safetensors_header import TensorEntry
 from moei_core.types import ExpertKey
 
@@ -62,6 +63,8 @@ def export(folder: Path, target: Path) -> None:
     for _, data, _ in _tensors(adapter, config, read=True):
         writer.write_tensor_data(data)
     writer.close()
+    # Whole sectors, or a loop device over the file would lack the last bytes.
+    os.truncate(target, -(-target.stat().st_size // PAGE) * PAGE)
 
 
 def _describe(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
