@@ -16,7 +16,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from moei_core.adapters.base import ExpertsRuntime
 from moei_core.adapters.checkpoint import check_shapes, read_tensors, take_apart
+from moei_core.adapters.dense_linear import use_native_linears
 from moei_core.adapters.early_router import EarlyRouters
+from moei_core.adapters.kept_blocks import find_kept, give_up_read_ones
 from moei_core.adapters.skeleton import (
     TORCH_DTYPES,
     build_skeleton,
@@ -119,6 +121,7 @@ class TransformersAdapter:
         else:
             self.experts, self._dense = self.packed.stored_experts(folder), tensors
             check_shapes(self.model, parameters, self.experts)
+        self._kept = find_kept(self.model, self._dense, parameters)
         self._spec = self._make_spec()
 
     def _make_spec(self) -> ModelSpec:
@@ -139,9 +142,11 @@ class TransformersAdapter:
     def expected_dense_nbytes(self) -> int:
         """Bytes of the dense weights once loaded, known before loading (an upper bound: tied weights)."""
         item = self.dtype.itemsize
-        return sum(
+        kept = sum(one.matrix.nbytes for one in self._kept.values())
+        return kept + sum(
             math.prod(entry.shape) * item if entry.dtype in FORMATS else entry.nbytes
-            for entry in self._dense.values()
+            for name, entry in self._dense.items()
+            if name not in self._kept
         )
 
     def open_store(self) -> ExpertStore:
@@ -163,8 +168,10 @@ class TransformersAdapter:
 
     def load(self) -> None:
         """Read the dense weights; the expert parameters are gone from the modules from here on."""
-        load_dense_weights(self.model, self._dense, self.dtype, self._expert_parameters)
+        load_dense_weights(self.model, self._dense, self.dtype, self._expert_parameters, self._kept)
         top_k = max(self._probe().values())
+        give_up_read_ones(self.model)
+        use_native_linears(self.model)
         self._spec = replace(self._spec, num_experts_per_tok=top_k)
 
     def _probe(self) -> dict[int, int]:
