@@ -83,9 +83,7 @@ class UnknownConversionError(Exception):
     """A checkpoint conversion that cannot be undone tensor by tensor; the argument names its operations."""
 
 
-def map_checkpoint(
-    model: PreTrainedModel, names: Iterable[str], wanted: Iterable[str]
-) -> MappedCheckpoint:
+def map_checkpoint(model: PreTrainedModel, names: Iterable[str], wanted: Iterable[str]) -> MappedCheckpoint:
     """Which checkpoint tensors make up each parameter of ``wanted``, and where the others go.
 
     Names that the model's class ignores (multi-token prediction layers) are in neither.
