@@ -105,6 +105,8 @@ class LoadedModel:
             )
             hinter = self._hinter(options.predictor)
             pool = SlotPool(self.budget.slots, slot_nbytes)
+            if native.available():
+                native.set_num_threads(physical_cores())
             self.runtime = ExpertRuntime(store, pool, self.scheduler, self.budget.spare, threads)
             least = self.budget.working + self.budget.spare
             self.runtime.governor = MemoryGovernor(self.budget.slots, least, slot_nbytes)
@@ -222,14 +224,22 @@ class LoadedModel:
 
 
 def compute_threads(spec: ModelSpec) -> int:
-    """How many threads compute: a property of model and machine, never of a budget (other counts round otherwise).
+    """How many threads torch computes with: a property of model and machine, never of a budget (other counts round
+    otherwise).
 
-    Products of small experts are over before a second thread has woken up.
+    Products of small experts are over before a second thread has woken up. The native kernels decide that for each
+    call, and give the same bits with any number of threads.
     """
+    cores = physical_cores()
+    return cores if max(spec.expert_nbytes.values()) >= _WORTH_SHARING else 1
+
+
+def physical_cores() -> int:
+    """Cores that this process may use."""
     cores = psutil.cpu_count(logical=False) or 1
     if hasattr(os, "sched_getaffinity"):
         cores = min(cores, len(os.sched_getaffinity(0)))
-    return cores if max(spec.expert_nbytes.values()) >= _WORTH_SHARING else 1
+    return cores
 
 
 def _policy(name: str) -> Callable[[int, Mapping[int, int]], CachePolicy]:

@@ -22,7 +22,7 @@ import torch
 from moei_core.engine.expert_compute import HeldExpert, stored_alike
 from moei_core.engine.forced_routing import ForcedRouting
 from moei_core.engine.hints import Hinter
-from moei_core.engine.layer_work import LayerWork
+from moei_core.engine.layer_work import LayerWork, TokenWork
 from moei_core.engine.native_compute import NativeExperts, native_experts
 from moei_core.engine.slots import SlotPool
 from moei_core.engine.transfers import Load, Step, TransferQueue
@@ -34,7 +34,7 @@ from moei_core.store.base import ExpertStore
 from moei_core.trace.format import TraceEvent
 from moei_core.trace.hidden import HiddenSampler
 from moei_core.trace.writer import TraceWriter
-from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase
+from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase, ScoredExpert
 
 
 @dataclass(slots=True)
@@ -79,7 +79,7 @@ class ExpertRuntime:
         prefetch_slots: int = 0,
         threads: int = 1,
     ) -> None:
-        """prefetch_slots: of the pool's slots, those that prefetches arrive in. threads: to compute with.
+        """prefetch_slots: of the pool's slots, those that prefetches arrive in. threads: for torch to compute with.
 
         torch's waiting threads spin: beside the native kernels, which have threads of their own, it gets one
         in decoding. The counts follow the phase and never a budget (other counts may round otherwise).
@@ -99,8 +99,6 @@ class ExpertRuntime:
             self._transfers.add_spare(pool.take())
         self._phase = Phase.PREFILL
         self._threads = {Phase.PREFILL: threads, Phase.DECODE: 1 if native.available() else threads}
-        if native.available():
-            native.set_num_threads(threads)
         self._pass_started = 0.0
         self._pass_stall = 0.0
         self.before_access: Callable[[], None] | None = None
@@ -164,18 +162,7 @@ class ExpertRuntime:
             self.recorder.record(layer, top_k_index.numpy(), hints)
         if self.sampler is not None and self.sampler.wants:
             self.sampler.record(layer, hidden_states[self.sampler.wants].to(torch.float32).numpy())
-        # Each token's experts ascending: column order is then the order of summation.
-        index, order = torch.sort(top_k_index, dim=-1)
-        scale = torch.gather(top_k_weights, -1, order)
-        work = LayerWork(module, hidden_states, index, scale, lambda expert: self._kernel(module, expert))
-        access = LayerAccess(
-            layer,
-            tuple(work.rows),
-            tuple(len(positions) for positions in work.rows.values()),
-            self._phase,
-            hints,
-            named,
-        )
+        work, access = self._gather(module, layer, hidden_states, top_k_index, top_k_weights, hints, named)
         gathered = time.perf_counter()
         plan = self._scheduler.access(access)
         decided = time.perf_counter()
@@ -192,6 +179,35 @@ class ExpertRuntime:
         spent.layers_s += ended - started
         return total
 
+    def _gather(
+        self,
+        module: Any,
+        layer: int,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        hints: tuple[ScoredExpert, ...],
+        named: tuple[int, ...],
+    ) -> tuple[LayerWork | TokenWork, LayerAccess]:
+        """What is to be computed and what that needs. Each token's experts ascending: the order of summation."""
+
+        def kernel(expert: HeldExpert) -> NativeExperts | None:
+            return self._kernel(module, expert)
+
+        width = top_k_index.shape[-1]
+        if len(named) == width and len(set(named)) == width and hidden_states.is_contiguous():
+            weights = dict(sorted(zip(named, top_k_weights[0].tolist(), strict=True)))
+            experts = tuple(weights)
+            return (
+                TokenWork(module, hidden_states, weights, kernel),
+                LayerAccess(layer, experts, (1,) * width, self._phase, hints, named),
+            )
+        index, order = torch.sort(top_k_index, dim=-1)
+        scale = torch.gather(top_k_weights, -1, order)
+        work = LayerWork(module, hidden_states, index, scale, kernel)
+        counts = tuple(len(positions) for positions in work.rows.values())
+        return work, LayerAccess(layer, tuple(work.rows), counts, self._phase, hints, named)
+
     def resize(self, slots: int) -> None:
         """Hold at most ``slots`` experts from now on, at most as many as the pool was made for.
 
@@ -204,7 +220,7 @@ class ExpertRuntime:
             self._forget(key)
         self._pool.resize(slots)
 
-    def _carry_out(self, plan: FetchPlan, work: LayerWork) -> None:
+    def _carry_out(self, plan: FetchPlan, work: LayerWork | TokenWork) -> None:
         """The waves in one flow: what a wave evicts is never needed by this access, so it can go at once, and
         each expert that does not stay makes room for the next."""
         for key in plan.cancel:
@@ -227,7 +243,7 @@ class ExpertRuntime:
             if absent:
                 self._ask(absent, plan.prefetch)
 
-    def _compute(self, work: LayerWork, keys: Iterable[ExpertKey]) -> None:
+    def _compute(self, work: LayerWork | TokenWork, keys: Iterable[ExpertKey]) -> None:
         started = time.perf_counter()
         work.compute([self._held[key] for key in keys])
         self.statistics.expert_compute_s += time.perf_counter() - started

@@ -111,7 +111,9 @@ class TransferQueue:
         """Replace what is wished for: taken in this order while the link is idle and there is a spare slot."""
         with self._lock:
             self._wishes = deque(keys)
-            self._work.notify()
+            # A thread woken for nothing would still take the interpreter's lock from whoever computes.
+            if self._wishes:
+                self._work.notify()
 
     def add_spare(self, slot: int) -> None:
         """Give the queue a slot to prefetch into."""
