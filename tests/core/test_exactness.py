@@ -54,14 +54,20 @@ def prompt_tokens(vocabulary: int) -> list[int]:
 
 
 def stepwise(
-    model: nn.Module, cache: object, prompt: list[int], forced: list[int] | None
+    model: nn.Module,
+    cache: object,
+    prompt: list[int],
+    forced: list[int] | None,
+    before_pass: Callable[[Phase, int], None] = lambda phase, tokens: None,
 ) -> tuple[torch.Tensor, list[int]]:
     """Logits of every position [PROMPT + STEPS, vocabulary], the decode tokens greedy or ``forced``."""
     with torch.inference_mode():
+        before_pass(Phase.PREFILL, len(prompt))
         rows = [model(torch.tensor([prompt]), past_key_values=cache, use_cache=True).logits[0]]
         tokens: list[int] = []
         for step in range(STEPS):
             tokens.append(int(rows[-1][-1].argmax()) if forced is None else forced[step])
+            before_pass(Phase.DECODE, 1)
             rows.append(model(torch.tensor([[tokens[-1]]]), past_key_values=cache, use_cache=True).logits[0])
     return torch.cat(rows).float(), tokens
 
@@ -92,9 +98,9 @@ def ours(
         torch.set_num_threads(1)
         assert loaded.budget.slots <= budget.slots(loaded.spec.total_experts, loaded.budget.slot_nbytes)
         cache = ConversationCache(loaded.adapter.config)
-        loaded.runtime.forward_pass(Phase.PREFILL, PROMPT)
+        prompt = prompt_tokens(loaded.adapter.config.vocab_size)
         logits, tokens = stepwise(
-            loaded.adapter.model, cache.cache, prompt_tokens(loaded.adapter.config.vocab_size), forced
+            loaded.adapter.model, cache.cache, prompt, forced, loaded.runtime.forward_pass
         )
         return logits, tokens, loaded
 

@@ -102,6 +102,7 @@ class LoadedModel:
                 self.budget.working,
                 make_predictor(self.spec.num_experts) if make_predictor and self.budget.spare else None,
                 options.prefetch,
+                num_experts=self.spec.num_experts,
             )
             hinter = self._hinter(options.predictor)
             pool = SlotPool(self.budget.slots, slot_nbytes)
