@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from moei_core.config import FULL_OVERLAP, Overlap
 from moei_core.engine.expert_compute import HeldExpert, stored_alike
 from moei_core.engine.forced_routing import ForcedRouting
 from moei_core.engine.hints import Hinter
@@ -80,6 +81,7 @@ class ExpertRuntime:
         scheduler: ExpertScheduler,
         prefetch_slots: int = 0,
         threads: int = 1,
+        overlap: Overlap = FULL_OVERLAP,
     ) -> None:
         """prefetch_slots: of the pool's slots, those that prefetches arrive in. threads: to compute with.
 
@@ -96,7 +98,10 @@ class ExpertRuntime:
         self._kinds: dict[tuple[object, ...], int] = {}
         self._kind_of: dict[ExpertKey, int] = {}
         self._kernels: dict[tuple[int, int], NativeExperts | None] = {}
-        self._transfers = TransferQueue(store, pool.view)
+        self._reorder = overlap.reorder
+        self._transfers = TransferQueue(
+            store, pool.view, chunk_nbytes=overlap.chunk_nbytes, preempt=overlap.preempt
+        )
         for _ in range(prefetch_slots):
             self._transfers.add_spare(pool.take())
         self._phase = Phase.PREFILL
@@ -231,15 +236,15 @@ class ExpertRuntime:
                 self._transfers.stream(sorted(plan.stream, key=self._place_on_disk))
             while looking_ahead and plan.stream and self._pool.free > self._prefetch_slots:
                 self._transfers.lend(self._pool.take())
-            if resident and not self._transfers.has_ready:
-                self._compute(work, resident[:batch])
-                resident = resident[batch:]
-            elif arriving:
+            if arriving and (self._transfers.has_ready or not resident or not self._reorder):
                 key = self._arrival()
                 arriving -= 1
                 self._compute(work, (key,))
                 if key in leaving:
                     self._forget(key)
+            elif resident:
+                self._compute(work, resident[:batch])
+                resident = resident[batch:]
             else:
                 break
 

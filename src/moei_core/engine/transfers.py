@@ -66,11 +66,12 @@ class TransferQueue:
         *,
         readers: int = READERS,
         chunk_nbytes: int = CHUNK_NBYTES,
+        preempt: bool = True,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """view: gives the bytes of a slot."""
+        """view: gives the bytes of a slot. chunk_nbytes, preempt: see ``Overlap``."""
         self._store, self._view = store, view
-        self._chunk_nbytes, self._patience_s = chunk_nbytes, patience_s
+        self._chunk_nbytes, self._preempt, self._patience_s = chunk_nbytes, preempt, patience_s
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._news = threading.Condition(self._lock)
@@ -319,6 +320,8 @@ class TransferQueue:
         with self._lock:
             while not self._closing:
                 load = self._demand[0] if self._demand else self._stream_task() or self._idle_link_task()
+                if not self._preempt and self._current is not None and self._current.waiting:
+                    load = self._current
                 if load is not None:
                     chunk = load.waiting.popleft()
                     if load.demand and not load.waiting:
