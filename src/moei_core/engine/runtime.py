@@ -4,9 +4,10 @@ Exactness: every expert's output goes to rows of its own in a float32 buffer, an
 summed in ascending expert order. So what was resident, and the order in which experts arrived, never changes
 a bit of the result.
 
-Order (reordered execution: ProMoE, arXiv 2410.22134, section 4): resident experts are computed first while the
-absent ones are on their way, then each as it arrives. An absent expert is asked for as soon as a slot is free,
-in the order of the files.
+Order (reordered execution: ProMoE, arXiv 2410.22134, section 4): resident experts are computed while the absent
+ones are on their way, and each absent one as it arrives, which frees its slot for the next. An absent expert is
+asked for as soon as a slot is free, in the order of the files; when all are, a long prompt streams those of the
+next layer into what becomes free.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from moei_core.config import FULL_OVERLAP, Overlap
 from moei_core.engine.expert_compute import HeldExpert, stored_alike
 from moei_core.engine.forced_routing import ForcedRouting
 from moei_core.engine.hints import Hinter
@@ -41,8 +43,9 @@ from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase, ScoredExpe
 class RuntimeStatistics:
     """What carrying plans out has cost. Times in seconds of the engine's thread.
 
-    bytes_read: by demand loads and by complete prefetches. stall_s: waiting for experts. combine_s: gathering
-    rows and summing outputs. layers_s: all that the expert layers took; what is left of it is unexplained.
+    bytes_read: of experts, also what was read in vain. bytes_prefetched: of them by complete prefetches. stall_s:
+    waiting for experts. combine_s: gathering rows and summing outputs. layers_s: all that the expert layers took;
+    what is left of it is unexplained.
     """
 
     loads: int = 0
@@ -78,6 +81,7 @@ class ExpertRuntime:
         scheduler: ExpertScheduler,
         prefetch_slots: int = 0,
         threads: int = 1,
+        overlap: Overlap = FULL_OVERLAP,
     ) -> None:
         """prefetch_slots: of the pool's slots, those that prefetches arrive in. threads: for torch to compute with.
 
@@ -94,7 +98,10 @@ class ExpertRuntime:
         self._kinds: dict[tuple[object, ...], int] = {}
         self._kind_of: dict[ExpertKey, int] = {}
         self._kernels: dict[tuple[int, int], NativeExperts | None] = {}
-        self._transfers = TransferQueue(store, pool.view)
+        self._reorder = overlap.reorder
+        self._transfers = TransferQueue(
+            store, pool.view, chunk_nbytes=overlap.chunk_nbytes, preempt=overlap.preempt
+        )
         for _ in range(prefetch_slots):
             self._transfers.add_spare(pool.take())
         self._phase = Phase.PREFILL
@@ -130,7 +137,7 @@ class ExpertRuntime:
             self.sampler.begin_pass(tokens)
         if self.routing is not None:
             self.routing.forward_pass(tokens)
-        self._scheduler.forward_pass(phase)
+        self._scheduler.forward_pass(phase, tokens)
 
     def end_pass(self) -> None:
         """The forward pass is complete; a pass that was abandoned ends without."""
@@ -224,24 +231,38 @@ class ExpertRuntime:
         """The waves in one flow: what a wave evicts is never needed by this access, so it can go at once, and
         each expert that does not stay makes room for the next."""
         for key in plan.cancel:
-            self._transfers.cancel(key)
+            self.statistics.bytes_read += self._transfers.cancel(key)
         for wave in plan.waves:
             for key in wave.evict:
                 self._forget(key)
         loads = [key for wave in plan.waves for key in wave.load]
+        arriving = len(loads)
         leaving = {key for wave in plan.waves for key in wave.release}
         absent = deque(sorted((key for key in loads if not self._promote(key)), key=self._place_on_disk))
-        self._ask(absent, plan.prefetch)
-        if plan.hits:
-            # Only the first wave can be without loads: it holds what is resident.
-            self._compute(work, plan.waves[0].compute)
-        for _ in loads:
-            key = self._arrival()
-            self._compute(work, (key,))
-            if key in leaving:
-                self._forget(key)
-            if absent:
-                self._ask(absent, plan.prefetch)
+        # Only the first wave can be without loads: it holds what is resident.
+        resident = plan.waves[0].compute if plan.hits else ()
+        # One call for all is fastest, but while a prompt computes slots must become free as experts arrive.
+        batch = 1 if loads and work.tokens > 1 else len(resident)
+        looking_ahead = False
+        while True:
+            self._ask(absent)
+            if not absent and not looking_ahead:
+                looking_ahead = True
+                self._transfers.prefetch(plan.prefetch)
+                self._transfers.stream(sorted(plan.stream, key=self._place_on_disk))
+            while looking_ahead and plan.stream and self._pool.free > self._prefetch_slots:
+                self._transfers.lend(self._pool.take())
+            if arriving and (self._transfers.has_ready or not resident or not self._reorder):
+                key = self._arrival()
+                arriving -= 1
+                self._compute(work, (key,))
+                if key in leaving:
+                    self._forget(key)
+            elif resident:
+                self._compute(work, resident[:batch])
+                resident = resident[batch:]
+            else:
+                break
 
     def _compute(self, work: LayerWork | TokenWork, keys: Iterable[ExpertKey]) -> None:
         started = time.perf_counter()
@@ -265,22 +286,29 @@ class ExpertRuntime:
         self._held[load.key] = HeldExpert(load.key, layout, load.view, self._pool.address(load.slot), kind)
 
     def _promote(self, key: ExpertKey) -> bool:
-        """Whether ``key`` was being prefetched; then it is demanded now, and the queue gets another spare."""
-        slot = self._transfers.promote(key)
-        if slot is None:
+        """Whether ``key`` was on its way; then it is demanded now, and the queue gets another spare."""
+        load = self._transfers.promote(key)
+        if load is None:
             return False
-        self._slots[key] = slot
-        self._transfers.add_spare(self._pool.take())
+        self._slots[key] = load.slot
+        if not load.borrowed:
+            self._transfers.add_spare(self._pool.take())
         return True
 
-    def _ask(self, absent: deque[ExpertKey], wishes: tuple[ExpertKey, ...]) -> None:
-        """Demand as many of ``absent`` as there are free slots for; when that is all, prefetching may begin."""
+    def _ask(self, absent: deque[ExpertKey]) -> None:
+        """Demand as many of ``absent`` as there are free slots for."""
+        if not absent:
+            return
+        nothing_to_come = not self._pool.free and len(self._slots) == len(self._held)
+        self._take_returned(wait=nothing_to_come)
         while absent and self._pool.free:
             key = absent.popleft()
             self._slots[key] = self._pool.take()
             self._transfers.demand(key, self._slots[key])
-        if not absent:
-            self._transfers.prefetch(wishes)
+
+    def _take_returned(self, wait: bool = False) -> None:
+        for slot in self._transfers.take_returned(wait):
+            self._pool.give_back(slot)
 
     def _arrival(self) -> ExpertKey:
         """The next demanded expert that is complete. Raises: what reading it has raised."""
@@ -297,8 +325,8 @@ class ExpertRuntime:
 
     def _settle_prefetches(self) -> None:
         """Tell the scheduler what became of prefetches, in order. Raises: what reading one of them has raised."""
-        for slot in self._transfers.take_returned():
-            self._pool.give_back(slot)
+        self._transfers.end_stream()
+        self._take_returned()
         failure: Exception | None = None
         for step, load in self._transfers.take_events():
             key = load.key
@@ -341,8 +369,7 @@ class ExpertRuntime:
     def _reconcile(self) -> None:
         """After a plan was abandoned: make cache and slots agree again on what is really here."""
         self._transfers.abandon_demand()
-        for slot in self._transfers.take_returned():
-            self._pool.give_back(slot)
+        self._take_returned()
         for key in self._scheduler.residents():
             if key not in self._held:
                 self._scheduler.cancel_load(key)
