@@ -13,7 +13,7 @@ from moei_core.hardware.probe.bandwidth import make_buffer, read_bandwidth
 from moei_core.hardware.probe.disk import DiskEffort, probe_disk
 from moei_core.hardware.probe.gpu import GpuDevice, probe_gpu, torch_gpu
 from moei_core.hardware.probe.kernels import count_cells, probe_kernels
-from moei_core.hardware.profile import FrameworkCost, HardwareProfile
+from moei_core.hardware.profile import ExpertSpeed, FrameworkCost, HardwareProfile
 from moei_core.hardware.system import CpuFacts
 
 Progress = Callable[[str, int, int], None]
@@ -29,8 +29,8 @@ class Effort:
     """Seconds for each part. disks share theirs."""
 
     memory: float = 4.0
-    kernels: float = 8.0
-    disks: float = 24.0
+    kernels: float = 5.0
+    disks: float = 18.0
     disk: DiskEffort = field(default_factory=DiskEffort)
     buffer_nbytes: int = _BUFFER
 
@@ -39,6 +39,7 @@ def measure(
     machine: Machine,
     files: Mapping[str, Sequence[Path]] | None = None,
     framework: Callable[[], FrameworkCost | None] = lambda: None,
+    experts: Callable[[], tuple[ExpertSpeed, ...]] = lambda: (),
     effort: Effort | None = None,
     progress: Progress = lambda what, done, total: None,
     open_gpu: Callable[[int], GpuDevice] = torch_gpu,
@@ -46,13 +47,13 @@ def measure(
     """Measure everything that can be measured. Leaves no file behind.
 
     files: weights of models by ``DiskFacts.number``. framework: measures what a token costs beside reading
-    weights; it is not of this package because it runs a model.
+    weights; experts: what experts cost. They are not of this package because they run the engine.
     """
     effort = effort or Effort()
     started = time.perf_counter()
     threads = _thread_counts(machine.cpu)
     settings = effort.disk.settings
-    total = len(threads) + count_cells() + settings * len(machine.disks) + len(machine.gpus) + 1
+    total = len(threads) + count_cells() + settings * len(machine.disks) + len(machine.gpus) + 2
     done = 0
 
     def step(what: str) -> None:
@@ -83,6 +84,9 @@ def measure(
         if profile.note:
             notes.append(f"GPU {gpu.index} was not measured: {profile.note}.")
         step("GPU")
+    progress("experts", done, total)
+    expert_speeds = experts()
+    step("experts")
     progress("a small model", done, total)
     cost = framework()
     step("a small model")
@@ -98,6 +102,7 @@ def measure(
         tuple(disks),
         tuple(gpus),
         tuple(kernels),
+        expert_speeds,
         cost,
         tuple(notes),
     )
