@@ -80,7 +80,7 @@ class BlockLinear(nn.Module):
         """The same layer with its weights decoded."""
         plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter(self.weight, requires_grad=False)
-        plain.bias = self.bias
+        plain.register_parameter("bias", self.bias)
         return plain
 
 

@@ -29,8 +29,9 @@ _KNOWN_ATTRIBUTES = frozenset({
     "layer_type", "max_position_embeddings", "num_attention_heads", "num_heads", "num_key_value_groups",
     "num_key_value_heads", "rope_parameters", "rope_theta", "scaling", "sliding_window", "training",
 })  # fmt: skip
-_TRIAL_TOKENS, _TRIAL_SCALES = 7, (1.0, 3.0)
-_EXACT, _ROUNDED = 1e-4, 0.05
+_TRIAL_TOKENS, _TRIALS = 7, ((1.0, False), (3.0, True))
+"""Tokens of a trial; scale of its input, and whether some tokens are hidden."""
+_EXACT, _ROUNDED = 1e-4, 0.02
 """How far the results of a trial may be apart, relative, when all is float32 and when something is rounded."""
 
 
@@ -58,7 +59,7 @@ def use_native_norms(model: nn.Module) -> None:
     for module in model.modules():
         found = _norm(module)
         if found is not None:
-            module.forward = found  # type: ignore[method-assign]
+            module.forward = found
 
 
 def _norm(module: nn.Module) -> _NativeNorm | None:
@@ -81,9 +82,10 @@ def _norm(module: nn.Module) -> _NativeNorm | None:
     for values in (weight.float(), weight.float() + 1):
         found = _NativeNorm(module, values.tolist(), eps, weight.dtype)
         tolerance = 1e-5 if weight.dtype == torch.float32 else 3 * torch.finfo(weight.dtype).eps
-        if isinstance(expected, torch.Tensor) and expected.dtype == given.dtype:
-            if torch.allclose(found(given).float(), expected.float(), rtol=tolerance, atol=1e-6):
-                return found
+        if not isinstance(expected, torch.Tensor) or expected.dtype != given.dtype:
+            return None
+        if torch.allclose(found(given).float(), expected.float(), rtol=tolerance, atol=1e-6):
+            return found
     return None
 
 
@@ -99,8 +101,8 @@ class _NativeAttention:
 
     def __init__(self, module: Any, rotary: int, dtype: torch.dtype) -> None:
         """rotary: values of a head that turn. Raises: ValueError if the parts do not fit together."""
-        projections = tuple(_linear(getattr(module, name)) for name in _PROJECTIONS)
-        q, k, _, _ = (getattr(module, name) for name in _PROJECTIONS)
+        q, k, v, o = (getattr(module, name) for name in _PROJECTIONS)
+        projections = _linear(q), _linear(k), _linear(v), _linear(o)
         self.head_dim = int(module.head_dim)
         heads, self.kv_heads = q.out_features // self.head_dim, k.out_features // self.head_dim
         norms = [getattr(module, name).forward for name in _NORMS if hasattr(module, name)]
@@ -209,18 +211,18 @@ def use_native_attention(
             continue
         try:
             found = _NativeAttention(module, turn[0].shape[-1], dtype)
-            agrees = all(_agrees(module, found, call, dtype, scale) for scale in _TRIAL_SCALES)
+            agrees = all(_agrees(module, found, call, dtype, *trial) for trial in _TRIALS)
         except Exception:
             # Whatever a trial with arguments of our making raises: not the attention that we know.
             continue
         if agrees:
-            module.forward = found  # type: ignore[method-assign]
+            module.forward = found
 
 
 def _agrees(
-    module: Any, found: _NativeAttention, call: AttentionCall, dtype: torch.dtype, scale: float
+    module: Any, found: _NativeAttention, call: AttentionCall, dtype: torch.dtype, scale: float, hidden: bool
 ) -> bool:
-    """Whether both forwards give the same for a token after some others, with all of them seen and with some."""
+    """Whether both forwards give the same for a token after some others. hidden: it does not see some of them."""
     generator = torch.Generator().manual_seed(0)
     turn = call.arguments["position_embeddings"]
     given = (torch.randn((1, _TRIAL_TOKENS, module.q_proj.in_features), generator=generator) * scale).to(
@@ -233,24 +235,26 @@ def _agrees(
         or FORMATS[getattr(module, name).matrix.format].is_float
         for name in _PROJECTIONS
     )
-    seen = torch.ones(_TRIAL_TOKENS, dtype=torch.bool)
-    seen[1:3] = False
-    for mask in (None, seen.view(1, 1, 1, -1)):
-        results = []
-        for forward in (found._own, found):
-            cache = Cache(layers=[GrowingLayer() for _ in range(module.layer_idx + 1)])
-            for tokens, shown in ((slice(0, -1), None), (slice(-1, None), mask)):
-                arguments = {**call.arguments, "attention_mask": shown, "past_key_values": cache}
-                arguments["position_embeddings"] = tuple(one[:, tokens].contiguous() for one in turns)
-                output = (forward if tokens.start else found._own)(
-                    hidden_states=given[:, tokens].contiguous(), **arguments
-                )
-            layer = cache.layers[module.layer_idx]
-            results.append(
-                (output[0], layer.keys[..., :_TRIAL_TOKENS, :], layer.values[..., :_TRIAL_TOKENS, :])
-            )
-        for theirs, ours in zip(*results, strict=True):
-            error = (ours.float() - theirs.float()).square().mean().sqrt()
-            if not error <= (_EXACT if exact else _ROUNDED) * theirs.float().square().mean().sqrt():
-                return False
+    mask: torch.Tensor | None = None
+    if hidden:
+        mask = torch.ones((1, 1, 1, _TRIAL_TOKENS), dtype=torch.bool)
+        mask[..., 1:3] = False
+    cache = Cache(layers=[GrowingLayer() for _ in range(module.layer_idx + 1)])
+    layer = cache.layers[module.layer_idx]
+    results = []
+    for forward, tokens, shown in (
+        (found._own, slice(0, -1), None),
+        (found._own, slice(-1, None), mask),
+        (found, slice(-1, None), mask),
+    ):
+        layer.cut_to(_TRIAL_TOKENS - 1)
+        arguments = {**call.arguments, "attention_mask": shown, "past_key_values": cache}
+        arguments["position_embeddings"] = tuple(one[:, tokens].contiguous() for one in turns)
+        output = forward(hidden_states=given[:, tokens].contiguous(), **arguments)
+        last = layer.get_seq_length() - 1
+        results.append((output[0], layer.keys[..., last, :].clone(), layer.values[..., last, :].clone()))
+    for theirs, ours in zip(*results[1:], strict=True):
+        error = (ours.float() - theirs.float()).square().mean().sqrt()
+        if not error <= (_EXACT if exact else _ROUNDED) * theirs.float().square().mean().sqrt():
+            return False
     return True

@@ -20,7 +20,7 @@ from moei_core.errors import MoeiError, UsageError
 
 try:
     from moei_core.quant import _native
-    from moei_core.quant._native import ExpertParts
+    from moei_core.quant._native import ExpertParts as ExpertParts
 except ImportError as error:
     _reason = f"The native kernels cannot be loaded: {error}."
 else:
