@@ -38,6 +38,8 @@ from moei_core.forecast.forecast import forecast, plan_budget
 from moei_core.forecast.formats import FORMATS
 from moei_core.forecast.shape import shape_of_config
 from moei_core.forecast.speed import Speeds
+from moei_core.hardware.probe import processor_seconds
+from moei_core.hub.synthetic import make_synthetic
 from moei_core.hub.synthetic_models import SYNTHETIC_MODELS
 
 CASES = (
@@ -105,18 +107,26 @@ def moei(*arguments: str) -> list[str]:
     return [sys.executable, "-c", "from moei_cli.main import main; main()", *arguments]
 
 
+def make(case: Case) -> None:
+    """Make the model of ``case`` and pack it, outside of any bound. Nothing happens if it is there."""
+    name, _, layers = case.geometry.partition("@")
+    make_synthetic(name, int(layers))
+    if case.form != "bf16":
+        subprocess.run(
+            moei("quantize", f"synthetic:{case.geometry}", case.form), stdout=subprocess.DEVNULL, check=True
+        )
+
+
 def settle_memory(nbytes: int) -> None:
     """Let the host of a virtual machine give it so much memory now."""
     code = "import sys; b = bytearray(int(sys.argv[1])); b[::4096] = b'x' * len(b[::4096])"
     subprocess.run([sys.executable, "-c", code, str(nbytes)], check=False)
 
 
-def processor_seconds() -> tuple[float, float]:
-    """(of everybody, of this process's finished children), to tell how much of the processor others took."""
-    used = [int(field) for field in Path("/proc/stat").read_text().split()[1:9]]
-    busy = sum(used) - used[3] - used[4]
+def spent() -> tuple[float, float]:
+    """Processor seconds (of everybody, of this process's finished children), to tell how much others took."""
     children = os.times()
-    return busy / os.sysconf("SC_CLK_TCK"), children.children_user + children.children_system
+    return processor_seconds()[0], children.children_user + children.children_system
 
 
 def run(case: Case, options: argparse.Namespace) -> dict[str, Any]:
@@ -128,7 +138,7 @@ def run(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         "--new-tokens", str(options.new_tokens), "--repeats", str(options.repeats), "--json",
     )  # fmt: skip
     settle_memory(case.ram)
-    before, started = processor_seconds(), time.perf_counter()
+    before, started = spent(), time.perf_counter()
     with capped(int(case.ram * _CAP)) as group:
         enter = None if group is None else partial(join, group)
         done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=enter)
@@ -137,7 +147,7 @@ def run(case: Case, options: argparse.Namespace) -> dict[str, Any]:
             peak = read_count(group, ("memory.max_usage_in_bytes", "memory.peak"))
             hits = read_count(group, ("memory.failcnt",))
     wall = time.perf_counter() - started
-    after = processor_seconds()
+    after = spent()
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-3:], "status": done.returncode}
     report: dict[str, Any] = json.loads(done.stdout)
@@ -255,6 +265,7 @@ def main() -> None:
     rows, failures = [], []
     for geometry, group in groupby(cases, key=lambda one: one.geometry):
         for case in group:
+            make(case)
             report = run(case, options)
             if "failed" in report:
                 failures.append({"case": case.name, **report})
@@ -263,7 +274,9 @@ def main() -> None:
             rows.append(row(case, report))
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr)
         if not options.keep:
-            subprocess.run(moei("rm", "--yes", f"synthetic:{geometry}"), capture_output=True, check=False)
+            for packed in (":q4_0", ""):
+                name = f"synthetic:{geometry}{packed}"
+                subprocess.run(moei("rm", "--yes", name), capture_output=True, check=False)
     if rows:
         text = f"{table(rows)}\n\n{in_words(summary(rows))}"
         print(text)

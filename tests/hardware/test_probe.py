@@ -179,6 +179,32 @@ def test_the_whole_probe(tmp_path: Path) -> None:
     assert load_profile() == profile
 
 
+@pytest.mark.parametrize(("others", "noticed"), [(0.1, False), (1.5, True)])
+def test_figures_measured_beside_other_programs_are_doubted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: float, noticed: bool
+) -> None:
+    from moei_core.hardware import probe
+
+    def spent() -> tuple[float, float]:
+        now = time.perf_counter()
+        return 1000 + (1 + others) * now, now
+
+    monkeypatch.setattr(probe, "processor_seconds", spent)
+    profile = measure(machine_with(tmp_path, []), effort=TINY)
+    assert ("Other programs used 1.5 processors" in " ".join(profile.notes)) is noticed
+
+
+def test_the_processor_time_of_this_program_is_part_of_everybodys() -> None:
+    from moei_core.hardware.probe import processor_seconds
+
+    before = processor_seconds()
+    end = time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        pass
+    everybody, own = (now - then for now, then in zip(processor_seconds(), before, strict=True))
+    assert 0.1 < own <= everybody + 0.05
+
+
 def test_a_stored_profile_is_not_believed_blindly(tmp_path: Path) -> None:
     assert load_profile() is None
     profile = made_profile()

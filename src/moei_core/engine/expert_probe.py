@@ -17,13 +17,14 @@ from torch import nn
 
 from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES
-from moei_core.engine.loaded_model import share_compute
+from moei_core.engine.loaded_model import compute_threads, physical_cores
 from moei_core.engine.runtime import ExpertRuntime, RuntimeStatistics
 from moei_core.engine.slots import SlotPool
 from moei_core.errors import ExpertReadError, MoeiError
 from moei_core.hardware.probe.bandwidth import FILLER
 from moei_core.hardware.probe.disk import nameless_file
 from moei_core.hardware.profile import ExpertSpeed
+from moei_core.quant import native
 from moei_core.quant.formats import FORMATS
 from moei_core.quant.layouts import PLAIN, can_interleave
 from moei_core.scheduler import ExpertScheduler
@@ -31,7 +32,7 @@ from moei_core.store.base import PAGE, StoredTensor, align_up, lay_out
 from moei_core.store.checksums import checksum
 from moei_core.store.file_store import FileStore
 from moei_core.store.packing import USUAL_LAYOUT
-from moei_core.types import ExpertKey, Phase
+from moei_core.types import ExpertKey, ModelSpec, Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,8 @@ def measure_experts(folder: Path, effort: ProbeEffort | None = None) -> tuple[Ex
     """
     effort = effort or ProbeEffort()
     threads = torch.get_num_threads()
+    if native.available():
+        native.set_num_threads(physical_cores())
     try:
         descriptor = nameless_file(folder)
     except OSError:
@@ -174,9 +177,10 @@ class _Layer:
         # All that is computed and gone again never needs more slots than one access has experts.
         slots = count if resident else min(_IN_A_PROMPT, count)
         pool = SlotPool(slots + geometry.top_k, slot)
-        self._runtime = ExpertRuntime(
-            store, pool, scheduler, threads=share_compute(expert_nbytes(geometry, form))
+        spec = ModelSpec(
+            "probe", {0: count}, geometry.top_k, geometry.hidden, {0: expert_nbytes(geometry, form)}
         )
+        self._runtime = ExpertRuntime(store, pool, scheduler, threads=compute_threads(spec))
         self._dense = torch.ones(_DENSE_NBYTES // 4)
         self._random = torch.Generator().manual_seed(0)
         self._access(list(range(slots)), 1, Phase.PREFILL)  # brings what stays, and pays for first touches

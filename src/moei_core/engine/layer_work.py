@@ -82,6 +82,8 @@ class TokenWork:
     Each of the token's experts must be named once.
     """
 
+    tokens = 1
+
     def __init__(
         self,
         module: Any,

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, DynamicCache
 
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.cache.expert_cache import ExpertCache
-from moei_core.cache.policies import DEFAULT_POLICY, LIVE_POLICIES, POLICIES, CachePolicy
+from moei_core.cache.policies import DEFAULT_POLICY, POLICIES, CachePolicy
 from moei_core.config import FULL_OVERLAP, ExpertBudget, GenerationSettings, Overlap
 from moei_core.engine.expert_compute import DECODED_NBYTES
 from moei_core.engine.hints import Hinter, RouterHints, StrideHints
@@ -234,12 +234,7 @@ def compute_threads(spec: ModelSpec) -> int:
     Products of small experts are over before a second thread has woken up. The native kernels decide that for each
     call, and give the same bits with any number of threads.
     """
-    return share_compute(max(spec.expert_nbytes.values()))
-
-
-def share_compute(expert_nbytes: int) -> int:
-    """How many torch threads compute experts of at most so many bytes."""
-    return physical_cores() if expert_nbytes >= _WORTH_SHARING else 1
+    return physical_cores() if max(spec.expert_nbytes.values()) >= _WORTH_SHARING else 1
 
 
 def physical_cores() -> int:
@@ -252,10 +247,11 @@ def physical_cores() -> int:
 
 def _policy(name: str) -> Callable[[int, Mapping[int, int]], CachePolicy]:
     """The constructor of a policy that can run live: one that needs no future."""
-    if name not in LIVE_POLICIES:
+    live = [known for known, policy in POLICIES.items() if not getattr(policy, "needs_future", False)]
+    if name not in live:
         why = "It needs the accesses to come: it can only simulate." if name in POLICIES else ""
         raise UsageError(
-            f"There is no cache policy '{name}' for a chat.", why, f"Choose from: {', '.join(LIVE_POLICIES)}."
+            f"There is no cache policy '{name}' for a chat.", why, f"Choose from: {', '.join(live)}."
         )
     return POLICIES[name]
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
+
 from moei_core.hardware.machine import Machine
 from moei_core.hardware.probe.bandwidth import make_buffer, read_bandwidth
 from moei_core.hardware.probe.disk import DiskEffort, probe_disk
@@ -20,6 +22,8 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is being measured, steps done, steps in all)."""
 
 _BUFFER = 1 << 30
+_NOTICED = 0.25
+"""Processors of other programs from which the figures are doubtful."""
 _BUFFER_SHARE = 8
 """The probe takes at most an eighth of the memory that is free."""
 
@@ -50,7 +54,7 @@ def measure(
     weights; experts: what experts cost. They are not of this package because they run the engine.
     """
     effort = effort or Effort()
-    started = time.perf_counter()
+    started, spent = time.perf_counter(), processor_seconds()
     threads = _thread_counts(machine.cpu)
     settings = effort.disk.settings
     total = len(threads) + count_cells() + settings * len(machine.disks) + len(machine.gpus) + 2
@@ -90,6 +94,10 @@ def measure(
     progress("a small model", done, total)
     cost = framework()
     step("a small model")
+    everybody, own = (now - before for now, before in zip(processor_seconds(), spent, strict=True))
+    others = (everybody - own) / (time.perf_counter() - started)
+    if others > _NOTICED:
+        notes.append(f"Other programs used {others:.1f} processors meanwhile: measure again without them.")
     if machine.cpu.quota is not None and machine.cpu.quota < machine.cpu.cores:
         notes.append(f"The control group allows {machine.cpu.quota:g} processors of {machine.cpu.cores}.")
     return HardwareProfile(
@@ -106,6 +114,15 @@ def measure(
         cost,
         tuple(notes),
     )
+
+
+def processor_seconds() -> tuple[float, float]:
+    """Processor time so far, of all programs of the machine and of this one."""
+    everybody, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    idle = everybody.idle + getattr(everybody, "iowait", 0.0)
+    # A guest's time is part of the user's already.
+    guests = getattr(everybody, "guest", 0.0) + getattr(everybody, "guest_nice", 0.0)
+    return sum(everybody) - idle - guests, own.user + own.system
 
 
 def _thread_counts(cpu: CpuFacts) -> list[int]:
