@@ -61,6 +61,7 @@ def replayed(path: Path, model: LoadedModel) -> tuple[list[FetchPlan], ExpertSch
         budget.working,
         PREDICTORS[options.predictor](spec.num_experts) if options.predictor else None,
         options.prefetch,
+        num_experts=spec.num_experts,
     )
     collector = Collector()
     replay(read_trace(path), simulated, collector, recorded_events=True)

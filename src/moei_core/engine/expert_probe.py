@@ -17,13 +17,14 @@ from torch import nn
 
 from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES
-from moei_core.engine.loaded_model import compute_threads
+from moei_core.engine.loaded_model import compute_threads, physical_cores
 from moei_core.engine.runtime import ExpertRuntime, RuntimeStatistics
 from moei_core.engine.slots import SlotPool
 from moei_core.errors import ExpertReadError, MoeiError
 from moei_core.hardware.probe.bandwidth import FILLER
 from moei_core.hardware.probe.disk import nameless_file
 from moei_core.hardware.profile import ExpertSpeed
+from moei_core.quant import native
 from moei_core.quant.formats import FORMATS
 from moei_core.quant.layouts import PLAIN, can_interleave
 from moei_core.scheduler import ExpertScheduler
@@ -112,6 +113,8 @@ def measure_experts(folder: Path, effort: ProbeEffort | None = None) -> tuple[Ex
     """
     effort = effort or ProbeEffort()
     threads = torch.get_num_threads()
+    if native.available():
+        native.set_num_threads(physical_cores())
     try:
         descriptor = nameless_file(folder)
     except OSError:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, DynamicCache
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES, CachePolicy
-from moei_core.config import ExpertBudget, GenerationSettings
+from moei_core.config import FULL_OVERLAP, ExpertBudget, GenerationSettings, Overlap
 from moei_core.engine.expert_compute import DECODED_NBYTES
 from moei_core.engine.hints import Hinter, RouterHints, StrideHints
 from moei_core.engine.runtime import ExpertRuntime
@@ -54,7 +54,7 @@ class LoadOptions:
 
     policy: a name of ``POLICIES``. dtype: ``float32``, ``bfloat16``, ``float16`` or None for the checkpoint's.
     predictor: a name of ``PREDICTORS`` to prefetch by, a file of ``moei trace train``, or None. prefetch: when to
-    follow it.
+    follow it. overlap: how moving and computing share the time.
     """
 
     ram: int | None = None
@@ -64,6 +64,7 @@ class LoadOptions:
     dtype: str | None = None
     predictor: str | None = None
     prefetch: PrefetchMode = PrefetchMode.AUTO
+    overlap: Overlap = FULL_OVERLAP
 
 
 class LoadedModel:
@@ -102,10 +103,15 @@ class LoadedModel:
                 self.budget.working,
                 make_predictor(self.spec.num_experts) if make_predictor and self.budget.spare else None,
                 options.prefetch,
+                num_experts=self.spec.num_experts if options.overlap.stream else None,
             )
             hinter = self._hinter(options.predictor)
             pool = SlotPool(self.budget.slots, slot_nbytes)
-            self.runtime = ExpertRuntime(store, pool, self.scheduler, self.budget.spare, threads)
+            if native.available():
+                native.set_num_threads(physical_cores())
+            self.runtime = ExpertRuntime(
+                store, pool, self.scheduler, self.budget.spare, threads, options.overlap
+            )
             least = self.budget.working + self.budget.spare
             self.runtime.governor = MemoryGovernor(self.budget.slots, least, slot_nbytes)
             self.runtime.hinter = hinter
@@ -222,14 +228,21 @@ class LoadedModel:
 
 
 def compute_threads(spec: ModelSpec) -> int:
-    """How many threads compute: a property of model and machine, never of a budget (other counts round otherwise).
+    """How many threads torch computes with: a property of model and machine, never of a budget (other counts round
+    otherwise).
 
-    Products of small experts are over before a second thread has woken up.
+    Products of small experts are over before a second thread has woken up. The native kernels decide that for each
+    call, and give the same bits with any number of threads.
     """
+    return physical_cores() if max(spec.expert_nbytes.values()) >= _WORTH_SHARING else 1
+
+
+def physical_cores() -> int:
+    """Cores that this process may use."""
     cores = psutil.cpu_count(logical=False) or 1
     if hasattr(os, "sched_getaffinity"):
         cores = min(cores, len(os.sched_getaffinity(0)))
-    return cores if max(spec.expert_nbytes.values()) >= _WORTH_SHARING else 1
+    return cores
 
 
 def _policy(name: str) -> Callable[[int, Mapping[int, int]], CachePolicy]:
