@@ -97,7 +97,7 @@ class Plan:
                 "experts": shape.experts,
                 "top_k": shape.top_k,
                 "hidden_size": shape.hidden_size,
-                "dense_bytes": shape.dense_nbytes,
+                "dense_bytes": shape.dense_nbytes(self.chosen.form),
                 "expert_bytes": shape.expert_nbytes(self.chosen.form),
             },
             "prompt_tokens": self.prompt_tokens,
@@ -279,7 +279,7 @@ def print_plan(plan: Plan) -> None:
             ("model", f"{shape.name} ({where}; from {shape.source})"),
             ("shape", f"{shape.moe_layers} MoE layers x {shape.experts} experts x top-{shape.top_k}, "
              f"{format_size(shape.expert_nbytes(chosen.form))} an expert in {chosen.form.name}; "
-             f"dense part {format_size(shape.dense_nbytes)}"),
+             f"dense part {format_size(shape.dense_nbytes(chosen.form))}"),
         ]
     )  # fmt: skip
     print()

@@ -16,6 +16,7 @@ from moei_core.forecast.routing import Recording, Routing, recordings, routing_o
 from moei_core.forecast.shape import ModelShape, bundled_configs, bundled_shape
 from moei_core.forecast.speed import Speeds
 from moei_core.hardware.profile import ExpertSpeed
+from moei_core.quant import native
 from tests.hardware.fakes import GIB, exactly, made_profile
 
 PROFILE = made_profile()
@@ -138,18 +139,59 @@ def test_the_first_pass_is_paid_for_once() -> None:
 
 
 def test_a_cold_prompt_reads_every_expert_it_touches_once() -> None:
-    one, shape = made("qwen3-30b-a3b", 0.25, prompt=256), shape_of("qwen3-30b-a3b")
-    touched = 128 * (1 - (1 - 8 / 128) ** 256)
+    """A few tokens: too little is certain to read ahead, each layer is waited for by itself."""
+    one, shape = made("qwen3-30b-a3b", 0.25, prompt=16), shape_of("qwen3-30b-a3b")
+    touched = 128 * (1 - (1 - 8 / 128) ** 16)
+    assert touched < 0.75 * 128
     a_expert = one.prefill.experts / 48 / touched
     read = touched * shape.expert_nbytes(BF16) / 1e9
     assert read > touched * a_expert
     assert one.prefill.disk == pytest.approx(48 * (read + a_expert - touched * a_expert))
     assert one.warm_ttft_s.value < one.ttft_s.value
-    longer = made("qwen3-30b-a3b", 0.25, prompt=512)
-    # The second chunk finds what is resident, and only that.
+
+
+@pytest.mark.parametrize("share", [0.05, 0.25, 1.0])
+def test_a_long_prompt_reads_ahead_as_far_as_slots_are_free(share: float) -> None:
+    one, shape = made("qwen3-30b-a3b", share, prompt=256), shape_of("qwen3-30b-a3b")
+    touched = 128 * (1 - (1 - 8 / 128) ** 256)
+    computing = one.prefill.experts / 48
+    a_expert = computing / touched
+    read = touched * shape.expert_nbytes(BF16) / 1e9
+    alone = 48 * (read + a_expert - computing)
+    # All layers' reading beside all computing, but the last expert's and the first layer's dense part.
+    layers = one.prefill.dense + 48 * 1e-3
+    together = 48 * read + a_expert - 48 * computing - layers * 47 / 48
+    assert 0 < together < alone
+    ahead = max(8 / touched, 1 - touched / one.budget.slots)
+    assert one.prefill.disk == pytest.approx(ahead * together + (1 - ahead) * alone)
+    assert one.warm_ttft_s.value <= one.ttft_s.value
+    # A second chunk reads what is not resident, and has only the working set to read ahead into.
+    longer = made("qwen3-30b-a3b", share, prompt=512)
     missing = touched * (1 - longer.budget.resident / 6144)
-    second = missing * shape.expert_nbytes(BF16) / 1e9 + a_expert - touched * a_expert
-    assert longer.prefill.disk == pytest.approx(one.prefill.disk + 48 * max(0.0, second))
+    second = 48 * max(0.0, missing * shape.expert_nbytes(BF16) / 1e9 + a_expert - computing)
+    more = longer.prefill.disk - one.prefill.disk
+    assert more <= second + 1e-9
+    assert more >= (1 - 8 / missing) * second - 1e-9 if missing > 8 else more == 0
+
+
+def test_a_prompt_bound_by_computing_waits_only_for_its_first_layer() -> None:
+    profile = made_profile(disk_bandwidth=1e12)
+    assert made("mixtral-8x7b", 1.0, Speeds.of(profile, profile.disks[0]), prompt=256).prefill.disk == 0.0
+
+
+def test_packed_models_keep_their_dense_part_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = shape_of("mixtral-8x7b")
+    monkeypatch.setattr(native, "available", lambda: True)
+    assert shape.dense_in(Q4) == shape.dense_in(Q8) == Q8
+    assert shape.dense_in(BF16) == BF16
+    assert shape.dense_nbytes(Q4) == Q8.nbytes(shape.dense_weights)
+    quick = made("mixtral-8x7b", 1.0, form="q4_0")
+    # Without the kernels they are decoded when they are loaded.
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert shape.dense_in(Q4) == BF16
+    slow = made("mixtral-8x7b", 1.0, form="q4_0")
+    assert quick.decode.dense < slow.decode.dense
+    assert quick.budget.lines[1].nbytes < slow.budget.lines[1].nbytes
 
 
 def test_many_rows_are_bound_by_arithmetic() -> None:
@@ -213,7 +255,7 @@ def test_a_plan_uses_what_is_free_and_refuses_what_does_not_fit() -> None:
     used = sum(line.nbytes for line in budget.lines)
     assert 0.97 * 20 * GIB < used <= 20 * GIB
     assert [line.name for line in budget.lines][1] == "dense weights"
-    assert budget.lines[1].nbytes == shape.dense_nbytes
+    assert budget.lines[1].nbytes == shape.dense_nbytes(BF16)
     with pytest.raises(DoesNotFitError, match="dense part alone"):
         plan_budget(shape, BF16, SPEEDS, 2 * GIB, 4096)
     with pytest.raises(DoesNotFitError, match="smallest that works"):

@@ -168,7 +168,7 @@ def test_the_whole_probe(tmp_path: Path) -> None:
     torch_cells = {(kernel.format, kernel.nbytes) for kernel in profile.kernels if kernel.kernel == "torch"}
     assert torch_cells == {("bf16", 768 * 2048 * 2)}
     found = {kernel.format for kernel in profile.kernels if kernel.kernel == "native"}
-    assert found == ({"q8_0", "q4_0", "mxfp4"} if native.available() else set())
+    assert found == ({"bf16", "q8_0", "q4_0", "mxfp4"} if native.available() else set())
     assert [gpu.note for gpu in profile.gpus] == ["", "no kernel image"]
     assert "GPU 1 was not measured: no kernel image." in profile.notes
     assert profile.framework is None

@@ -18,6 +18,7 @@ from moei_core.forecast.routing import Range, Routing, routing_of
 from moei_core.forecast.shape import ModelShape
 from moei_core.forecast.speed import Speeds
 from moei_core.hardware.budget import MemoryUse, SlotBudget, plan_slots, workspace_nbytes
+from moei_core.prefetch import PrefillStream
 
 _MODEL_ERROR = 0.12
 """How far the closed form itself may be off, beside what is uncertain in its inputs."""
@@ -99,11 +100,12 @@ def plan_budget(
     Raises: DoesNotFitError.
     """
     slot = shape.expert_nbytes(form) + _SLOT_SLACK
-    process = speeds.framework.process_nbytes + shape.dense_nbytes
+    dense = shape.dense_nbytes(form)
+    process = speeds.framework.process_nbytes + dense
     eager = shape.model_type == "gpt_oss"
     workspace = workspace_nbytes(shape.config, shape.top_k, context, 2, slot, eager)
     kv = shape.kv_nbytes_per_token * context
-    use = MemoryUse(process, kv, workspace, shape.dense_nbytes, context)
+    use = MemoryUse(process, kv, workspace, dense, context)
     if ram is None and usable < process:
         raise DoesNotFitError(
             f"The dense part alone is larger than the free memory: {format_size(process)} of {format_size(usable)}.",
@@ -172,7 +174,7 @@ def _decode(
         reading = speeds.read(shape.expert_nbytes(form), missing)
         wait += chance * times.wait(lookups - missing, missing, getattr(reading, bound))
         computing += chance * times.computing(lookups - missing, missing)
-    return Parts(layers * wait, layers * computing, _dense(shape, speeds, 1, 1) + attention, framework)
+    return Parts(layers * wait, layers * computing, _dense(shape, form, speeds, 1, 1) + attention, framework)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,12 +208,12 @@ class ExpertTimes:
         return max(0.0, reading - self.computing(resident, missing - min(1.0, missing)))
 
 
-def _dense(shape: ModelShape, speeds: Speeds, rows: int, heads: int) -> float:
+def _dense(shape: ModelShape, form: StorageFormat, speeds: Speeds, rows: int, heads: int) -> float:
     """Seconds of the dense products of one pass over ``rows`` tokens, logits for ``heads`` of them."""
-    weights = shape.active_weights - shape.head_weights
+    stored, weights = shape.dense_in(form), shape.active_weights - shape.head_weights
     matrix = weights / (shape.layers * _DENSE_MATRICES)
-    body = shape.layers * _DENSE_MATRICES * speeds.product(shape.dense_format, matrix, rows)
-    return body + speeds.product(shape.dense_format, shape.head_weights, heads)
+    body = shape.layers * _DENSE_MATRICES * speeds.product(stored, matrix, rows)
+    return body + speeds.product(stored, shape.head_weights, heads)
 
 
 def _prefill(
@@ -242,18 +244,37 @@ def _prefill(
         fresh = min(missing, slots / shape.moe_layers) if first else 0.0
         reading = getattr(speeds.read(shape.expert_nbytes(form), fresh, fresh=True), bound)
         reading += getattr(speeds.read(shape.expert_nbytes(form), missing - fresh), bound)
-        disk += shape.moe_layers * times.wait(touched - missing, missing, reading)
-        dense += _dense(shape, speeds, rows, 1)
+        alone = shape.moe_layers * times.wait(touched - missing, missing, reading)
+        body = _dense(shape, form, speeds, rows, 1)
         # Scores and their sums: 4 operations for each pair of positions, head and dimension.
         pairs = rows * (number * PREFILL_CHUNK + rows / 2)
         width = shape.kv_nbytes_per_token / 2 / 2 / shape.layers
         heads = shape.config["num_attention_heads"] / (
             shape.config.get("num_key_value_heads") or shape.config["num_attention_heads"]
         )
-        dense += 4 * pairs * width * heads * shape.layers / speeds.arithmetic_rate()
+        body += 4 * pairs * width * heads * shape.layers / speeds.arithmetic_rate()
+        dense += body
+        # Streamed, the experts of all layers are one long reading beside all computing but the first dense part.
+        computing = shape.moe_layers * times.computing(touched - missing, missing) - times.arriving
+        beside = (body + shape.layers * cost.prefill_layer) * (1 - 1 / shape.layers)
+        together = min(alone, max(0.0, shape.moe_layers * reading - computing - beside))
+        ahead = _streamed(touched / shape.experts, missing, slots, shape, first=first)
+        disk += ahead * together + (1 - ahead) * alone
     framework = passes * (shape.layers * cost.prefill_layer + cost.token) + cost.sampling * shape.vocab_size
     framework += cost.first_pass if cold else 0.0
     return Parts(disk, experts, dense, framework)
+
+
+def _streamed(share: float, missing: float, slots: int, shape: ModelShape, *, first: bool) -> float:
+    """Which part of a prompt's reading goes on through the layers, as far as free slots allow.
+
+    share: of a layer's experts that the prompt uses. The slots of an empty cache are free until residents have them;
+    later only the working set is.
+    """
+    if share < PrefillStream.CERTAIN or not missing:
+        return 0.0
+    working = min(1.0, shape.top_k / missing)
+    return max(working, 1 - missing / slots) if first else working
 
 
 @dataclass(frozen=True, slots=True)

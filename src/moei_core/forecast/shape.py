@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from moei_core.errors import MoeiError, OfflineError, UnsupportedModelError
-from moei_core.forecast.formats import FORMATS, StorageFormat, stored_format
+from moei_core.forecast.formats import FORMATS, QUANTISED, StorageFormat, stored_format
 from moei_core.hardware.budget import kv_width
 from moei_core.hub.aliases import find_alias
 from moei_core.hub.summary import expert_count, expert_top_k, read_config, summarize, text_config
 from moei_core.hub.synthetic_models import SYNTHETIC_MODELS
 from moei_core.paths import cache_dir
+from moei_core.quant import native
 from moei_core.types import ModelSpec
 
 if TYPE_CHECKING:
@@ -76,10 +77,17 @@ class ModelShape:
     def total_experts(self) -> int:
         return self.moe_layers * self.experts
 
-    @property
-    def dense_nbytes(self) -> int:
-        """Bytes of the dense part, which is never packed."""
-        return self.dense_format.nbytes(self.dense_weights)
+    def dense_in(self, form: StorageFormat) -> StorageFormat:
+        """What the dense part is in memory when the experts are in ``form``.
+
+        Packing makes Q8_0 blocks of it, and where the native kernels are, they stay blocks.
+        """
+        stays_packed = form.name in QUANTISED and native.available()
+        return FORMATS["q8_0"] if stays_packed else self.dense_format
+
+    def dense_nbytes(self, form: StorageFormat) -> int:
+        """Bytes of the dense part in memory when the experts are in ``form``."""
+        return self.dense_in(form).nbytes(self.dense_weights)
 
     def expert_nbytes(self, form: StorageFormat) -> int:
         """Bytes of one expert in ``form``."""
@@ -87,7 +95,7 @@ class ModelShape:
 
     def nbytes(self, form: StorageFormat) -> int:
         """Bytes of what a chat needs with the experts in ``form``."""
-        return self.dense_nbytes + self.total_experts * self.expert_nbytes(form)
+        return self.dense_nbytes(form) + self.total_experts * self.expert_nbytes(form)
 
     def spec(self, form: StorageFormat) -> ModelSpec:
         """As the engine describes it. Which layers are dense does not matter to a budget."""
@@ -249,7 +257,7 @@ def shape_of_folder(name: str, folder: Path, *, uniform_routing: bool = False) -
             "Is it a Mixture-of-Experts model?",
         )
     if found.quantization in FORMATS and found.quantization != "fp8":
-        # Packed: experts stay in blocks, the dense part is decoded when it is loaded.
+        # Packed: both experts and dense part stay in blocks.
         form = FORMATS[found.quantization]
         weights = round(found.expert_nbytes * 8 / form.bits)
         return replace(shape, expert_weights=weights, format=form, uniform_routing=uniform_routing)
@@ -315,7 +323,7 @@ def _ask_hub(remote: Remote, revision: str | None) -> tuple[dict[str, Any], int]
 def _with_total(shape: ModelShape, nbytes: int) -> ModelShape:
     """Let the dense part be what the files' size leaves beside the experts, if that is believable."""
     experts = (shape.total_experts * shape.expert_weights + shape.unused_weights) * shape.format.bits / 8
-    counted = shape.dense_nbytes
+    counted = shape.dense_format.nbytes(shape.dense_weights)
     dense = nbytes - experts
     if not 0.5 * counted < dense < 2 * counted:
         return shape

@@ -1,7 +1,7 @@
 """How fast matrices are multiplied, by format and by number of rows, from memory.
 
-Those in torch stand for the dense part, with as many threads as it has in decoding (one row) and in a prompt. What
-experts take is measured by ``moei_core.engine.expert_probe``; the native products are for formats it leaves out.
+They stand for the dense part: of float weights the native kernels multiply single rows and torch the rest, of
+blocks the native kernels all. What experts take is measured by ``moei_core.engine.expert_probe``.
 """
 
 from __future__ import annotations
@@ -53,13 +53,15 @@ def probe_kernels(
     """
     import torch
 
-    before = torch.get_num_threads()
+    before, native_before = torch.get_num_threads(), native.num_threads() if native.available() else 0
     torch.set_num_threads(threads)
+    if native.available():
+        native.set_num_threads(threads)
     try:
         share = seconds / count_cells()
         found = []
         for name, shape, rows in _cells():
-            make = _native_cell if name in _NATIVE else _torch_cell
+            make = _native_cell if name in _NATIVE else _float_cell
             cell = make(buffer, name, shape, rows, threads, share)
             if cell is not None:
                 found.append(cell)
@@ -67,9 +69,11 @@ def probe_kernels(
         return found
     finally:
         torch.set_num_threads(before)
+        if native.available():
+            native.set_num_threads(native_before)
 
 
-def _torch_cell(
+def _float_cell(
     buffer: Words, name: str, shape: tuple[int, int], rows: int, threads: int, seconds: float
 ) -> KernelSpeed | None:
     import torch
@@ -81,17 +85,23 @@ def _torch_cell(
     if count == 0:
         return None
     inputs = torch.full((rows, shape[1]), 0.01, dtype=dtype)
-    if rows == 1 and native.available():
-        # As in decoding: torch's waiting threads would spin beside those of the native kernels.
-        threads = 1
-    torch.set_num_threads(threads)
+    outputs = torch.empty((rows, shape[0]), dtype=dtype)
+    matrix = native.Matrix(name.upper(), *shape)
+    # As in decoding: single rows of float weights are the native kernels'.
+    in_torch = rows > 1 or not native.available()
 
     def product(number: int) -> None:
         start = number % count * items
-        torch.nn.functional.linear(inputs, weights[start : start + items].view(shape))
+        weight = weights[start : start + items].view(shape)
+        if in_torch:
+            torch.nn.functional.linear(inputs, weight)
+        else:
+            kernel = native.Linear(matrix, weight.data_ptr())
+            kernel(name.upper(), inputs.data_ptr(), rows, outputs.data_ptr())
 
+    kernel_name = "torch" if in_torch else "native"
     with torch.inference_mode():
-        return KernelSpeed(name, "torch", items * dtype.itemsize, rows, threads, _timed(product, seconds))
+        return KernelSpeed(name, kernel_name, items * dtype.itemsize, rows, threads, _timed(product, seconds))
 
 
 def _native_cell(
@@ -108,12 +118,7 @@ def _native_cell(
         address = buffer.ctypes.data + number % count * matrix.nbytes
         native.linear(matrix, address, inputs, outputs)
 
-    before = native.num_threads()
-    native.set_num_threads(threads)
-    try:
-        return KernelSpeed(name, "native", matrix.nbytes, rows, threads, _timed(product, seconds))
-    finally:
-        native.set_num_threads(before)
+    return KernelSpeed(name, "native", matrix.nbytes, rows, threads, _timed(product, seconds))
 
 
 def _timed(product: Product, seconds: float) -> Figure:
