@@ -86,14 +86,14 @@ def _float_cell(
         return None
     inputs = torch.full((rows, shape[1]), 0.01, dtype=dtype)
     outputs = torch.empty((rows, shape[0]), dtype=dtype)
-    matrix = native.Matrix(name.upper(), *shape)
     # As in decoding: single rows of float weights are the native kernels'.
     in_torch = rows > 1 or not native.available()
+    matrix = None if in_torch else native.Matrix(name.upper(), *shape)
 
     def product(number: int) -> None:
         start = number % count * items
         weight = weights[start : start + items].view(shape)
-        if in_torch:
+        if matrix is None:
             torch.nn.functional.linear(inputs, weight)
         else:
             kernel = native.Linear(matrix, weight.data_ptr())
