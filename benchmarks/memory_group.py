@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -30,7 +31,11 @@ def capped(nbytes: int) -> Iterator[Path | None]:
 
 
 def _remove(group: Path) -> None:
+    """End what is still in the group, such as the children of a process that was killed, and remove it."""
     for _ in range(50):
+        for number in (group / "cgroup.procs").read_text().split() if group.exists() else ():
+            with suppress(ProcessLookupError):
+                os.kill(int(number), signal.SIGKILL)
         try:
             group.rmdir()
             return
