@@ -44,8 +44,8 @@ class RuntimeStatistics:
     """What carrying plans out has cost. Times in seconds of the engine's thread.
 
     bytes_read: of experts, also what was read in vain. bytes_prefetched: of them by complete prefetches. stall_s:
-    waiting for experts. combine_s: gathering rows and summing outputs. layers_s: all that the expert layers took;
-    what is left of it is unexplained.
+    waiting for experts. move_s: asking for experts, giving slots out and taking them back. combine_s: gathering rows
+    and summing outputs. layers_s: all that the expert layers took; what is left of it is unexplained.
     """
 
     loads: int = 0
@@ -55,6 +55,7 @@ class RuntimeStatistics:
     stall_s: float = 0.0
     expert_compute_s: float = 0.0
     decide_s: float = 0.0
+    move_s: float = 0.0
     combine_s: float = 0.0
     layers_s: float = 0.0
 
@@ -186,6 +187,7 @@ class ExpertRuntime:
         gathered = time.perf_counter()
         plan = self._scheduler.access(access)
         decided = time.perf_counter()
+        known = spent.expert_compute_s + spent.stall_s
         try:
             self._carry_out(plan, work)
         except BaseException:
@@ -196,6 +198,7 @@ class ExpertRuntime:
         ended = time.perf_counter()
         spent.combine_s += (gathered - started) + (ended - computed)
         spent.decide_s += decided - gathered
+        spent.move_s += (computed - decided) - (spent.expert_compute_s + spent.stall_s - known)
         spent.layers_s += ended - started
         return total
 
