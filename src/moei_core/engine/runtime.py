@@ -230,15 +230,16 @@ class ExpertRuntime:
         resident = plan.waves[0].compute if plan.hits else ()
         # One call for all is fastest, but while a prompt computes slots must become free as experts arrive.
         batch = 1 if loads and work.tokens > 1 else len(resident)
-        looking_ahead = False
+        looking_ahead, to_stream = False, len(plan.stream)
         while True:
             self._ask(absent)
             if not absent and not looking_ahead:
                 looking_ahead = True
                 self._transfers.prefetch(plan.prefetch)
                 self._transfers.stream(sorted(plan.stream, key=self._place_on_disk))
-            while looking_ahead and plan.stream and self._pool.free > self._prefetch_slots:
+            while looking_ahead and to_stream and self._pool.free > self._prefetch_slots:
                 self._transfers.lend(self._pool.take())
+                to_stream -= 1
             if arriving and (self._transfers.has_ready or not resident or not self._reorder):
                 key = self._arrival()
                 arriving -= 1
