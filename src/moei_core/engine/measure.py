@@ -41,6 +41,7 @@ class Request:
     experts_s: float
     disk_s: float
     decisions_s: float
+    moving_s: float
     combining_s: float
     sampling_s: float
     unexplained_s: float

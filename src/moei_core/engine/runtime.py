@@ -44,8 +44,8 @@ class RuntimeStatistics:
     """What carrying plans out has cost. Times in seconds of the engine's thread.
 
     bytes_read: of experts, also what was read in vain. bytes_prefetched: of them by complete prefetches. stall_s:
-    waiting for experts. combine_s: gathering rows and summing outputs. layers_s: all that the expert layers took;
-    what is left of it is unexplained.
+    waiting for experts. move_s: asking for experts, giving slots out and taking them back. combine_s: gathering rows
+    and summing outputs. layers_s: all that the expert layers took; what is left of it is unexplained.
     """
 
     loads: int = 0
@@ -55,6 +55,7 @@ class RuntimeStatistics:
     stall_s: float = 0.0
     expert_compute_s: float = 0.0
     decide_s: float = 0.0
+    move_s: float = 0.0
     combine_s: float = 0.0
     layers_s: float = 0.0
 
@@ -173,6 +174,7 @@ class ExpertRuntime:
         gathered = time.perf_counter()
         plan = self._scheduler.access(access)
         decided = time.perf_counter()
+        known = spent.expert_compute_s + spent.stall_s
         try:
             self._carry_out(plan, work)
         except BaseException:
@@ -183,6 +185,7 @@ class ExpertRuntime:
         ended = time.perf_counter()
         spent.combine_s += (gathered - started) + (ended - computed)
         spent.decide_s += decided - gathered
+        spent.move_s += (computed - decided) - (spent.expert_compute_s + spent.stall_s - known)
         spent.layers_s += ended - started
         return total
 
@@ -243,15 +246,16 @@ class ExpertRuntime:
         resident = plan.waves[0].compute if plan.hits else ()
         # One call for all is fastest, but while a prompt computes slots must become free as experts arrive.
         batch = 1 if loads and work.tokens > 1 else len(resident)
-        looking_ahead = False
+        looking_ahead, to_stream = False, len(plan.stream)
         while True:
             self._ask(absent)
             if not absent and not looking_ahead:
                 looking_ahead = True
                 self._transfers.prefetch(plan.prefetch)
                 self._transfers.stream(sorted(plan.stream, key=self._place_on_disk))
-            while looking_ahead and plan.stream and self._pool.free > self._prefetch_slots:
+            while looking_ahead and to_stream and self._pool.free > self._prefetch_slots:
                 self._transfers.lend(self._pool.take())
+                to_stream -= 1
             if arriving and (self._transfers.has_ready or not resident or not self._reorder):
                 key = self._arrival()
                 arriving -= 1

@@ -10,7 +10,8 @@ def time_split(times: GenerationTimes, work: RuntimeStatistics, total_s: float) 
     """Seconds by part, in the order of a token's way; together they are ``total_s``.
 
     dense: attention, norms, routers, embeddings and the Python of transformers around them. experts: their
-    products. disk: waiting for experts. decisions: cache, policy, predictor. combining: gathering the rows of
+    products. disk: waiting for experts. decisions: cache, policy, predictor. moving: asking for experts and
+    giving slots out, which is not waiting. combining: gathering the rows of
     experts and summing their outputs. unexplained: everything that none of these clocks saw.
     """
     known = {
@@ -18,6 +19,7 @@ def time_split(times: GenerationTimes, work: RuntimeStatistics, total_s: float) 
         "experts": work.expert_compute_s,
         "disk": work.stall_s,
         "decisions": work.decide_s,
+        "moving": work.move_s,
         "combining": work.combine_s,
         "sampling": times.sampling_s,
     }

@@ -1,0 +1,283 @@
+"""Real routing at real size: what moving experts costs, beside what this machine could do at best.
+
+    moei bench --synthetic deepseek-v2-lite --quant q4_0          (makes and packs the model, once)
+    python benchmarks/tiers.py --trace TRACE.safetensors
+
+Every figure comes with its ceiling, measured or computed in the same run: the bandwidth with which the engine's
+readers read experts while nothing computes; for a decode, the time of its own computing or of its own bytes at
+that bandwidth, whichever is longer (perfect overlap), and what the best possible cache (Belady's) would make of it; for
+a prompt, its absent bytes at that bandwidth, or its computing if that is longer. The simulator's prediction, with the
+measured machine, stands beside the measured speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from moei_core.cache.expert_cache import ExpertCache
+from moei_core.cache.policies import DEFAULT_POLICY, POLICIES
+from moei_core.config import FULL_OVERLAP, PREFILL_CHUNK, ExpertBudget, GenerationSettings
+from moei_core.engine.forced_routing import ForcedRouting
+from moei_core.engine.generate import GenerationTimes, Generator
+from moei_core.engine.kv_cache import ConversationCache
+from moei_core.engine.loaded_model import LoadedModel, LoadOptions
+from moei_core.hub.resolve import resolve_model
+from moei_core.scheduler import ExpertScheduler
+from moei_core.sim.clock import Clock, Costs
+from moei_core.sim.hardware import Hardware
+from moei_core.sim.replay import PassAccesses, replay
+from moei_core.trace import Trace, next_uses, read_trace
+from moei_core.types import Phase
+
+MODEL = "synthetic:deepseek-v2-lite@26:q4_0"
+WARM_UP = 64
+"""Tokens of the prompt that fills the cache before anything is measured."""
+
+
+@dataclass(slots=True)
+class Measured:
+    """One prompt and its reply. Seconds and bytes; stall: waiting for experts."""
+
+    prefill_s: float
+    prefill_stall_s: float
+    prefill_nbytes: int
+    prefill_absent: int
+    decode_s: float
+    decode_stall_s: float
+    decode_expert_s: float
+    decode_nbytes: int
+    misses: int
+    tokens: int
+
+
+def request(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> Measured:
+    """The next rows of the trace: a prompt of any tokens (its routing is forced), then a reply."""
+    times, cache = GenerationTimes(), ConversationCache(model.adapter.config)
+    generator = Generator(model.adapter.model, model.runtime, cache, lambda: False)
+    settings = GenerationSettings(max_new_tokens=new_tokens + 1, temperature=0.0)
+    before, misses = model.runtime.snapshot(), model.runtime.misses
+    prompt = list(np.random.default_rng(prompt_tokens).integers(0, 1000, prompt_tokens).tolist())
+    model.scheduler.request_start()
+    for _ in generator.tokens(prompt, settings, frozenset(), times, model.context):
+        pass
+    model.scheduler.request_end()
+    work, first = model.runtime.statistics.minus(before), times.prefill_work
+    return Measured(
+        times.prefill_s,
+        first.stall_s,
+        first.bytes_read,
+        times.prefill_misses,
+        times.decode_s,
+        work.stall_s - first.stall_s,
+        work.expert_compute_s - first.expert_compute_s,
+        work.bytes_read - first.bytes_read,
+        model.runtime.misses - misses - times.prefill_misses,
+        len(times.token_s),
+    )
+
+
+def load(trace: Trace, share: float, policy: str, *, stream: bool = True) -> LoadedModel:
+    options = LoadOptions(
+        experts=ExpertBudget(fraction=share),
+        context=1024,
+        policy=policy,
+        overlap=replace(FULL_OVERLAP, stream=stream),
+    )
+    model = LoadedModel(resolve_model(ARGS.model).folder, options)
+    model.runtime.routing = ForcedRouting(trace, model.spec)
+    return model
+
+
+def check_direct(model: LoadedModel) -> None:
+    """Buffered reads would measure the page cache and not the disk."""
+    assert model.runtime._store.direct, "this file system refuses O_DIRECT"
+
+
+def bandwidth(model: LoadedModel) -> float:
+    """Bytes a second of the engine's own readers over absent experts in file order, nothing computing.
+
+    The second time: the first commits the memory of the slots.
+    """
+    read_absent(model)
+    return read_absent(model)
+
+
+def read_absent(model: LoadedModel) -> float:
+    """Read 300 absent experts; bytes a second."""
+    runtime = model.runtime
+    resident = set(model.scheduler.residents())
+    keys = [key for key in runtime._store.experts() if key not in resident][:300]
+    started, nbytes, asked = time.perf_counter(), 0, 0
+    while nbytes < sum(runtime._store.layout(key).nbytes for key in keys):
+        while asked < len(keys) and runtime._pool.free:
+            runtime._transfers.demand(keys[asked], runtime._pool.take())
+            asked += 1
+        done = runtime._transfers.next_ready()
+        assert done.failure is None
+        nbytes += done.nbytes
+        runtime._pool.give_back(done.slot)
+    return nbytes / (time.perf_counter() - started)
+
+
+def prompts(trace: Trace, share: float, rounds: int) -> list[dict[str, float | str]]:
+    """Times to the first token on a warm cache, with and without streaming."""
+    rows: list[dict[str, float | str]] = []
+    for stream in (True, False):
+        with load(trace, share, DEFAULT_POLICY, stream=stream) as model:
+            disk, nbytes = bandwidth(model), max(model.spec.expert_nbytes.values())
+            request(model, WARM_UP, 1)
+            for tokens in ARGS.prompts:
+                several = [request(model, tokens, 1) for _ in range(rounds)]
+                absent = [one.prefill_absent * nbytes for one in several]
+                computing = [one.prefill_s - one.prefill_stall_s for one in several]
+                bounds = [max(a / disk, c) for a, c in zip(absent, computing, strict=True)]
+                ratios = [one.prefill_s / bound for one, bound in zip(several, bounds, strict=True)]
+                rows.append(
+                    {
+                        "experts": share,
+                        "prompt": tokens,
+                        "streaming": "yes" if stream else "no",
+                        "ttft_s": statistics.median(one.prefill_s for one in several),
+                        "waiting_s": statistics.median(one.prefill_stall_s for one in several),
+                        "absent_over_bandwidth_s": statistics.median(absent) / disk,
+                        "computing_s": statistics.median(computing),
+                        "over_bound": statistics.median(ratios),
+                        "read_over_absent": sum(one.prefill_nbytes for one in several) / sum(absent),
+                        "disk_gb_per_s": disk / 1e9,
+                    }
+                )
+    return rows
+
+
+def decode(trace: Trace, share: float, policy: str) -> dict[str, float | str]:
+    """One long reply on a warm cache, and everything it is compared with."""
+    with load(trace, share, policy) as model:
+        check_direct(model)
+        disk = bandwidth(model)
+        request(model, WARM_UP, 1)
+        one = request(model, WARM_UP, ARGS.tokens)
+        nbytes = max(model.spec.expert_nbytes.values())
+        layers, width = len(model.spec.num_experts), model.spec.num_experts_per_tok
+        slots = model.budget.resident
+    lookups = one.tokens * layers * width
+    computing = one.decode_s - one.decode_stall_s
+    bound = max(computing, one.decode_nbytes / disk)
+    machine = Hardware(
+        name="measured",
+        memory_bandwidth=lookups * nbytes / one.decode_expert_s,
+        dense_seconds=(computing - one.decode_expert_s) / one.tokens / layers,
+        disk_bandwidth=disk,
+        disk_latency=0.0,
+    )
+    simulated = simulate(trace, policy, slots, machine, nbytes)
+    best = simulate(trace, "global-belady-bypass", slots, machine, nbytes)
+    belady = max(computing, best.disk_nbytes / disk)
+    return {
+        "experts": share,
+        "policy": policy,
+        "tokens_per_s": one.tokens / one.decode_s,
+        "hit_rate": 1 - one.misses / lookups,
+        "waiting": one.decode_stall_s / one.decode_s,
+        "of_own_bound": bound / one.decode_s,
+        "of_belady_bound": belady / one.decode_s,
+        "simulated_tokens_per_s": simulated.decode_tokens / simulated.decode_seconds,
+        "disk_gb_per_s": disk / 1e9,
+    }
+
+
+class ReplyClock(Clock):
+    """Counts only the passes after the second prompt, as ``decode`` does."""
+
+    prompts = 0
+
+    def begin_pass(self, one: PassAccesses) -> None:
+        if one.phase is Phase.PREFILL:
+            self.prompts += 1
+        elif self.prompts == 2:
+            self.prompts += 1
+            # In place: the links count into the same object.
+            for field in fields(self.costs):
+                setattr(self.costs, field.name, 0)
+        super().begin_pass(one)
+
+
+def simulate(trace: Trace, policy: str, slots: int, machine: Hardware, nbytes: int) -> Costs:
+    """What the clock says of the same two requests: costs of the second reply."""
+    assert WARM_UP <= PREFILL_CHUNK
+    lengths = [WARM_UP, 1, WARM_UP, *[1] * ARGS.tokens]
+    bounds = np.cumsum([0, *lengths])
+    phase = np.repeat([0, 1, 0, *[1] * ARGS.tokens], lengths).astype(np.uint8)
+    part = replace(
+        trace,
+        experts=trace.experts[np.arange(bounds[-1]) % trace.tokens],
+        phase=phase,
+        sequence_offsets=bounds[[0, 2, -1]],
+        pass_offsets=bounds,
+        request_offsets=None,
+        weights=None,
+        hints_experts=None,
+        hints_scores=None,
+        events=None,
+        sequence_tasks=(),
+    )
+    made = POLICIES[policy](slots, part.experts_by_layer)
+    brain = ExpertScheduler(
+        ExpertCache(slots, made), part.num_experts_per_tok, num_experts=part.experts_by_layer
+    )
+    clock = ReplyClock(machine, dict.fromkeys(part.moe_layers, nbytes), brain)
+    replay(part, brain, clock, next_uses=next_uses(part) if made.needs_future else None)
+    return clock.costs
+
+
+def show(rows: list[dict[str, float | str]]) -> None:
+    names = list(rows[0])
+    cells = [[name if row is None else _text(row[name]) for name in names] for row in (None, *rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    for line in cells:
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+    print(flush=True)
+
+
+def _text(value: float | str) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    trace = read_trace(ARGS.trace)
+    report: dict[str, list[dict[str, float | str]]] = {"decode": [], "prompts": []}
+    for share in ARGS.experts:
+        if ARGS.tokens:
+            rows = [decode(trace, share, policy) for policy in (DEFAULT_POLICY, "layer-lru")]
+            show(rows)
+            report["decode"] += rows
+        if ARGS.rounds:
+            report["prompts"] += prompts(trace, share, ARGS.rounds)
+            show(report["prompts"][-2 * len(ARGS.prompts) :])
+    if ARGS.json:
+        json.dump(report, sys.stdout)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trace", required=True, help="a recorded trace whose routing is followed")
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument(
+        "--experts", type=lambda text: [float(part) for part in text.split(",")], default="0.25,0.5"
+    )
+    parser.add_argument("--tokens", type=int, default=96, help="of the reply that is measured; 0: none")
+    parser.add_argument(
+        "--prompts", type=lambda text: [int(part) for part in text.split(",")], default="32,512"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="of each prompt; 0: none")
+    parser.add_argument("--json", action="store_true")
+    ARGS = parser.parse_args()
+    main()
