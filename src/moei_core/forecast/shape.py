@@ -78,7 +78,7 @@ class ModelShape:
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes of the dense part, which is never packed."""
+        """Bytes of the dense part in its own format."""
         return self.dense_format.nbytes(self.dense_weights)
 
     def expert_nbytes(self, form: StorageFormat) -> int:
@@ -249,10 +249,16 @@ def shape_of_folder(name: str, folder: Path, *, uniform_routing: bool = False) -
             "Is it a Mixture-of-Experts model?",
         )
     if found.quantization in FORMATS and found.quantization != "fp8":
-        # Packed: experts stay in blocks, the dense part is decoded when it is loaded.
+        # Packed: experts and dense weights stay in blocks.
         form = FORMATS[found.quantization]
         weights = round(found.expert_nbytes * 8 / form.bits)
-        return replace(shape, expert_weights=weights, format=form, uniform_routing=uniform_routing)
+        return replace(
+            shape,
+            expert_weights=weights,
+            format=form,
+            dense_format=FORMATS["q8_0"],
+            uniform_routing=uniform_routing,
+        )
     form = FORMATS[stored_format(next(iter(found.formats), "BF16"))]
     width = form.bits / 8
     active = found.active_nbytes - found.moe_layers * found.top_k * found.expert_nbytes
