@@ -82,31 +82,49 @@ void activate(const ActivationSettings& settings, const float* gate, const float
     }
 }
 
-void softmax(float* scores, int64_t count, float scale, const uint8_t* mask) {
-    constexpr int64_t width = 16;  // partial results, so that vectors of any size give the same bits
-    float largest[width], sums[width] = {}, check[width] = {};
-    for (float& value : largest) value = -std::numeric_limits<float>::infinity();
+namespace {
+
+// The two passes of softmax_terms over blocks of 16, the last one filled up: partial results in fixed places, so that
+// vectors of any size give the same bits.
+constexpr int64_t kWidth = 16;
+
+template <bool Masked>
+float terms(float* scores, int64_t count, float scale, const uint8_t* mask) {
+    constexpr float none = -std::numeric_limits<float>::infinity();
+    float largest[kWidth], sums[kWidth] = {}, check[kWidth] = {};
+    for (float& value : largest) value = none;
+    const auto prepare = [&](int64_t i, int64_t j) {
+        float score = scores[i] * scale;
+        check[j] += score * 0.0f;  // what is no number would get lost in comparisons and in exp
+        if constexpr (Masked) score = mask[i] ? score : none;
+        scores[i] = score;
+        largest[j] = score > largest[j] ? score : largest[j];
+    };
     int64_t i = 0;
-    // What is no number would get lost in comparisons and in exp: times zero it is kept.
-    for (; i + width <= count; i += width)
-        for (int64_t j = 0; j < width; ++j) check[j] += scores[i + j] * 0.0f;
-    for (; i < count; ++i) check[0] += scores[i] * 0.0f;
-    for (i = 0; i < count; ++i) {
-        scores[i] = mask && !mask[i] ? -std::numeric_limits<float>::infinity() : scores[i] * scale;
-    }
-    for (i = 0; i + width <= count; i += width)
-        for (int64_t j = 0; j < width; ++j) largest[j] = scores[i + j] > largest[j] ? scores[i + j] : largest[j];
-    for (; i < count; ++i) largest[0] = scores[i] > largest[0] ? scores[i] : largest[0];
-    float top = largest[0];
+    for (; i + kWidth <= count; i += kWidth)
+        for (int64_t j = 0; j < kWidth; ++j) prepare(i + j, j);
+    for (; i < count; ++i) prepare(i, i % kWidth);
+    float top = none;
     for (const float value : largest) top = value > top ? value : top;
-    for (i = 0; i + width <= count; i += width)
-        for (int64_t j = 0; j < width; ++j) sums[j] += scores[i + j] = exponential(scores[i + j] - top);
-    for (; i < count; ++i) sums[0] += scores[i] = exponential(scores[i] - top);
-    float sum = 0;
+    const auto raise = [&](int64_t i, int64_t j) {
+        float term = exponential(scores[i] - top);
+        if constexpr (Masked) term = mask[i] ? term : 0.0f;
+        scores[i] = term;
+        sums[j] += term;
+    };
+    for (i = 0; i + kWidth <= count; i += kWidth)
+        for (int64_t j = 0; j < kWidth; ++j) raise(i + j, j);
+    for (; i < count; ++i) raise(i, i % kWidth);
+    float sum = 0, wrong = 0;
     for (const float value : sums) sum += value;
-    float inverse = 1.0f / sum;
-    for (const float value : check) inverse += value;
-    for (i = 0; i < count; ++i) scores[i] = mask && !mask[i] ? 0.0f : scores[i] * inverse;
+    for (const float value : check) wrong += value;
+    return 1.0f / sum + wrong;
+}
+
+}  // namespace
+
+float softmax_terms(float* scores, int64_t count, float scale, const uint8_t* mask) {
+    return mask ? terms<true>(scores, count, scale, mask) : terms<false>(scores, count, scale, mask);
 }
 
 void quantize(const float* x, int64_t blocks, int64_t first, int64_t cols, int offset, int8_t* out) {

@@ -236,11 +236,14 @@ void attend(const AttentionLayout& l, const AttentionCall& call, ThreadPool& poo
             const void* rows[kGroup];
             for (int64_t i = 0; i < n; ++i) rows[i] = q + (start + i) * l.head_dim;
             project(table, keys, 0, length, rows, n, scores + start * ld, ld, nullptr);
+            float factors[kGroup];
             for (int64_t i = 0; i < n; ++i) {
-                softmax(scores + (start + i) * ld, length, l.scale, call.mask);
+                factors[i] = softmax_terms(scores + (start + i) * ld, length, l.scale, call.mask);
                 rows[i] = scores + (start + i) * ld;
             }
             project(table, values, 0, l.head_dim, rows, n, mixed + start * l.head_dim, l.head_dim, nullptr);
+            for (int64_t i = 0; i < n; ++i)
+                for (int64_t d = 0; d < l.head_dim; ++d) mixed[(start + i) * l.head_dim + d] *= factors[i];
         }
     });
 

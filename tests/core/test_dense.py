@@ -135,6 +135,8 @@ def test_only_plain_large_layers_are_replaced() -> None:
     expected = model[0]
     use_native_linears(model)
     assert [type(one) for one in model] == [NativeLinear, Special, nn.Linear, nn.Linear]
+    with pytest.raises(RuntimeError, match="moved"):
+        model.double()
     for rows in (1, 4, 5):
         x = torch.randn(rows, 512)
         assert torch.allclose(model[0](x), expected(x), atol=1e-5)

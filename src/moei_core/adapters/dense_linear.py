@@ -6,6 +6,8 @@ Model code that reads a block layer's ``weight`` instead of calling the layer ge
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import numpy as np
 import torch
 from torch import nn
@@ -22,7 +24,14 @@ TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _TILE_ROWS = 16
 
 
-class NativeLinear(nn.Linear):
+class _Unmovable(nn.Module):
+    """Kernels keep addresses: moving the weights would leave them with memory that is gone."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> NoReturn:
+        raise RuntimeError("The weights of a native layer cannot be moved or converted.")
+
+
+class NativeLinear(_Unmovable, nn.Linear):
     """An ``nn.Linear`` of float weights whose products with few rows run on the native kernels, on all threads.
 
     Which way a product goes depends on its rows alone, and so does its result.
@@ -45,7 +54,7 @@ class NativeLinear(nn.Linear):
         return _product(self.kernel, self._type, input, rows, self.out_features)
 
 
-class BlockLinear(nn.Module):
+class BlockLinear(_Unmovable):
     """A linear layer whose weights stay blocks; activations of any float type, sums in float32.
 
     weight_reads: how often model code has asked for ``weight``, which decodes all of it.

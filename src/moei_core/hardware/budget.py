@@ -39,10 +39,11 @@ def workspace_nbytes(
     width = max(hidden, config.get("intermediate_size") or 0)
     scores = 2 * config["num_attention_heads"] * PREFILL_CHUNK * context * 4 if eager_attention else 0
     # Expert outputs in float32 and their gathered inputs; a few activations of the widest dense layer;
-    # the attention mask; the logits of one token; one expert reordered by a library.
+    # a native product's copy of its inputs, in float32 and in int8 with scales; the attention mask; the logits of one
+    # token; one expert reordered by a library.
     return int(
         rows * hidden * (4 + 4 + item)
-        + 4 * PREFILL_CHUNK * width * item
+        + PREFILL_CHUNK * width * (4 * item + 6)
         + 2 * PREFILL_CHUNK * context * item
         + scores
         + 3 * config["vocab_size"] * 4
