@@ -87,6 +87,8 @@ class ExpertScheduler:
         self._keys: dict[int, tuple[ExpertKey, ...]] = {}
         self._phase = Phase.DECODE
         self._value = getattr(cache.policy, "value", None)
+        # What a tier in front of this one holds: not worth prefetching.
+        self._nearer: ExpertCache | tuple[ExpertKey, ...] = ()
 
     @property
     def statistics(self) -> CacheStatistics:
@@ -143,8 +145,8 @@ class ExpertScheduler:
         """The next uses of the experts of the access that follows; only for policies that need the future."""
         self._cache.policy.foresee(next_use)
 
-    def access(self, access: LayerAccess) -> FetchPlan:
-        """Plan one layer of one forward pass.
+    def access(self, access: LayerAccess, routed: LayerAccess | None = None) -> FetchPlan:
+        """Plan one layer of one forward pass. routed: all that the router chose, if ``access`` is a part of it.
 
         Waves: first the experts that are resident, without any load; then the missing ones in ascending
         order, those in flight first, as many at a time as the working set holds.
@@ -172,7 +174,7 @@ class ExpertScheduler:
             waves.append(Wave(tuple(evict), loads, loads, tuple(release)))
         if self._predictor is None:
             return FetchPlan(access.layer, tuple(waves), len(hits), len(misses))
-        self._predictor.observe(access)
+        self._predictor.observe(routed or access)
         active = self.controller.active
         prefetch = () if active is None else self._plan_prefetch(access, self._candidates[active])
         return FetchPlan(access.layer, tuple(waves), len(hits), len(misses), cancel, prefetch)
@@ -261,7 +263,12 @@ class ExpertScheduler:
                 if score < self._least_score:
                     break
                 predicted[key] = ahead
-                if size <= left and key not in cache and key not in self._in_flight:
+                if (
+                    size <= left
+                    and key not in cache
+                    and key not in self._in_flight
+                    and key not in self._nearer
+                ):
                     offered[key] = score
                     left -= size
         self._offered, self._predicted = offered, predicted

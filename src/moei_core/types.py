@@ -80,12 +80,31 @@ class Wave:
 
 
 @dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """What a device with memory of its own does in one access, beside what RAM does.
+
+    hits: experts that it holds, computed there.
+    evict: residents whose device slots are given up before anything is copied.
+    copy: experts that are copied from RAM, once they are there, and computed on the device.
+    release: those of ``copy`` that do not stay.
+    promote: experts that are computed in RAM and copied meanwhile; residents from the next access on.
+    """
+
+    hits: tuple[ExpertKey, ...]
+    evict: tuple[ExpertKey, ...] = ()
+    copy: tuple[ExpertKey, ...] = ()
+    release: tuple[ExpertKey, ...] = ()
+    promote: tuple[ExpertKey, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class FetchPlan:
     """What one ``LayerAccess`` makes the engine or the simulator do. ``hits``, ``misses`` count experts.
 
     cancel: prefetches in flight or queued that this access made pointless; drop them before loading.
     prefetch: what to move, in this order, while no demand load waits, until the next plan replaces the list.
         A load that has begun is reported by ``ExpertScheduler.start_load`` and ``finish_load``.
+    device: what a device does; the rest of the plan is then about the experts that it does not hold.
     """
 
     layer: int
@@ -94,6 +113,7 @@ class FetchPlan:
     misses: int
     cancel: tuple[ExpertKey, ...] = ()
     prefetch: tuple[ExpertKey, ...] = ()
+    device: DevicePlan | None = None
 
 
 @dataclass(frozen=True, slots=True)

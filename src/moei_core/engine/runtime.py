@@ -43,6 +43,8 @@ class RuntimeStatistics:
 
     bytes_read: by demand loads and by complete prefetches. stall_s: waiting for experts. combine_s: gathering
     rows and summing outputs. layers_s: all that the expert layers took; what is left of it is unexplained.
+    copies, bytes_copied: of experts to a device, those for the next time (promotions) included. device_wait_s:
+    until a device had computed what the router of a layer chose, and with it everything before.
     """
 
     loads: int = 0
@@ -54,6 +56,10 @@ class RuntimeStatistics:
     decide_s: float = 0.0
     combine_s: float = 0.0
     layers_s: float = 0.0
+    copies: int = 0
+    promotions: int = 0
+    bytes_copied: int = 0
+    device_wait_s: float = 0.0
 
     def minus(self, earlier: RuntimeStatistics) -> RuntimeStatistics:
         """What happened since ``earlier`` was copied."""
@@ -167,7 +173,7 @@ class ExpertRuntime:
         # Each token's experts ascending: column order is then the order of summation.
         index, order = torch.sort(top_k_index, dim=-1)
         scale = torch.gather(top_k_weights, -1, order)
-        work = LayerWork(module, hidden_states, index, scale, lambda expert: self._kernel(module, expert))
+        work = self._work(module, hidden_states, index, scale)
         access = LayerAccess(
             layer,
             tuple(work.rows),
@@ -203,6 +209,11 @@ class ExpertRuntime:
         for key in self._scheduler.resize(capacity):
             self._forget(key)
         self._pool.resize(slots)
+
+    def _work(
+        self, module: Any, hidden_states: torch.Tensor, index: torch.Tensor, scale: torch.Tensor
+    ) -> LayerWork:
+        return LayerWork(module, hidden_states, index, scale, lambda expert: self._kernel(module, expert))
 
     def _carry_out(self, plan: FetchPlan, work: LayerWork) -> None:
         """The waves in one flow: what a wave evicts is never needed by this access, so it can go at once, and
