@@ -13,6 +13,7 @@ import torch
 from moei_core.config import ExpertBudget, GenerationSettings
 from moei_core.engine.chat_session import ChatSession
 from moei_core.engine.device_compute import DeviceBlocks
+from moei_core.engine.device_slots import LinkedSlotPool
 from moei_core.engine.devices import CpuDevice, Device
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
@@ -246,3 +247,80 @@ def test_options_that_cannot_be() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="finds no CUDA"):
             LoadedModel(folder, LoadOptions(device="cuda"))
+
+
+def test_the_report_of_a_turn_counts_both_tiers_and_the_link() -> None:
+    folder = resolve_model("moei-demo").folder
+    options = LoadOptions(experts=ExpertBudget(fraction=0.25), vram=vram_for(folder, 0.25, None))
+    with LoadedModel(folder, options, CpuDevice(), COSTS) as loaded:
+        session = ChatSession(loaded, GenerationSettings(max_new_tokens=8, temperature=0))
+        for _ in range(2):
+            list(session.reply("What does moei do?"))
+        assert session.report is not None
+        told = session.report.as_dict()
+        there, work = told["device"], loaded.runtime.statistics
+        assert 0 < there["bytes_copied"] < work.bytes_copied
+        assert there["bytes_copied"] >= there["copies"] * min(loaded.spec.expert_nbytes.values())
+        assert told["hits"] + told["misses"] == there["misses"] > 0 and there["hits"] > 0
+        assert told["time_split_s"]["gpu"] >= 0
+        assert sum(told["time_split_s"].values()) == pytest.approx(told["total_s"], abs=0.01)
+        assert loaded.device_budget is not None
+        assert sum(line.nbytes for line in loaded.device_budget.lines) <= options.vram  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("make_device", DEVICES)
+def test_a_queue_does_what_events_say(make_device: Callable[[], Device]) -> None:
+    """Copies wait for what is computed where they are told to, and the other way round; the host waits for events."""
+    device = make_device()
+    try:
+        host = np.arange(4096, dtype=np.uint8)
+        target = device.allocate(4096)
+        first = device.copy_in(memoryview(host), target, None)
+        seen: list[torch.Tensor] = []
+        device.compute_after(first)
+        device.compute(lambda: seen.append(target.clone()))
+        used = device.mark()
+        other = host[::-1].copy()
+        second = device.copy_in(memoryview(other), target, used)
+        second.wait()
+        assert first.done() and second.done() and used.done()
+        device.finish()
+        then, now = device.read_back(seen[0], target)
+        assert torch.equal(then.cpu(), torch.from_numpy(host))
+        assert torch.equal(now.cpu(), torch.from_numpy(other))
+        assert torch.equal(device.read_back(device.bring(torch.arange(3)))[0], torch.arange(3))
+    finally:
+        device.close()
+
+
+def test_what_computing_raises_surfaces_once() -> None:
+    device = CpuDevice()
+    device.compute(lambda: torch.zeros(2).view(3))  # type: ignore[arg-type, return-value]
+    with pytest.raises(RuntimeError):
+        device.finish()
+    device.finish()
+    device.close()
+
+
+def test_host_slots_are_locked_while_they_may_be_copied_and_free_when_copies_end() -> None:
+    device = CpuDevice(copy_delay=lambda: 0.05)
+    pool = LinkedSlotPool(4, 4096, device)
+    slots = [pool.take() for _ in range(3)]
+    assert set(device.registered) == {pool.address(slot) for slot in slots}
+    target = device.allocate(4096)
+    pool.view(slots[0])[:] = b"a" * 4096
+    event = device.copy_in(pool.view(slots[0]), target, None)
+    pool.read_until(slots[0], event)
+    pool.give_back(slots[0])
+    pool.give_back(slots[1])
+    assert pool.free == 2 and not event.done(), "there are others: nobody waits"
+    assert {pool.take(), pool.take()} == {slots[1], 3}
+    assert pool.take() == slots[0] and event.done()
+    for slot in range(4):
+        pool.give_back(slot)
+    pool.resize(2)
+    assert not device.registered, "what may go back to the system is not locked"
+    pool.take()
+    pool.close()
+    assert not device.registered
+    device.close()

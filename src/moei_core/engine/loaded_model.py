@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, DynamicCache
 
 from moei_core.adapters.transformers_adapter import TransformersAdapter
-from moei_core.cache.expert_cache import ExpertCache
+from moei_core.cache.expert_cache import CacheStatistics, ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES, CachePolicy
 from moei_core.config import ExpertBudget, GenerationSettings
 from moei_core.engine.device_compute import why_not
@@ -235,6 +235,11 @@ class LoadedModel:
         width = kv_width(self.adapter.config.get_text_config().to_dict())
         layers = len(DynamicCache(config=self.adapter.config).layers)
         return layers * width * self.adapter.dtype.itemsize
+
+    @property
+    def device_statistics(self) -> CacheStatistics | None:
+        """Lookups in a device's memory so far; None if there is no device."""
+        return self.scheduler.device_statistics if isinstance(self.scheduler, TieredScheduler) else None
 
     @property
     def notes(self) -> tuple[str, ...]:

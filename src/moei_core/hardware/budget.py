@@ -234,7 +234,6 @@ def plan_device_slots(
             f"{format_size(workspace)} workspace and {format_size(margin)} margin.",
             f"The smallest that works is --vram {_up(use + RING_SLOTS * slot_nbytes)}; "
             "or run without the GPU: --device cpu.",
-            RING_SLOTS,
         )
     source = f"{format_size(free)} free GPU memory" if limit == free else f"--vram {format_size(limit)}"
     resident = slots - RING_SLOTS
