@@ -28,6 +28,7 @@ from moei_core.store.base import Extent, StoredTensor
 from moei_core.store.safetensors_store import SafetensorsStore
 from moei_core.tiers import LinkCosts, TieredScheduler
 from moei_core.types import ExpertKey, Phase
+from tests.core import test_exactness
 from tests.core.test_exactness import PROMPT, prompt_tokens, reference, smallest, stepwise
 from tests.packed import pack_folder
 from tests.tiny_models import FAMILIES
@@ -224,6 +225,42 @@ def test_e1_holds_for_packed_experts(name: str, tmp_path: Path) -> None:
     logits, _, loaded = ours(cpu_device, folder, "float32", 0.1, "copy", ExpertBudget(fraction=0.2), tokens)
     assert loaded.runtime.statistics.copies > 0
     assert torch.equal(logits, everything)
+
+
+@pytest.mark.parametrize("form", ["BF16", "Q4_0"])
+def test_fused_kernels_in_the_engine(
+    form: str, tmp_path: Path, chat_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interpreted, which is slow, so for a few steps and single tokens. They give what torch gives, and E1 holds:
+    the kernel is chosen by the access alone."""
+    kernels = pytest.importorskip("moei_core.quant.triton_kernels", reason="triton is not installed")
+    if not kernels.usable(torch.zeros(1)):
+        pytest.skip("triton compiles here, and interprets only where there is no GPU")
+    folder = chat_folder("mixtral", "bfloat16")
+    if form != "BF16":
+        pack_folder(folder, tmp_path / "packed", form, "rows16")
+        folder = tmp_path / "packed"
+    monkeypatch.setattr(test_exactness, "STEPS", 2)
+    half = ExpertBudget(fraction=0.5)
+    plain, tokens, _ = ours(cpu_device, folder, "float32", 1, "copy", half)
+    calls: list[int] = []
+
+    class Counted:
+        FEW_TOKENS = 1
+        takes, decode = staticmethod(kernels.takes), staticmethod(kernels.decode)
+
+        @staticmethod
+        def few_rows(*arguments: object) -> object:
+            calls.append(1)
+            return kernels.few_rows(*arguments)
+
+    runs = [
+        ours(lambda: CpuDevice(kernels=Counted), folder, "float32", share, "copy", half, tokens)[0]
+        for share in (1, 0.3)
+    ]
+    assert calls
+    assert torch.equal(*runs)
+    assert (runs[0] - plain).abs().max() < 1e-4 * plain.std()
 
 
 def test_a_device_that_is_too_small() -> None:

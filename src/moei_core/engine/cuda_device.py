@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -28,13 +29,12 @@ class _CudaEvent:
 class CudaDevice:
     """One GPU of torch. Never synchronises the whole device: the host waits for single events."""
 
-    kind = "cuda"
-
     def __init__(self, index: int = 0) -> None:
         """Raises: what torch raises for a GPU that does not work."""
         self.place = torch.device("cuda", index)
         torch.cuda.set_device(self.place)
         self._copies = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]
+        self.kernels = _kernels()
         self._cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
     @property
@@ -92,3 +92,11 @@ class CudaDevice:
 
     def close(self) -> None:
         self._copies.synchronize()
+
+
+def _kernels() -> Any:
+    """The fused kernels, or None where triton is missing: then torch decodes and multiplies."""
+    try:
+        return importlib.import_module("moei_core.quant.triton_kernels")
+    except ImportError:
+        return None

@@ -84,7 +84,7 @@ class DeviceSlots:
 
     def __init__(self, device: Device, residents: int, ring: int, slot_nbytes: int) -> None:
         self.slot_nbytes = slot_nbytes
-        self._memory = device.allocate((residents + ring) * slot_nbytes)
+        self.memory = device.allocate((residents + ring) * slot_nbytes)
         self._free = list(range(residents - 1, -1, -1))
         self._ring = deque(range(residents, residents + ring))
         self.last_use: dict[int, Event] = {}
@@ -103,4 +103,4 @@ class DeviceSlots:
     def bytes_of(self, slot: int, nbytes: int) -> torch.Tensor:
         """The first ``nbytes`` of a slot, uint8."""
         start = slot * self.slot_nbytes
-        return self._memory[start : start + nbytes]
+        return self.memory[start : start + nbytes]

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -29,11 +29,12 @@ class Event(Protocol):
 class Device(Protocol):
     """Memory, a copying queue and a computing queue. One engine thread calls it.
 
-    kind: ``cuda``, ``cpu``; place: where torch makes tensors of its memory.
+    place: where torch makes tensors of its memory. kernels: the module ``moei_core.quant.triton_kernels`` if it runs
+    there, else None.
     """
 
-    kind: str
     place: torch.device
+    kernels: Any
 
     def free_nbytes(self) -> int:
         """Bytes of its memory that can still be allocated."""
@@ -130,7 +131,6 @@ class CpuDevice:
     shows as wrong results.
     """
 
-    kind = "cpu"
     place = torch.device("cpu")
 
     def __init__(
@@ -138,7 +138,9 @@ class CpuDevice:
         memory_nbytes: int = 1 << 30,
         copy_delay: Callable[[], float] = lambda: 0.0,
         compute_delay: Callable[[], float] = lambda: 0.0,
+        kernels: Any = None,
     ) -> None:
+        self.kernels = kernels
         self._left = memory_nbytes
         self._copy_delay, self._compute_delay = copy_delay, compute_delay
         self._copies, self._computes = _Queue("moei-device-copy"), _Queue("moei-device-compute")

@@ -18,7 +18,7 @@ from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.cache.expert_cache import CacheStatistics, ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES, CachePolicy
 from moei_core.config import ExpertBudget, GenerationSettings
-from moei_core.engine.device_compute import why_not
+from moei_core.engine.device_compute import decoded_nbytes, why_not
 from moei_core.engine.device_slots import DeviceSlots, LinkedSlotPool
 from moei_core.engine.devices import Device
 from moei_core.engine.expert_compute import DECODED_NBYTES
@@ -177,7 +177,7 @@ class LoadedModel:
                     slot_nbytes,
                     use.dense,
                     use.kv,
-                    use.workspace,
+                    use.workspace + decoded_nbytes(store.layout(key) for key in store.experts()),
                     device.free_nbytes(),
                     options.vram,
                 )

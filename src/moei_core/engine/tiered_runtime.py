@@ -8,12 +8,12 @@ as it is in RAM, and computed behind its copy; the rest is computed in RAM, whil
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from moei_core.engine.device_compute import DeviceExpert
+from moei_core.engine.device_compute import DeviceExpert, FewTokenExperts, few_token_experts
 from moei_core.engine.device_slots import DeviceSlots, LinkedSlotPool
 from moei_core.engine.devices import Device
 from moei_core.engine.layer_work import LayerWork
@@ -43,6 +43,7 @@ class TieredRuntime(ExpertRuntime):
         self._linked_pool, self._tiers, self._device_slots = pool, scheduler, slots
         self._on_device: dict[ExpertKey, DeviceExpert] = {}
         self._device_plan = DevicePlan(())
+        self._few: dict[tuple[int, int], FewTokenExperts | None] = {}
         self._inputs: torch.Tensor | None = None
 
     def run_layer(
@@ -71,7 +72,14 @@ class TieredRuntime(ExpertRuntime):
             lambda expert: self._kernel(module, expert),
             self.device,
             self._inputs,
+            lambda expert: self._few_tokens(module, expert),
         )
+
+    def _few_tokens(self, module: Any, expert: DeviceExpert) -> FewTokenExperts | None:
+        name = expert.key.layer, expert.kind
+        if name not in self._few:
+            self._few[name] = few_token_experts(module, expert.layout, self.device.kernels)
+        return self._few[name]
 
     def _carry_out(self, plan: FetchPlan, work: LayerWork) -> None:
         assert plan.device is not None and isinstance(work, TieredWork)
@@ -79,8 +87,7 @@ class TieredRuntime(ExpertRuntime):
         for key in plan.device.evict:
             self._device_slots.give_back(self._on_device.pop(key).slot)
         started = time.perf_counter()
-        for key in plan.device.hits:
-            self._compute_there(work, self._on_device[key])
+        self._compute_there(work, [self._on_device[key] for key in plan.device.hits])
         self.statistics.expert_compute_s += time.perf_counter() - started
         super()._carry_out(plan, work)
 
@@ -94,7 +101,7 @@ class TieredRuntime(ExpertRuntime):
                 expert = self._copy(key, stays)
                 if stays:
                     self._on_device[key] = expert
-                self._compute_there(work, expert)
+                self._compute_there(work, [expert])
                 continue
             if key in plan.promote:
                 self._on_device[key] = self._copy(key, stays=True)
@@ -103,9 +110,12 @@ class TieredRuntime(ExpertRuntime):
         if here:
             super()._compute(work, here)
 
-    def _compute_there(self, work: TieredWork, expert: DeviceExpert) -> None:
-        work.compute_on_device(expert)
-        self._device_slots.last_use[expert.slot] = self.device.mark()
+    def _compute_there(self, work: TieredWork, experts: Sequence[DeviceExpert]) -> None:
+        if experts:
+            work.compute_on_device(experts, self._device_slots.memory)
+            used = self.device.mark()
+            for expert in experts:
+                self._device_slots.last_use[expert.slot] = used
 
     def _copy(self, key: ExpertKey, stays: bool) -> DeviceExpert:
         """Queue the copy of an expert that is in RAM. Its host slot stays as it is until the copy is done."""
@@ -116,7 +126,7 @@ class TieredRuntime(ExpertRuntime):
         self._linked_pool.read_until(self._slots[key], ready)
         self.statistics.copies += 1
         self.statistics.bytes_copied += nbytes
-        return DeviceExpert(key, held.layout, slot, memory, ready)
+        return DeviceExpert(held, slots, slot, ready, self.device.kernels)
 
     def _reconcile(self) -> None:
         for key in self._tiers.device.cache.residents():

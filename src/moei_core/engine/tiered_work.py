@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from moei_core.engine.device_compute import DeviceExpert
+from moei_core.engine.device_compute import DeviceExpert, FewTokenExperts
 from moei_core.engine.devices import Device
 from moei_core.engine.expert_compute import HeldExpert, expert_forward
 from moei_core.engine.layer_work import LayerWork
@@ -30,10 +31,13 @@ class TieredWork(LayerWork):
         kernel: Callable[[HeldExpert], NativeExperts | None],
         device: Device,
         on_device: torch.Tensor,
+        few: Callable[[DeviceExpert], FewTokenExperts | None],
     ) -> None:
-        """hidden_states: on the host. on_device: the same on the device."""
+        """hidden_states: on the host. on_device: the same on the device. few: what computes an expert with few tokens
+        there, if anything does."""
         super().__init__(module, hidden_states, index, weights, kernel)
-        self._device, self._inputs = device, on_device
+        self._device, self._inputs, self._few = device, on_device, few
+        self._exact_inputs: torch.Tensor | None = None
         self._host_experts: list[int] = []
         self._bounds: dict[int, tuple[int, int]] = {}
         positions: list[int] = []
@@ -50,20 +54,38 @@ class TieredWork(LayerWork):
         super().compute(experts)
         self._host_experts += [expert.key.expert for expert in experts]
 
-    def compute_on_device(self, expert: DeviceExpert) -> None:
-        """Queue the outputs of an expert for all its tokens."""
-        if expert.ready is not None:
-            self._device.compute_after(expert.ready)
-            if expert.ready.done():
-                expert.ready = None
+    def compute_on_device(self, experts: Sequence[DeviceExpert], memory: torch.Tensor) -> None:
+        """Queue the outputs of experts, each for all its tokens. memory: all device slots."""
+        batches: dict[int, tuple[FewTokenExperts, list[DeviceExpert]]] = {}
+        for expert in experts:
+            if expert.ready is not None:
+                self._device.compute_after(expert.ready)
+                if expert.ready.done():
+                    expert.ready = None
+            few = self._few(expert)
+            if few is not None and few.takes(len(self.rows[expert.key.expert])):
+                batches.setdefault(id(few), (few, []))[1].append(expert)
+            else:
+                self._device.compute(partial(self._with_many_tokens, expert))
+        for few, batch in batches.values():
+            pairs = [(expert.start, at) for expert in batch for at in self.rows[expert.key.expert]]
+            self._device.compute(
+                partial(self._with_few_tokens, few, memory, self._device.bring(torch.tensor(pairs).t()))
+            )
+
+    def _with_many_tokens(self, expert: DeviceExpert) -> None:
         start, stop = self._bounds[expert.key.expert]
+        place = self._positions[start:stop]
+        output = expert_forward(self.module, expert.weights, self._inputs[place // self.top_k])
+        self._sums[place] = output.to(torch.float32) * self._device_scale[place]
 
-        def work() -> None:
-            place = self._positions[start:stop]
-            output = expert_forward(self.module, expert.weights, self._inputs[place // self.top_k])
-            self._sums[place] = output.to(torch.float32) * self._device_scale[place]
-
-        self._device.compute(work)
+    def _with_few_tokens(self, few: FewTokenExperts, memory: torch.Tensor, pairs: torch.Tensor) -> None:
+        """pairs: int64 [2, pairs], where each expert's slot begins, and the position of its row."""
+        if self._exact_inputs is None:
+            self._exact_inputs = self._inputs.to(torch.float32).contiguous()
+        starts, place = pairs[0], pairs[1]
+        output = few(memory, starts.contiguous(), self._exact_inputs, place // self.top_k)
+        self._sums[place] = output * self._device_scale[place]
 
     def total(self) -> torch.Tensor:
         """[tokens, hidden] on the device, complete for what torch computes next."""
