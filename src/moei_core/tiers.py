@@ -7,6 +7,9 @@ expert that moved up ages out below. Nothing is ever written back: experts never
 For each expert that the device does not hold, one rule decides: with many tokens it is copied and computed on the
 device, with few it is computed where it lies (Fiddler, arXiv 2402.07033). Beside those computed in RAM, as many are
 *promoted* - copied for the next time - as the link carries meanwhile, if the policy wants them.
+
+So *where* an expert is computed follows from what the device holds, and the two places round differently. With
+``copy_from`` 1 everything is computed on the device, and results do not depend on any budget.
 """
 
 from __future__ import annotations
@@ -107,9 +110,12 @@ class DeviceTier:
     ) -> DevicePlan:
         """Add experts to copy while ``in_ram`` are computed, the router's favourites first.
 
-        The link's time that is not used now is gone: what is left over never exceeds this access.
+        The link's time that is not used now is gone: what is left over never exceeds this access. While there is room,
+        one is promoted at least: filling up costs the link once.
         """
         self._credit = min(self._credit + len(in_ram) * self._promote_share[access.layer], len(in_ram))
+        if len(self.cache) < self.cache.capacity:
+            self._credit = max(self._credit, 1.0)
         if self._credit < 1:
             return plan
         rank = {expert: place for place, expert in enumerate(access.order)}

@@ -44,13 +44,24 @@ def test_copies_beyond_the_quota_pass_through() -> None:
 
 
 def test_as_many_are_promoted_as_the_link_carries_the_routers_favourites_first() -> None:
-    one = tier(8)
+    one = tier(4)
+    one.plan(access(0, 7, tokens=5))
+    one.plan(access(0, 7, tokens=5, layer=1))
     plan, _ = one.plan(access(1, 2, 3, 5, order=(5, 2, 1, 3)))
-    assert plan.promote == keys(5, 2)
+    assert plan.promote == keys(5, 2) and plan.evict == keys(0, 7)
     plan, _ = one.plan(access(4, layer=1))
     assert plan.promote == (), "half an expert's worth of time"
     plan, _ = one.plan(access(4, layer=1))
     assert plan.promote == keys(4, layer=1)
+
+
+def test_while_there_is_room_one_is_promoted_at_least() -> None:
+    one = tier(4, share=0.01)
+    assert one.plan(access(1, 2))[0].promote == keys(1)
+    assert one.plan(access(1, 2))[0].promote == keys(2)
+    one.plan(access(3, 4, layer=1))
+    one.plan(access(3, 4, layer=1))
+    assert one.plan(access(5, 6, layer=1))[0].promote == (), "full"
 
 
 def test_unused_time_of_the_link_is_not_saved_up() -> None:
@@ -61,8 +72,8 @@ def test_unused_time_of_the_link_is_not_saved_up() -> None:
 
 
 def test_promotions_evict_by_the_policy_and_never_what_is_in_use() -> None:
-    one = tier(4, share=1.0)
-    one.plan(access(0, 1))
+    one = tier(4, share=0.5)
+    one.plan(access(0, 1, tokens=5))
     plan, _ = one.plan(access(1, 2, 3))
     assert plan.hits == keys(1) and plan.promote == keys(2) and plan.evict == keys(0)
 
