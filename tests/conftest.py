@@ -38,6 +38,15 @@ def few_threads() -> Iterator[None]:
     yield
 
 
+@pytest.fixture(autouse=True)
+def a_gpu_only_where_it_is_asked_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not marked ``gpu`` tests the processor, also on a machine with a GPU."""
+    import sys
+
+    if "torch" in sys.modules and request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """chat_folder(family, dtype="float32"): a tiny model with a tokenizer, saved once per session. Read only."""

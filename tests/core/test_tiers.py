@@ -277,13 +277,13 @@ def test_options_that_cannot_be() -> None:
     for options, sentence in (
         (LoadOptions(device="tpu"), "no device 'tpu'"),
         (LoadOptions(misses="sometimes"), "no such way"),
-        (LoadOptions(device="cpu", vram=1 << 30), "--vram needs a GPU"),
+        (LoadOptions(device="cpu", vram=1 << 30), "--vram needs a GPU, and --device cpu rules it out"),
+        (LoadOptions(vram=1 << 30), "--vram needs a GPU, and torch finds none"),
+        (LoadOptions(misses="copy"), "--misses needs a GPU"),
+        (LoadOptions(device="cuda"), "--device cuda needs a GPU"),
     ):
         with pytest.raises(UsageError, match=sentence):
             LoadedModel(folder, options)
-    if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="finds no CUDA"):
-            LoadedModel(folder, LoadOptions(device="cuda"))
 
 
 def test_the_report_of_a_turn_counts_both_tiers_and_the_link() -> None:

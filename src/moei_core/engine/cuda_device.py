@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -53,7 +54,12 @@ class CudaDevice:
 
     def register(self, address: int, nbytes: int) -> bool:
         # Our own mapping is locked in place: torch's pinned allocator would round its size up to a power of two.
-        return int(self._cudart.cudaHostRegister(address, nbytes, 0)) == 0
+        if int(self._cudart.cudaHostRegister(address, nbytes, 0)) == 0:
+            return True
+        with suppress(RuntimeError):
+            # CUDA remembers the refusal and would blame the next kernel for it: this one takes the blame.
+            torch.zeros(1, device=self.place)
+        return False
 
     def unregister(self, address: int) -> None:
         self._cudart.cudaHostUnregister(address)

@@ -14,6 +14,7 @@ import psutil
 import torch
 from transformers import AutoTokenizer, DynamicCache
 
+from moei_core.adapters.skeleton import experts_modules
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.cache.expert_cache import CacheStatistics, ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES, CachePolicy
@@ -23,7 +24,7 @@ from moei_core.engine.device_slots import DeviceSlots, LinkedSlotPool
 from moei_core.engine.devices import Device
 from moei_core.engine.expert_compute import DECODED_NBYTES
 from moei_core.engine.hints import Hinter, RouterHints, StrideHints
-from moei_core.engine.placement import check_options, device_tier, measure_costs, open_device
+from moei_core.engine.placement import device_tier, measure_costs, open_device
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.slots import SlotPool
 from moei_core.engine.tiered_runtime import TieredRuntime
@@ -95,8 +96,7 @@ class LoadedModel:
         Raises: errors of ``moei_core.errors`` for anything that is wrong with the folder or the options.
         """
         started = time.perf_counter()
-        check_options(options.device, options.vram, options.misses)
-        device = device or open_device(options.device)
+        device = device or open_device(options.device, options.vram, options.misses)
         make_policy = _policy(options.policy)
         make_predictor = _predictor(options.predictor)
         self.folder = folder
@@ -166,6 +166,9 @@ class LoadedModel:
         use = self._memory_use(0, slot_nbytes)
         insists = options.vram is not None or options.device != "auto"
         reason = why_not(store.layout(key) for key in store.experts())
+        if any(getattr(m, "has_post_expert_norm", False) for _, _, m in experts_modules(self.adapter.model)):
+            # Experts computed in RAM would need that norm on both sides.
+            reason = "there is a norm behind its experts"
         if reason is not None and insists:
             raise UsageError(
                 f"This model cannot use the GPU: {reason}.", hint="Leave --device and --vram out."

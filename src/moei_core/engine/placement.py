@@ -26,33 +26,29 @@ _COPIES = 8
 _BUFFER = 64 << 20
 
 
-def check_options(device: str, vram: int | None, misses: str) -> None:
-    """Raises: UsageError for what does not exist or cannot be combined."""
-    if device not in DEVICES:
-        raise UsageError(f"There is no device '{device}'.", hint=f"Choose from: {', '.join(DEVICES)}.")
+def open_device(name: str, vram: int | None, misses: str) -> Device | None:
+    """The device called ``name`` of ``DEVICES``; None: the processor alone.
+
+    Raises: UsageError for what does not exist, and for settings of a device that is not there.
+    """
+    if name not in DEVICES:
+        raise UsageError(f"There is no device '{name}'.", hint=f"Choose from: {', '.join(DEVICES)}.")
     if misses not in MISSES:
         raise UsageError(
             f"--misses {misses}: there is no such way.", hint=f"Choose from: {', '.join(MISSES)}."
         )
-    if device == "cpu" and vram is not None:
-        raise UsageError("--vram needs a GPU, and --device cpu rules it out.", hint="Leave one of them out.")
+    if name != "cpu" and torch.cuda.is_available():
+        from moei_core.engine.cuda_device import CudaDevice
 
-
-def open_device(name: str) -> Device | None:
-    """The device called ``name`` of ``DEVICES``; None: the processor alone. Raises: UsageError."""
-    if name == "cpu":
-        return None
-    if not torch.cuda.is_available():
-        if name == "auto":
-            return None
+        return CudaDevice()
+    given = {"--device cuda": name == "cuda", "--vram": vram is not None, "--misses": misses != "auto"}
+    for option in (option for option, is_given in given.items() if is_given):
         raise UsageError(
-            "--device cuda: torch finds no CUDA device.",
-            "Either there is none, or this installation of torch is without CUDA.",
-            "Install a CUDA version of torch, or leave --device out.",
+            f"{option} needs a GPU, and {'--device cpu rules it out' if name == 'cpu' else 'torch finds none'}.",
+            "" if name == "cpu" else "Either there is none, or this installation of torch is without CUDA.",
+            "Leave it out to run on the processor.",
         )
-    from moei_core.engine.cuda_device import CudaDevice
-
-    return CudaDevice()
+    return None
 
 
 def device_tier(
