@@ -154,7 +154,7 @@ def _report(model: LoadedModel, name: str, options: ModelBenchOptions) -> dict[s
         "dense_bytes": model.adapter.dense_nbytes,
         "slots": asdict(budget),
         "slots_bytes": budget.nbytes,
-        "device": None if model.device_budget is None else asdict(model.device_budget),
+        "device_budget": None if model.device_budget is None else asdict(model.device_budget),
         "policy": model.options.policy,
         "predictor": model.options.predictor,
         "ram_limit_bytes": model.options.ram,

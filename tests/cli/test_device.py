@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moei_cli import render
+from moei_cli.commands.chat import _report
 from moei_cli.device_options import device_sentence, device_settings
 from moei_cli.main import app
 from moei_core.config import ExpertBudget, GenerationSettings
@@ -17,15 +18,18 @@ from moei_core.hub.resolve import resolve_model
 
 
 def test_statistics_name_both_tiers(capsys: pytest.CaptureFixture[str]) -> None:
-    folder = resolve_model("moei-demo").folder
-    with LoadedModel(folder, LoadOptions(experts=ExpertBudget(fraction=0.25)), CpuDevice()) as model:
+    files = resolve_model("moei-demo")
+    with LoadedModel(files.folder, LoadOptions(experts=ExpertBudget(fraction=0.25)), CpuDevice()) as model:
         session = ChatSession(model, GenerationSettings(max_new_tokens=8, temperature=0))
-        list(session.reply("What does moei do?"))
+        pieces = list(session.reply("What does moei do?"))
         assert session.report is not None
+        told = _report(session, files, pieces)
+        assert told["device"]["copies"] == model.runtime.statistics.copies > 0
+        assert told["device_budget"]["resident"] == 128
         assert "hits on the GPU" in render.status_line(session.report, 1 << 30)
         render.statistics(session)
-        told = " ".join(capsys.readouterr().err.split())
-        assert "on the GPU" in told and f"{model.runtime.statistics.copies} copied" in told
+        shown = " ".join(capsys.readouterr().err.split())
+        assert "on the GPU" in shown and f"{model.runtime.statistics.copies} copied" in shown
         sentence = device_sentence(model)
         assert sentence is not None and "holds 128 of 128 experts" in sentence
 

@@ -279,7 +279,7 @@ def _report(session: ChatSession, files: ModelFiles, pieces: list[Any]) -> dict[
             "budget": [asdict(line) for line in model.budget.lines],
             "policy": model.options.policy,
         },
-        "device": None if model.device_budget is None else asdict(model.device_budget),
+        "device_budget": None if model.device_budget is None else asdict(model.device_budget),
         "dense_bytes": model.adapter.dense_nbytes,
         "ram_limit_bytes": model.options.ram,
         "load_s": round(model.load_s, 3),
