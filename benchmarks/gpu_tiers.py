@@ -1,6 +1,6 @@
 """What the rule for experts that a GPU does not hold is worth, by the simulator's cost model and a trace.
 
-    python benchmarks/tiers.py TRACE [--expert-size 3.5MB] [--ram-bandwidth 40GB] [--sequences 4]
+    python benchmarks/gpu_tiers.py TRACE [--expert-size 3.5MB] [--ram-bandwidth 40GB] [--sequences 4]
 
 All experts are in RAM. For GPU memory of 10%, 25% and 50% of them: tokens a second with copies only, by cost, and by
 cost but without promotions; hits on the GPU; bytes that crossed the link for a token. The machine is the simulator's
