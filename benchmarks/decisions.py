@@ -55,7 +55,7 @@ def decision_microseconds(trace: Trace, policy: str, share: float) -> tuple[floa
         started = time.process_time_ns()
         if one.starts_request:
             scheduler.request_start()
-        scheduler.forward_pass(one.phase)
+        scheduler.forward_pass(one.phase, one.tokens)
         for access in one.accesses:
             scheduler.access(access)
         spent += time.process_time_ns() - started

@@ -1,201 +1,289 @@
-"""Forecast against actual: run synthetic models of real shapes, each with its prediction written before the run.
-
-Every run is a process of its own (``moei bench --synthetic ... --ram ... --experts ... --json``), so that its memory is
-what it needs and nothing else. The ledger is cleared first: the column "forecast" has learned nothing, "learned" is
-what the runs above it have taught. ``--memcap`` names a program that caps a command's memory, called as
-``PROGRAM MIB COMMAND ...``; then each run is capped at its --ram plus 5%.
+"""Forecast against actual: synthetic models of real shapes, every prediction written down before the first run.
 
     moei profile-hardware --again
-    python benchmarks/forecast.py --geometry qwen3-30b-a3b@6 --format bf16 --experts 25% 50% 100%
-    python benchmarks/forecast.py --all --output docs/forecast-table.md
+    python benchmarks/forecast.py --output docs/forecast-table.md
+    python benchmarks/forecast.py --only olmoe-1b-7b@4:q4_0        # a part; --list shows all
+
+1. Predict: for each case the forecast of its config, of this machine and of a memory budget (``--ram``: what that share
+   of the experts should take), as ``moei plan`` makes it; nothing of the ledger. All go to ``--predictions``.
+2. Run: ``moei bench --ram ... --experts ...``, each a process of its own in a control group of its --ram plus 5% where
+   one can be made. New prompts on a warm cache give the speed, the first prompt of all its time to first token.
+3. Compare: a table in Markdown, and one line of JSON. Exit status 1 if a case failed.
+
+A geometry's model is made before its cases and removed after them. An idle virtual machine may have given its memory
+back to its host; so that no run pays for getting it again, as much as it will use is taken and released before it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from memory_group import capped, join, read_count
+
 from moei_cli.measured_machine import stored_profile
-from moei_core.config import ExpertBudget, format_size
-from moei_core.forecast import ledger
-from moei_core.forecast.forecast import plan_budget
+from moei_core.config import ExpertBudget
+from moei_core.forecast.forecast import forecast, plan_budget
 from moei_core.forecast.formats import FORMATS
 from moei_core.forecast.shape import shape_of_config
 from moei_core.forecast.speed import Speeds
+from moei_core.hardware.probe import processor_seconds
+from moei_core.hub.synthetic import make_synthetic
 from moei_core.hub.synthetic_models import SYNTHETIC_MODELS
 
-ALL = (
-    ("mixtral-8x7b@2", ("25%", "50%", "100%")),
-    ("deepseek-v2-lite@6", ("25%", "50%", "100%")),
-    ("qwen3-30b-a3b@6", ("25%", "50%", "75%", "100%")),
-    ("olmoe-1b-7b@8", ("25%", "60%", "100%")),
+CASES = (
+    ("mixtral-8x7b@1", "bf16", ("50%", "100%")),
+    ("mixtral-8x7b@1", "q4_0", ("50%", "100%")),
+    ("qwen3-30b-a3b@4", "bf16", ("25%", "100%")),
+    ("qwen3-30b-a3b@4", "q4_0", ("50%", "100%")),
+    ("olmoe-1b-7b@4", "bf16", ("50%",)),
+    ("olmoe-1b-7b@4", "q4_0", ("75%",)),
+    ("deepseek-v2-lite@3", "bf16", ("35%", "60%")),
+    ("deepseek-v2-lite@3", "q4_0", ("35%", "60%")),
 )
-"""About 5 to 8 GB of bf16 weights each. OLMoE's shape and 60% and 75% were used for no tuning."""
+"""2.8 to 4.8 GB of experts in bf16. Of DeepSeek's shape, and of 35% and 60%, nothing was looked at while the forecast
+was made."""
 _SPARE_RAM = 1.02
+_CAP = 1.05
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One run. geometry: ``name@layers``. ram: what the forecast says that share of the experts needs, in bytes."""
+    """One run and what is expected of it. ram: bytes. Times in seconds."""
 
     geometry: str
     form: str
     experts: str
     ram: int
+    tokens_per_s: float
+    ttft_s: float
+    hit_rate: float
+    bottleneck: str
+    decode_parts_s: dict[str, float]
+    prefill_parts_s: dict[str, float]
 
-    def command(self, options: argparse.Namespace) -> list[str]:
-        name, _, layers = self.geometry.partition("@")
-        program = [sys.executable, "-c", "from moei_cli.main import main; main()"]
-        if options.memcap:
-            program = [options.memcap, str(int(self.ram * 1.05) >> 20), *program]
-        return [
-            *program, "bench", "--synthetic", name, "--layers", layers, "--experts", self.experts,
-            "--ram", f"{self.ram >> 20}MiB", "--prompt-tokens", str(options.prompt_tokens),
-            "--new-tokens", str(options.new_tokens), "--repeats", str(options.repeats), "--json",
-            *(["--quant", self.form] if self.form != "bf16" else []),
-        ]  # fmt: skip
+    @property
+    def name(self) -> str:
+        return f"{self.geometry}:{self.form}:{self.experts}"
 
 
-def ram_of(geometry: str, form: str, experts: str, speeds: Speeds, context: int) -> int:
-    """The whole process with that share of the experts, and a little more."""
+def predict(geometry: str, form: str, experts: str, speeds: Speeds, options: argparse.Namespace) -> Case:
+    """The forecast of a case from its config alone."""
     name, _, layers = geometry.partition("@")
-    shape = shape_of_config(geometry, SYNTHETIC_MODELS[name].cut(int(layers)))
-    budget = plan_budget(shape, FORMATS[form], speeds, 1 << 60, context, experts=ExpertBudget.parse(experts))
-    return int(sum(line.nbytes for line in budget.lines) * _SPARE_RAM)
-
-
-def cases(options: argparse.Namespace) -> Iterator[Case]:
-    profile = stored_profile()
-    if profile is None:
-        sys.exit("This machine has not been measured: moei profile-hardware")
-    speeds = Speeds.of(profile, profile.disk_of(None))
+    config = SYNTHETIC_MODELS[name].cut(int(layers))
+    shape = replace(shape_of_config(geometry, config), uniform_routing=True)
     context = options.prompt_tokens + options.new_tokens
-    for geometry, shares in ALL if options.all else [(one, options.experts) for one in options.geometry]:
-        for form in options.format:
-            for share in shares:
-                yield Case(geometry, form, share, ram_of(geometry, form, share, speeds, context))
+    stored, share = FORMATS[form], ExpertBudget.parse(experts)
+    whole = plan_budget(shape, stored, speeds, 1 << 60, context, experts=share)
+    ram = int(sum(line.nbytes for line in whole.lines) * _SPARE_RAM)
+    budget = plan_budget(shape, stored, speeds, 1 << 60, context, ram, share)
+    one = forecast(shape, stored, speeds, budget, options.prompt_tokens)
+    return Case(
+        geometry,
+        form,
+        experts,
+        ram,
+        one.tokens_per_s.value,
+        one.ttft_s.value,
+        one.hit.value,
+        one.bottleneck,
+        asdict(one.decode),
+        asdict(one.prefill),
+    )
+
+
+def moei(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from moei_cli.main import main; main()", *arguments]
+
+
+def make(case: Case) -> None:
+    """Make the model of ``case`` and pack it, outside of any bound. Nothing happens if it is there."""
+    name, _, layers = case.geometry.partition("@")
+    make_synthetic(name, int(layers))
+    if case.form != "bf16":
+        subprocess.run(
+            moei("quantize", f"synthetic:{case.geometry}", case.form), stdout=subprocess.DEVNULL, check=True
+        )
+
+
+def settle_memory(nbytes: int) -> None:
+    """Let the host of a virtual machine give it so much memory now."""
+    code = "import sys; b = bytearray(int(sys.argv[1])); b[::4096] = b'x' * len(b[::4096])"
+    subprocess.run([sys.executable, "-c", code, str(nbytes)], check=False)
+
+
+def spent() -> tuple[float, float]:
+    """Processor seconds (of everybody, of this process's finished children), to tell how much others took."""
+    children = os.times()
+    return processor_seconds()[0], children.children_user + children.children_system
 
 
 def run(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """The report of ``case``, or what it said when it failed."""
-    done = subprocess.run(case.command(options), capture_output=True, text=True, check=False)
+    name, _, layers = case.geometry.partition("@")
+    command = moei(
+        "bench", "--synthetic", name, "--layers", layers, "--quant", "none" if case.form == "bf16" else case.form,
+        "--ram", f"{case.ram >> 20}MiB", "--experts", case.experts, "--prompt-tokens", str(options.prompt_tokens),
+        "--new-tokens", str(options.new_tokens), "--repeats", str(options.repeats), "--json",
+    )  # fmt: skip
+    settle_memory(case.ram)
+    before, started = spent(), time.perf_counter()
+    with capped(int(case.ram * _CAP)) as group:
+        enter = None if group is None else partial(join, group)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=enter)
+        peak = hits = None
+        if group is not None:
+            peak = read_count(group, ("memory.max_usage_in_bytes", "memory.peak"))
+            hits = read_count(group, ("memory.failcnt",))
+    wall = time.perf_counter() - started
+    after = spent()
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-3:], "status": done.returncode}
     report: dict[str, Any] = json.loads(done.stdout)
-    if options.memcap:
-        report["memcap"] = json.loads(done.stderr.strip().splitlines()[-1])
+    report["peak"] = report["peak_memory_bytes"] if peak is None else peak
+    report["capped"], report["limit_hits"] = group is not None, hits
+    report["others"] = max(0.0, (after[0] - before[0] - (after[1] - before[1])) / wall)
+    report["wall_s"] = wall
     return report
 
 
 def row(case: Case, report: dict[str, Any]) -> dict[str, Any]:
     """What the table shows of one run."""
-    told = report["prediction"]
-    came = told["actual"]
-    peak = report.get("memcap", {}).get("peak_mib", report["peak_memory_bytes"] >> 20)
-    return {
-        "geometry": case.geometry,
-        "format": case.form,
-        "experts": case.experts,
-        "residency": report["slots"]["resident"] / (report["moe_layers"] * report["num_experts"]),
-        "tokens_per_s": came["tokens_per_s"],
-        "forecast_tokens_per_s": told["tokens_per_s"]["value"],
-        "learned_tokens_per_s": told["corrected"]["tokens_per_s"]["value"],
-        "ttft_s": came["ttft_s"],
-        "forecast_ttft_s": told["ttft_s"]["value"],
-        "learned_ttft_s": told["corrected"]["ttft_s"]["value"],
-        "bottleneck": came["bottleneck"],
-        "forecast_bottleneck": told["bottleneck"],
-        "parts_s": told["decode_parts_s"],
-        "prefill_parts_s": told["prefill_parts_s"],
-        "actual_shares": [came["stall_share"], came["expert_share"]],
-        "ram_mib": case.ram >> 20,
-        "peak_mib": peak,
-        "load_average": report["provenance"]["load_average"],
+    changing, cold = report["conditions"]["changing"], report["conditions"]["cold"]
+    stall, experts = (changing[f"decode_{name}_share"]["median"] for name in ("stall", "expert"))
+    sizes = {"disk": stall, "experts": experts, "rest": 1 - stall - experts}
+    return asdict(case) | {
+        "came_tokens_per_s": changing["decode_tokens_per_s"]["median"],
+        "came_ttft_s": cold["ttft_s"]["median"],
+        "came_hit_rate": changing["decode_hit_rate"]["median"],
+        "came_bottleneck": max(sizes, key=lambda name: sizes[name]),
+        "came_shares": sizes,
+        "peak": report["peak"],
+        "capped": report["capped"],
+        "limit_hits": report["limit_hits"],
+        "others": report["others"],
+        "wall_s": report["wall_s"],
     }
 
 
-def error(found: dict[str, Any], quantity: str, kind: str) -> float:
+def error(found: dict[str, Any], quantity: str) -> float:
     """Forecast over actual, less one."""
-    return float(found[f"{kind}_{quantity}"] / found[quantity] - 1)
+    return float(found[quantity] / found[f"came_{quantity}"] - 1)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| model@layers | format | experts | tokens/s: came | forecast | learned | TTFT s: came | forecast | learned "
-        "| limit: came | forecast | peak of --ram |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model@layers | format | experts | tokens/s: forecast | came | error | TTFT s: forecast | came | error "
+        "| limit: forecast | came | peak of --ram | others' cores |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in rows:
-        cells = [one["geometry"], one["format"], one["experts"]]
+        cells = [one["geometry"], one["form"], one["experts"]]
         for quantity in ("tokens_per_s", "ttft_s"):
-            cells.append(f"{one[quantity]:.3g}")
-            for kind in ("forecast", "learned"):
-                cells.append(f"{one[f'{kind}_{quantity}']:.3g} ({error(one, quantity, kind):+.0%})")
-        cells += [one["bottleneck"], one["forecast_bottleneck"], f"{one['peak_mib'] / one['ram_mib']:.0%}"]
-        lines.append(f"| {' | '.join(cells)} |")
+            cells += [
+                f"{one[quantity]:.3g}",
+                f"{one[f'came_{quantity}']:.3g}",
+                f"{error(one, quantity):+.0%}",
+            ]
+        cells += [one["bottleneck"], one["came_bottleneck"], f"{one['peak'] / one['ram']:.0%}"]
+        lines.append(f"| {' | '.join([*cells, format(one['others'], '.1f')])} |")
     return "\n".join(lines)
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Median and worst error of each quantity, and how often the bottleneck was right."""
     found: dict[str, Any] = {"runs": len(rows)}
-    for kind in ("forecast", "learned"):
-        for quantity in ("tokens_per_s", "ttft_s"):
-            errors = [abs(error(one, quantity, kind)) for one in rows]
-            found[f"{kind}_{quantity}"] = {
-                "median_error": round(statistics.median(errors), 4),
-                "worst_error": round(max(errors), 4),
-            }
-    found["bottleneck_right"] = sum(one["bottleneck"] == one["forecast_bottleneck"] for one in rows)
-    found["compute_bound"] = sum(one["bottleneck"] != "disk" for one in rows)
-    found["peak_over_ram"] = round(max(one["peak_mib"] / one["ram_mib"] for one in rows), 4)
+    for quantity in ("tokens_per_s", "ttft_s"):
+        errors = [abs(error(one, quantity)) for one in rows]
+        found[quantity] = {
+            "median_error": round(statistics.median(errors), 4),
+            "worst_error": round(max(errors), 4),
+        }
+    found["bottleneck_right"] = sum(one["bottleneck"] == one["came_bottleneck"] for one in rows)
+    found["compute_bound"] = sum(one["came_bottleneck"] != "disk" for one in rows)
+    found["peak_over_ram"] = round(max(one["peak"] / one["ram"] for one in rows), 4)
     return found
+
+
+def in_words(found: dict[str, Any]) -> str:
+    speed, first = found["tokens_per_s"], found["ttft_s"]
+    return (
+        f"{found['runs']} runs, {found['compute_bound']} of them bound by computing. Tokens/s: median error "
+        f"{speed['median_error']:.0%}, worst {speed['worst_error']:.0%}. Time to first token: median error "
+        f"{first['median_error']:.0%}, worst {first['worst_error']:.0%}. The limit was right in "
+        f"{found['bottleneck_right']}. The highest peak was {found['peak_over_ram']:.1%} of --ram."
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name begins with one of these")
     parser.add_argument(
-        "--all", action="store_true", help="the geometries and shares of the documented table"
+        "--list", action="store_true", help="print the cases and their forecasts, run nothing"
     )
-    parser.add_argument("--geometry", nargs="+", default=["olmoe-1b-7b@2"], metavar="NAME@LAYERS")
-    parser.add_argument("--format", nargs="+", default=["bf16"])
-    parser.add_argument("--experts", nargs="+", default=["50%"])
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--memcap", help="a program that caps memory: PROGRAM MIB COMMAND ...")
+    parser.add_argument("--keep", action="store_true", help="keep the models")
+    parser.add_argument(
+        "--predictions", type=Path, default=Path(tempfile.gettempdir(), "moei-predictions.json")
+    )
     parser.add_argument("--output", type=Path, help="write the table there too")
     options = parser.parse_args()
-    ledger.clear()
+    profile = stored_profile()
+    if profile is None:
+        sys.exit("This machine has not been measured: moei profile-hardware")
+    speeds = Speeds.of(profile, profile.disk_of(None))
+    predicted = [
+        predict(geometry, form, share, speeds, options)
+        for geometry, form, shares in CASES
+        for share in shares
+    ]
+    cases = [one for one in predicted if any(one.name.startswith(name) for name in options.only)]
+    options.predictions.write_text(
+        json.dumps({"measured_at": profile.measured_at, "cases": [asdict(one) for one in cases]}, indent=1)
+    )
+    print(f"{len(cases)} predictions are in {options.predictions}.", file=sys.stderr)
+    if options.list:
+        for one in cases:
+            print(
+                f"{one.name}: {one.tokens_per_s:.3g} tokens/s, first after {one.ttft_s:.3g} s, {one.bottleneck}"
+            )
+        return
     rows, failures = [], []
-    for case in cases(options):
-        where = f"{case.geometry} {case.form} {case.experts} --ram {format_size(case.ram)}"
-        print(where, file=sys.stderr)
-        report = run(case, options)
-        if "failed" not in report and report["prediction"] is None:
-            report = {
-                "failed": ["There was no prediction: the profile is not of the machine that this run saw."]
-            }
-        if "failed" in report:
-            failures.append({"case": where, **report})
-            print(f"failed: {report['failed']}", file=sys.stderr)
-            continue
-        rows.append(row(case, report))
-        print(table(rows[-1:]).splitlines()[-1], file=sys.stderr)
-    if not rows:
-        sys.exit("No run succeeded.")
-    print(table(rows))
-    if options.output:
-        options.output.write_text(table(rows) + "\n")
-    print(json.dumps(summary(rows) | {"rows": rows, "failures": failures}))
+    for geometry, group in groupby(cases, key=lambda one: one.geometry):
+        for case in group:
+            make(case)
+            report = run(case, options)
+            if "failed" in report:
+                failures.append({"case": case.name, **report})
+                print(f"{case.name} failed: {report['failed']}", file=sys.stderr)
+                continue
+            rows.append(row(case, report))
+            print(table(rows[-1:]).splitlines()[-1], file=sys.stderr)
+        if not options.keep:
+            for packed in (":q4_0", ""):
+                name = f"synthetic:{geometry}{packed}"
+                subprocess.run(moei("rm", "--yes", name), capture_output=True, check=False)
+    if rows:
+        text = f"{table(rows)}\n\n{in_words(summary(rows))}"
+        print(text)
+        if options.output:
+            options.output.write_text(text + "\n")
+        print(json.dumps(summary(rows) | {"rows": rows, "failures": failures}))
+    sys.exit(1 if failures or not rows else 0)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """A chat beside a program that takes memory in the middle of it: no paging, no kill, and the speed comes back.
 
-    python benchmarks/pressure.py MODEL [--take 4GiB] [--experts 60%]
+    python benchmarks/pressure.py MODEL [--take 4GiB] [--experts 60%] [--cap 8GiB]
 
 Decodes without an end; after a third of the time a second process takes ``--take`` bytes and holds them, after
 another third it leaves. Prints the speed of each third, the pool's resizes with their reasons, major faults and swap;
-the last line is JSON.
+the last line is JSON. ``--cap`` puts both programs into a control group of so much memory, as in a container; there
+what is taken is missing at once, and a program that does not give way is killed.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import psutil
+from memory_group import capped, join, read_count
 
 from moei_core.config import ExpertBudget, GenerationSettings, format_size, parse_size
 from moei_core.engine.generate import GenerationTimes, Generator
@@ -55,7 +58,27 @@ def main() -> None:
     parser.add_argument("--take", default="4GiB")
     parser.add_argument("--experts", help="left out: what is free decides, so that memory is short at once")
     parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument("--cap", help="bound on the memory of both programs together")
     options = parser.parse_args()
+    if options.cap is None:
+        measure(options)
+        return
+    with capped(parse_size(options.cap, "--cap")) as group:
+        if group is None:
+            sys.exit("No memory control group can be made here: run as root, or without --cap.")
+        # In a process of its own, so that the group can be removed after it.
+        at = sys.argv.index("--cap") if "--cap" in sys.argv else sys.argv.index(f"--cap={options.cap}")
+        rest = sys.argv[1:at] + sys.argv[at + (2 if sys.argv[at] == "--cap" else 1) :]
+        status = subprocess.run(
+            [sys.executable, __file__, *rest], check=False, preexec_fn=partial(join, group)
+        ).returncode
+        peak = read_count(group, ("memory.max_usage_in_bytes", "memory.peak"))
+        print(f"peak of the group: {format_size(peak or 0)} of {options.cap}; exit status {status}")
+    sys.exit(status)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Decode before, beside and after the other program, and print what came."""
     experts = ExpertBudget.parse(options.experts) if options.experts else None
     take = parse_size(options.take, "--take")
     third = options.seconds / 3

@@ -82,6 +82,33 @@ void activate(const ActivationSettings& settings, const float* gate, const float
     }
 }
 
+void softmax(float* scores, int64_t count, float scale, const uint8_t* mask) {
+    constexpr int64_t width = 16;  // partial results, so that vectors of any size give the same bits
+    float largest[width], sums[width] = {}, check[width] = {};
+    for (float& value : largest) value = -std::numeric_limits<float>::infinity();
+    int64_t i = 0;
+    // What is no number would get lost in comparisons and in exp: times zero it is kept.
+    for (; i + width <= count; i += width)
+        for (int64_t j = 0; j < width; ++j) check[j] += scores[i + j] * 0.0f;
+    for (; i < count; ++i) check[0] += scores[i] * 0.0f;
+    for (i = 0; i < count; ++i) {
+        scores[i] = mask && !mask[i] ? -std::numeric_limits<float>::infinity() : scores[i] * scale;
+    }
+    for (i = 0; i + width <= count; i += width)
+        for (int64_t j = 0; j < width; ++j) largest[j] = scores[i + j] > largest[j] ? scores[i + j] : largest[j];
+    for (; i < count; ++i) largest[0] = scores[i] > largest[0] ? scores[i] : largest[0];
+    float top = largest[0];
+    for (const float value : largest) top = value > top ? value : top;
+    for (i = 0; i + width <= count; i += width)
+        for (int64_t j = 0; j < width; ++j) sums[j] += scores[i + j] = exponential(scores[i + j] - top);
+    for (; i < count; ++i) sums[0] += scores[i] = exponential(scores[i] - top);
+    float sum = 0;
+    for (const float value : sums) sum += value;
+    float inverse = 1.0f / sum;
+    for (const float value : check) inverse += value;
+    for (i = 0; i < count; ++i) scores[i] = mask && !mask[i] ? 0.0f : scores[i] * inverse;
+}
+
 void quantize(const float* x, int64_t blocks, int64_t first, int64_t cols, int offset, int8_t* out) {
     for (int64_t b = first; b < first + blocks; ++b, x += 32) {
         // Compared as integers, the magnitudes order as floats do and NaN is above all.

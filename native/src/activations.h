@@ -23,4 +23,8 @@ struct ActivationSettings {
 };
 void activate(const ActivationSettings& settings, const float* gate, const float* up, int64_t step, int64_t count, float* out);
 
+// scores to probabilities in place: exp(scale * score - the largest of these), divided by their sum. mask: for each whether
+// it counts; the others become 0. null: all count. None at all gives NaN.
+void softmax(float* scores, int64_t count, float scale, const uint8_t* mask);
+
 }  // namespace moei

@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string_view.h>
+#include <nanobind/stl/vector.h>
 #include <unistd.h>
 
 #include <memory>
@@ -11,7 +12,9 @@
 #include <string>
 #include <string_view>
 #include <thread>
+#include <vector>
 
+#include "dense.h"
 #include "matmul.h"
 
 namespace nb = nanobind;
@@ -125,13 +128,96 @@ Matrix make_matrix(std::string_view format, std::string_view order, int64_t addr
             stored == Order::Transposed ? rows : cols};
 }
 
-void call_linear(std::string_view format, std::string_view order, int64_t address, Array<const float, 2> x, Array<float, 2> out) {
-    require(x.shape(0) == out.shape(0), "x and out must have one row per token");
+Weights make_weights(std::string_view format, std::string_view order, int64_t address, int64_t rows, int64_t cols,
+                     std::string_view bias_format, int64_t bias) {
     require(address != 0, "the weight's address is missing");
-    const Matrix w = make_matrix(format, order, address, static_cast<int64_t>(out.shape(1)), static_cast<int64_t>(x.shape(1)));
+    return {make_matrix(format, order, address, rows, cols), reinterpret_cast<const uint8_t*>(bias), format_from_name(bias_format)};
+}
+
+Format float_type(std::string_view name) {
+    const Format type = format_from_name(name);
+    require(is_float(type), "activations must be floats");
+    return type;
+}
+
+void call_linear(const Weights& weights, std::string_view type, int64_t x, int64_t tokens, int64_t out) {
+    require(x != 0 && out != 0 && tokens >= 0, "an address is missing");
+    const Format stored = float_type(type);
     exclusively([&](ThreadPool& pool, Workspace& workspace) {
-        linear(w, x.data(), static_cast<int64_t>(x.shape(0)), out.data(), pool, workspace);
+        linear(weights, stored, reinterpret_cast<const uint8_t*>(x), tokens, reinterpret_cast<uint8_t*>(out), pool, workspace);
     });
+}
+
+// A norm's weights are copied, so that Python need not keep float32 ones alive.
+struct Attention {
+    AttentionLayout layout;
+    std::vector<float> q_norm, k_norm;
+};
+
+void make_attention(Attention* self, const Weights& q, const Weights& k, const Weights& v, const Weights& o, int64_t heads,
+                    int64_t kv_heads, int64_t head_dim, int64_t rotary, double scale, double eps,
+                    const std::vector<float>& q_norm, const std::vector<float>& k_norm) {
+    const int64_t hidden = q.matrix.cols, width = heads * head_dim, kv_width = kv_heads * head_dim;
+    require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && rotary % 2 == 0 && rotary <= head_dim, "the heads do not fit together");
+    require(q.matrix.rows == width && k.matrix.rows == kv_width && v.matrix.rows == kv_width && k.matrix.cols == hidden &&
+                v.matrix.cols == hidden && o.matrix.rows == hidden && o.matrix.cols == width,
+            "the projections do not fit together");
+    require(q.matrix.format == k.matrix.format && q.matrix.format == v.matrix.format, "q, k and v must be of one format");
+    for (const auto* norm : {&q_norm, &k_norm}) {
+        require(norm->empty() || static_cast<int64_t>(norm->size()) == head_dim, "a norm must have a weight for each value of a head");
+    }
+    new (self) Attention{{hidden, heads, kv_heads, head_dim, rotary, static_cast<float>(scale), static_cast<float>(eps), q, k, v, o, nullptr, nullptr}, q_norm, k_norm};
+    self->layout.q_norm = self->q_norm.empty() ? nullptr : self->q_norm.data();
+    self->layout.k_norm = self->k_norm.empty() ? nullptr : self->k_norm.data();
+}
+
+void call_attention(const Attention& attention, std::string_view type, int64_t x, int64_t cosine, int64_t sine, int64_t keys,
+                    int64_t values, int64_t capacity, int64_t position, int64_t mask, int64_t out) {
+    require(x && cosine && sine && keys && values && out, "an address is missing");
+    require(position >= 0 && position < capacity, "there is no room for this token");
+    const auto bytes = [](int64_t address) { return reinterpret_cast<uint8_t*>(address); };
+    const AttentionCall call{float_type(type), bytes(x), bytes(cosine), bytes(sine), bytes(keys), bytes(values), capacity, position, bytes(mask), bytes(out)};
+    exclusively([&](ThreadPool& pool, Workspace& workspace) { attend(attention.layout, call, pool, workspace); });
+}
+
+// A norm of the last dimension, in the activations' own type.
+struct RmsNorm {
+    std::vector<float> weight;
+    double eps;
+};
+
+void call_rms_norm(const RmsNorm& norm, std::string_view type, int64_t x, int64_t rows, int64_t out) {
+    require(x != 0 && out != 0 && rows >= 0, "an address is missing");
+    const Format stored = float_type(type);
+    const auto count = static_cast<int64_t>(norm.weight.size()), nbytes = row_nbytes(stored, count);
+    std::vector<float> row(norm.weight.size());
+    for (int64_t i = 0; i < rows; ++i) {
+        widen(stored, reinterpret_cast<const uint8_t*>(x) + i * nbytes, count, row.data());
+        rms_norm(row.data(), norm.weight.data(), count, static_cast<float>(norm.eps), row.data());
+        narrow(stored, row.data(), count, reinterpret_cast<uint8_t*>(out) + i * nbytes);
+    }
+}
+
+// One token through its experts: out = the outputs times their weights, summed in the order given.
+void call_moe_token(const FfnLayout& layout, const nb::list& experts, const std::vector<float>& weights, std::string_view type,
+                    int64_t x, int64_t out) {
+    const auto count = static_cast<int64_t>(experts.size());
+    require(count > 0 && weights.size() == experts.size() && x != 0 && out != 0, "an expert's weight or an address is missing");
+    const Format stored = float_type(type);
+    std::vector<ExpertParts> parts;
+    for (const nb::handle expert : experts) parts.push_back(nb::cast<const ExpertParts&>(expert));
+    std::vector<int64_t> offsets(parts.size() + 1), rows(parts.size(), 0);
+    for (size_t i = 0; i < offsets.size(); ++i) offsets[i] = static_cast<int64_t>(i);
+    const int64_t hidden = layout.hidden;
+    std::vector<float> input(static_cast<size_t>(hidden)), outputs(static_cast<size_t>(count * hidden));
+    widen(stored, reinterpret_cast<const uint8_t*>(x), hidden, input.data());
+    const FfnCall call{count, 1, parts.data(), offsets.data(), rows.data(), input.data(), outputs.data()};
+    exclusively([&](ThreadPool& pool, Workspace& workspace) { moe_ffn(layout, call, pool, workspace); });
+    for (int64_t i = 0; i < hidden; ++i) input[i] = outputs[i] * weights[0];
+    for (int64_t e = 1; e < count; ++e) {
+        for (int64_t i = 0; i < hidden; ++i) input[i] += outputs[e * hidden + i] * weights[e];
+    }
+    narrow(stored, input.data(), hidden, reinterpret_cast<uint8_t*>(out));
 }
 
 using Convert = void (*)(Format, int64_t, int64_t, const uint8_t*, uint8_t*);
@@ -185,7 +271,19 @@ NB_MODULE(_native, m) {
     // An array of another type or order must be refused: a converted copy of `out` would swallow the result.
     const auto exact = [](const char* name) { return nb::arg(name).noconvert(); };
     m.def("moe_ffn", &call_ffn, "layout"_a, exact("parts"), exact("offsets"), exact("rows"), exact("x"), exact("out"));
-    m.def("linear", &call_linear, "format"_a, "order"_a, "address"_a, exact("x"), exact("out"));
+    nb::class_<ExpertParts>(m, "ExpertParts").def("__init__", [](ExpertParts* self, int64_t gate, int64_t up, int64_t down, int64_t gate_bias, int64_t up_bias, int64_t down_bias) {
+        require(gate && down, "an expert's address is missing");
+        new (self) ExpertParts{gate, up, down, gate_bias, up_bias, down_bias};
+    });
+    m.def("moe_token", &call_moe_token, "layout"_a, "experts"_a, "weights"_a, "type"_a, "x"_a, "out"_a);
+    nb::class_<Weights>(m, "Weights").def("__init__", [](Weights* self, std::string_view format, std::string_view order, int64_t address, int64_t rows, int64_t cols, std::string_view bias_format, int64_t bias) {
+        new (self) Weights(make_weights(format, order, address, rows, cols, bias_format, bias));
+    });
+    m.def("linear", &call_linear, "weights"_a, "type"_a, "x"_a, "tokens"_a, "out"_a);
+    nb::class_<Attention>(m, "Attention").def("__init__", &make_attention).def("__call__", &call_attention);
+    nb::class_<RmsNorm>(m, "RmsNorm")
+        .def("__init__", [](RmsNorm* self, const std::vector<float>& weight, double eps) { new (self) RmsNorm{weight, eps}; })
+        .def("__call__", &call_rms_norm);
     m.def("to_rows16", &call_convert<to_rows16>, "format"_a, "rows"_a, "cols"_a, exact("source"), exact("destination"));
     m.def("from_rows16", &call_convert<from_rows16>, "format"_a, "rows"_a, "cols"_a, exact("source"), exact("destination"));
     m.def("decode", &call_decode, "format"_a, exact("source"), exact("out"));

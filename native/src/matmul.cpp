@@ -1,7 +1,6 @@
 #include "matmul.h"
 
 #include <algorithm>
-#include <cfenv>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -9,17 +8,15 @@
 #include <string>
 #include <vector>
 
+#include "matmul_parts.h"
+
 namespace moei {
 namespace {
 
 constexpr int64_t kTokenTile = 64;   // tokens whose results wait on the stack while one strip of weights is used
 constexpr int64_t kBlockChunk = 64;  // blocks of a tile row that stay in the first-level cache for all tokens
-constexpr int64_t kStrip = 32;       // intermediate values computed together: one block of quantised activations
-constexpr int64_t kTaskNbytes = 128 << 10;
 constexpr int64_t kDecodedRows = 4;
 constexpr int64_t kLargestTile = kTileRows * 34;
-
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 TileKernel tile_kernel(const Kernels& kernels, Format format) {
     return format == Format::Q8_0 ? kernels.q8_0 : kernels.q4_0;
@@ -67,21 +64,6 @@ void project_decoded(const Kernels& kernels, const Matrix& w, int64_t begin, int
     }
 }
 
-// Denormals and rounding must not depend on what the calling thread was set to (torch.set_flush_denormal).
-class DefaultFloatingPoint {
-public:
-    DefaultFloatingPoint() {
-        std::fegetenv(&saved_);
-        std::fesetenv(FE_DFL_ENV);
-    }
-    ~DefaultFloatingPoint() { std::fesetenv(&saved_); }
-    DefaultFloatingPoint(const DefaultFloatingPoint&) = delete;
-    DefaultFloatingPoint& operator=(const DefaultFloatingPoint&) = delete;
-
-private:
-    std::fenv_t saved_;
-};
-
 float bias_at(Format format, const uint8_t* bias, int64_t i) {
     float value;
     decode(format, bias + i * format_info(format).block_nbytes, 1, &value);
@@ -94,8 +76,6 @@ void add_bias(Format format, const uint8_t* bias, int64_t begin, int64_t count, 
         for (int64_t t = 0; t < n; ++t) out[t * ld + i] += value;
     }
 }
-
-int zero_point(Format format) { return format == Format::Q8_0 ? kQ8Offset : kQ4Offset; }
 
 // Bytes of one row of activations for weights of this format.
 int64_t input_nbytes(Format format, int64_t cols) {
@@ -190,9 +170,6 @@ void gate_up_strip(const Kernels& kernels, const FfnLayout& l, const Expert& exp
     }
 }
 
-// Strips a task takes, so that a task is worth its claim and many enough remain to share.
-int64_t strips_per_task(int64_t strip_nbytes) { return std::max<int64_t>(1, kTaskNbytes / std::max<int64_t>(1, strip_nbytes)); }
-
 }  // namespace
 
 int64_t scratch_floats(Format format, int64_t cols) {
@@ -275,7 +252,7 @@ void moe_ffn(const FfnLayout& l, const FfnCall& call, ThreadPool& pool, Workspac
     const auto for_strips = [&](int64_t width, int64_t strip_nbytes, const auto& body) {
         const int64_t strips = round_up(width, kStrip) / kStrip, per_task = strips_per_task(strip_nbytes);
         const int64_t tasks = round_up(strips, per_task) / per_task;
-        pool.for_each(call.experts * tasks, [&](int64_t task, int thread) noexcept {
+        share(pool, call.experts * tasks, call.experts * strips * strip_nbytes, [&](int64_t task, int thread) noexcept {
             const int64_t e = task / tasks, pair = call.offsets[e], n = call.offsets[e + 1] - pair;
             if (n == 0) return;
             const int64_t first = task % tasks * per_task * kStrip;
@@ -297,26 +274,6 @@ void moe_ffn(const FfnLayout& l, const FfnCall& call, ThreadPool& pool, Workspac
                    project(table, expert.down, first, last, middle_rows + pair, n, out, l.hidden, scratch);
                    if (expert.down_bias) add_bias(l.bias_format, expert.down_bias, first, last - first, out, l.hidden, n);
                });
-}
-
-void linear(const Matrix& w, const float* x, int64_t tokens, float* out, ThreadPool& pool, Workspace& workspace) {
-    const Kernels& table = kernels();
-    const int64_t row = is_integer_dot(w.format) ? quantized_row_nbytes(w.cols) : 0;
-    const int64_t scratch_nbytes = round_up(4 * scratch_floats(w.format, w.cols), 64);
-    const int64_t pointers_at = tokens * row, scratch_at = pointers_at + round_up(tokens * 8, 64);
-    uint8_t* const memory = workspace.reserve(scratch_at + pool.threads() * scratch_nbytes);
-    const DefaultFloatingPoint guard;
-    auto** const rows = reinterpret_cast<const void**>(memory + pointers_at);
-    for (int64_t t = 0; t < tokens; ++t) {
-        rows[t] = row ? static_cast<const void*>(memory + t * row) : x + t * w.cols;
-        if (row) quantize(x + t * w.cols, w.cols / kBlock, 0, w.cols, zero_point(w.format), reinterpret_cast<int8_t*>(memory + t * row));
-    }
-    const int64_t per_task = kStrip * strips_per_task(kStrip * row_nbytes(w.format, w.cols));
-    pool.for_each(round_up(w.rows, per_task) / per_task, [&](int64_t task, int thread) noexcept {
-        const int64_t begin = task * per_task;
-        project(table, w, begin, std::min(w.rows, begin + per_task), rows, tokens, out + begin, w.rows,
-                reinterpret_cast<float*>(memory + scratch_at + thread * scratch_nbytes));
-    });
 }
 
 }  // namespace moei

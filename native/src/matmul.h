@@ -72,9 +72,6 @@ private:
 int64_t ffn_workspace_nbytes(const FfnLayout& layout, int64_t tokens, int64_t pairs, int threads);
 void moe_ffn(const FfnLayout& layout, const FfnCall& call, ThreadPool& pool, Workspace& workspace);
 
-// out[tokens, rows] = x[tokens, cols] times W transposed.
-void linear(const Matrix& w, const float* x, int64_t tokens, float* out, ThreadPool& pool, Workspace& workspace);
-
 // Bytes per second of the best of `repeats` rounds of every read kernel over `nbytes`, whole mebibytes of which are
 // read. Beyond the last-level cache this is what memory can give this pool.
 double read_bandwidth(const uint8_t* data, int64_t nbytes, int repeats, ThreadPool& pool);

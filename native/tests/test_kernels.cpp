@@ -9,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "dense.h"
 #include "matmul.h"
 
 using namespace moei;
@@ -88,6 +89,10 @@ std::vector<float> seen_activations(Format format, const std::vector<float>& x, 
         CHECK(error <= 0.5001 * static_cast<double>(scale) + 1.5e-36, "quantisation error %g, scale %g", error, static_cast<double>(scale));
     }
     return out;
+}
+
+void linear(const Matrix& w, const float* x, int64_t tokens, float* out, ThreadPool& pool, Workspace& workspace) {
+    linear({w, nullptr, Format::F32}, Format::F32, reinterpret_cast<const uint8_t*>(x), tokens, reinterpret_cast<uint8_t*>(out), pool, workspace);
 }
 
 void test_linear(Format format, Order order, int64_t rows, int64_t cols, int64_t tokens, float magnitude) {

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moei_cli.device_options import device_sentence, device_settings
 from moei_core.config import ExpertBudget, format_size, parse_size
-from moei_core.errors import UsageError
+from moei_core.errors import ModelNotFoundError, UsageError
 
 if TYPE_CHECKING:
     from moei_core.engine.loaded_model import LoadedModel
@@ -40,6 +41,7 @@ class ModelBenchOptions:
     device: str | None = None
     vram: str | None = None
     misses: str | None = None
+    ablation: bool = False
 
 
 def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
@@ -51,6 +53,11 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
     on_device = device_settings(options.device, options.vram, options.misses)
     files = _find(options)
     name = files.name
+    if options.ablation:
+        from moei_cli.bench_ablation import run_ablation
+
+        run_ablation(options, files, budget, ram, json=json)
+        return
 
     from moei_cli import render
     from moei_cli.forecasts import NEVER_MEASURED, predict, print_beside, refusals_with_speed
@@ -127,9 +134,15 @@ def _find(options: ModelBenchOptions) -> ModelFiles:
     from moei_cli import render
     from moei_cli.packing import pack_model
     from moei_core.hub.packed import UNPACKED, check_format
-    from moei_core.hub.synthetic import make_synthetic
+    from moei_core.hub.synthetic import full_name, make_synthetic
+    from moei_core.hub.synthetic_models import SYNTHETIC_MODELS
 
     form = check_format(options.quant or UNPACKED, UNPACKED)
+    made = SYNTHETIC_MODELS.get(options.synthetic)
+    if form != UNPACKED and made is not None:
+        # What was packed once needs its source no more.
+        with suppress(ModelNotFoundError):
+            return resolve_model(f"{full_name(options.synthetic, options.layers or made.moe_layers)}:{form}")
     with render.PullBar(options.synthetic, verb="Making") as bar:
         files = make_synthetic(options.synthetic, options.layers, progress=bar)
     if form != UNPACKED:

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from moei_core.config import format_size
-from moei_core.hardware.profile import DiskProfile, Figure, GpuProfile, HardwareProfile, KernelSpeed
+from moei_core.hardware.profile import (
+    DiskProfile,
+    ExpertSpeed,
+    Figure,
+    GpuProfile,
+    HardwareProfile,
+    KernelSpeed,
+)
 
 Row = tuple[str, str, str, str]
 HEADINGS = ("what", "measured", "spread", "what it means for MoE decode")
@@ -35,6 +42,7 @@ def rows(profile: HardwareProfile) -> list[Row]:
             (f"memory read, {threads} threads", _rate(figure), _spread(figure), meaning if best else "")
         )
     found += [row for kernel in profile.kernels if kernel.rows == 1 for row in _kernel_rows(kernel, profile)]
+    found += [_expert_row(one, profile) for one in profile.experts if one.tokens == 1]
     for disk in profile.disks:
         found += _disk_rows(disk)
     for gpu in profile.gpus:
@@ -45,6 +53,12 @@ def rows(profile: HardwareProfile) -> list[Row]:
         found += [
             ("framework, a layer", f"{cost.layer * 1e3:.2f} ms", "", layer),
             ("framework, an expert", f"{cost.expert * 1e6:.0f} us", "", "calling one, whatever its size"),
+            (
+                "first pass",
+                f"{cost.first_pass * 1e3:.0f} ms",
+                "",
+                "what the first prompt of a process pays once",
+            ),
             ("process", format_size(cost.process_nbytes), "", "memory before any weight is loaded"),
         ]
     return found
@@ -70,6 +84,18 @@ def _kernel_rows(kernel: KernelSpeed, profile: HardwareProfile) -> list[Row]:
             f"{3e3 * kernel.seconds.value:.2f} ms",
         )
     ]
+
+
+def _expert_row(one: ExpertSpeed, profile: HardwareProfile) -> Row:
+    speed = one.nbytes / one.resident
+    share = speed / profile.best_memory_bandwidth.value
+    return (
+        f"{one.format} expert of {format_size(one.nbytes)}",
+        _rate(Figure(speed, speed, speed)),
+        "",
+        f"{share:.0%} of the memory's speed: {1e3 * one.resident:.2f} ms, and {1e3 * one.arriving:.2f} ms while "
+        "others are read",
+    )
 
 
 def _disk_rows(disk: DiskProfile) -> list[Row]:
@@ -99,6 +125,15 @@ def _disk_rows(disk: DiskProfile) -> list[Row]:
                 _rate(read.bandwidth),
                 _spread(read.bandwidth),
                 f"read as the engine does, in chunks: one takes {1e3 * read.nbytes / read.bandwidth.value:.1f} ms",
+            )
+        )
+    if disk.fresh is not None:
+        found.append(
+            (
+                "  into fresh memory",
+                _rate(disk.fresh),
+                _spread(disk.fresh),
+                "a cold prompt fills slots that were never used",
             )
         )
     if disk.sustained is not None:

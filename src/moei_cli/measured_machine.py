@@ -13,7 +13,7 @@ from moei_core.hardware.profile import HardwareProfile, load_profile, save_profi
 
 if TYPE_CHECKING:
     from moei_core.hardware.probe import Machine
-    from moei_core.hardware.profile import FrameworkCost
+    from moei_core.hardware.profile import ExpertSpeed, FrameworkCost
 
 
 def model_folders() -> list[Path]:
@@ -75,7 +75,23 @@ def measure_now(folders: Sequence[Path]) -> tuple[HardwareProfile, str]:
 def _measure(machine: Machine, progress: Callable[[str, int, int], None]) -> HardwareProfile:
     from moei_core.hardware.probe import measure
 
-    return measure(machine, weights_by_disk(), _framework, progress=progress)
+    place = _expert_place(machine)
+
+    def experts() -> tuple[ExpertSpeed, ...]:
+        from moei_core.engine.expert_probe import ProbeEffort, measure_experts
+
+        if place is None:
+            return ()
+        room = min(machine.memory.usable // 8, read_disk(place).free // 10, ProbeEffort().nbytes)
+        return measure_experts(place, ProbeEffort(nbytes=room))
+
+    return measure(machine, weights_by_disk(), _framework, experts, progress=progress)
+
+
+def _expert_place(machine: Machine) -> Path | None:
+    """A folder on the first disk that can be written: where models are, so that their disk is the one that is read."""
+    disks = (disk for disk in machine.disks if not disk.in_memory and not disk.read_only)
+    return next((Path(disk.folder) for disk in disks), None)
 
 
 def _framework() -> FrameworkCost | None:

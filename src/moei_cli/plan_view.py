@@ -189,6 +189,14 @@ class Planner:
                 f"No product in {chosen.form.name} was measured here: reckoned at {chosen.form.share:.0%} of the "
                 "memory's read bandwidth."
             )
+        if not self.profile.experts:
+            notes.append(
+                "Experts were not timed in the engine: no file could be made for it. Products stand for them."
+            )
+        # Figures taken beside other programs are doubtful, and so is what follows from them.
+        notes += [
+            f"While this was measured: {note}" for note in self.profile.notes if "Other programs" in note
+        ]
         if self.profile.framework is None:
             notes.append("What the framework costs was not measured here: values of a similar machine.")
         if any(not gpu.note for gpu in self.profile.gpus):

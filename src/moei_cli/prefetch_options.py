@@ -11,7 +11,7 @@ from moei_core.prefetch import PrefetchMode
 T = TypeVar("T")
 
 
-def parse_predictor(text: str | None, *, live: bool = False) -> str | None:
+def parse_predictor(text: str | None, option: str = "--predictor", *, live: bool = False) -> str | None:
     """``none`` (or nothing), ``default`` or a predictor's name. Raises: UsageError.
 
     live: for a model, where a file of ``moei trace train`` stands for its stride predictor. In a replay its
@@ -22,18 +22,18 @@ def parse_predictor(text: str | None, *, live: bool = False) -> str | None:
     if live and (text.endswith(".safetensors") or text == "stride"):
         if text == "stride":
             raise UsageError(
-                "--predictor stride must be trained for the model first.",
+                f"{option} stride must be trained for the model first.",
                 hint="See moei trace train --help, then give its file: --predictor FILE.safetensors",
             )
         return text
     if text == "default":
         return DEFAULT_PREDICTOR
-    return one_of(text, {name: name for name in PREDICTORS}, "--predictor")
+    return one_of(text, {name: name for name in PREDICTORS}, option)
 
 
-def parse_prefetch(text: str) -> PrefetchMode:
+def parse_prefetch(text: str, option: str = "--prefetch") -> PrefetchMode:
     """``off``, ``on`` or ``auto``. Raises: UsageError."""
-    return one_of(text, {mode.name.lower(): mode for mode in PrefetchMode}, "--prefetch")
+    return one_of(text, {mode.name.lower(): mode for mode in PrefetchMode}, option)
 
 
 def one_of(text: str, known: dict[str, T], option: str) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -9,42 +10,71 @@ from moei_cli import render
 from moei_cli.forecasts import shape_of
 from moei_cli.measured_machine import stored_profile
 from moei_cli.plan_view import print_budget
+from moei_cli.settings import DEFAULT_CONTEXT, Setting
 from moei_core.cache.policies import DEFAULT_POLICY
 from moei_core.config import CHUNK_NBYTES, PREFILL_CHUNK, READERS, ExpertBudget, format_size, parse_size
 from moei_core.forecast.forecast import plan_budget
 from moei_core.forecast.speed import ASSUMED_FRAMEWORK, Speeds
 from moei_core.hardware.system import read_memory
 
-_DEFAULT_CONTEXT = 4096
+
+def _origin(setting: Setting, why: str) -> str:
+    """Where a value comes from; why an automatic one is what it is."""
+    return f"automatic: {why}" if setting.text is None else setting.origin
 
 
-def show_settings(
-    model: str, ram: str | None, experts: str | None, context: int | None, *, as_json: bool
-) -> None:
-    """Print the settings and the memory budget, without loading anything.
+_WITHOUT_MODEL = {
+    "ram": "what is free decides",
+    "experts": "as many as fit",
+    "context": f"the model's, at most {DEFAULT_CONTEXT}",
+    "policy": f"{DEFAULT_POLICY}, the best of docs/policies.md",
+    "predictor": "none, which on most machines is fastest",
+    "prefetch": "auto: a predictor is followed only while that is faster",
+}
+
+
+def show_settings(model: str | None, chosen: Mapping[str, Setting], *, as_json: bool) -> None:
+    """Print the settings, and with a model its memory budget, without loading anything.
 
     Raises: what finding the model raises; UsageError; DoesNotFitError.
     """
+    if model is None:
+        rows = [
+            (name, one.text or "automatic", _WITHOUT_MODEL[name] if one.text is None else one.origin)
+            for name, one in chosen.items()
+        ]
+        if as_json:
+            render.print_json(
+                {"settings": {name: {"value": value, "reason": why} for name, value, why in rows}}
+            )
+        else:
+            render.print_table(("setting", "value", "where from"), rows)
+        return
     shape, folder = shape_of(model)
     memory, profile = read_memory(), stored_profile()
     if profile is not None:
         speeds = Speeds.of(profile, profile.disk_of(folder))
     else:
         # A budget needs no speeds but the memory of the process, of which a typical value is known.
-        speeds = Speeds(0.0, ASSUMED_FRAMEWORK, None, ())
-    tokens = context or min(
-        int(shape.config.get("max_position_embeddings") or _DEFAULT_CONTEXT), _DEFAULT_CONTEXT
-    )
+        speeds = Speeds(0.0, ASSUMED_FRAMEWORK, None)
+    ram, experts, context = (chosen[name].text for name in ("ram", "experts", "context"))
+    longest = int(shape.config.get("max_position_embeddings") or DEFAULT_CONTEXT)
+    tokens = int(context) if context else min(longest, DEFAULT_CONTEXT)
     limit = parse_size(ram, "--ram") if ram else None
     bound = ExpertBudget.parse(experts) if experts else None
     budget = plan_budget(shape, shape.format, speeds, memory.usable, tokens, limit, bound)
     rows = [
-        ("ram", format_size(limit) if limit else "no bound", "--ram" if ram else "automatic: what is free decides"),
+        ("ram", format_size(limit) if limit else "no bound", _origin(chosen["ram"], "what is free decides")),
         ("experts", f"{budget.slots} slots of {format_size(budget.slot_nbytes)}",
-         "--experts" if experts else f"automatic: {budget.reason}"),
+         _origin(chosen["experts"], budget.reason)),
         ("working set", f"{budget.working} slots", "one token's experts of a layer, so that an access never fails"),
-        ("context", f"{tokens} tokens", "--context" if context else "automatic: the model's, at most 4096"),
-        ("policy", DEFAULT_POLICY, "default: the best of docs/policies.md"),
+        ("context", f"{tokens} tokens", _origin(chosen["context"], "the model's, at most 4096")),
+        ("policy", chosen["policy"].text or DEFAULT_POLICY,
+         _origin(chosen["policy"], "the best of docs/policies.md")),
+        ("predictor", chosen["predictor"].text or "none",
+         _origin(chosen["predictor"], "on most machines prefetching gains less than it costs")),
+        ("prefetch", chosen["prefetch"].text or "auto",
+         _origin(chosen["prefetch"], "a predictor is followed only while that is faster")),
         ("prompt chunk", f"{PREFILL_CHUNK} tokens", "fixed, so that results never depend on a budget"),
         ("readers", f"{READERS}, {format_size(CHUNK_NBYTES)} at a time",
          "fixed: a disk reaches its bandwidth at a few megabytes in flight"),

@@ -33,6 +33,24 @@ CHUNK_NBYTES = 2 << 20
 """What is read at a time. Larger chunks make a demand load wait longer for a prefetch that has begun."""
 
 
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """How moving and computing share the time. ``FULL_OVERLAP``, except to measure what each part is worth.
+
+    chunk_nbytes: what is read at a time. preempt: a demand load overtakes a prefetch that has begun, at its next
+    chunk. reorder: resident experts are computed while others are on their way; without, after them. stream: a
+    long prompt reads the next layer's experts ahead.
+    """
+
+    chunk_nbytes: int = CHUNK_NBYTES
+    preempt: bool = True
+    reorder: bool = True
+    stream: bool = True
+
+
+FULL_OVERLAP = Overlap()
+
+
 def parse_size(text: str, option: str = "size") -> int:
     """Bytes of a size such as ``600MiB``, ``8G`` or ``1.5 GiB``.
 

@@ -1,15 +1,24 @@
-"""Whether prefetching earns its place: measured in alternating windows, off until proven.
+"""When to read ahead of the router: certain in a long prompt, otherwise only where it is measured to pay.
 
-Accurate prefetches can still be slower, since they take the link from demand loads; so what counts is the
-time of a pass, measured, with and without. The controller is part of the brain and is told times as events,
-so that a replay decides as the live run did.
+Of a pass over many tokens nearly every expert of the next layer is needed, whatever its router will say
+(``PrefillStream``). For single tokens a predictor must earn its place (``PrefetchController``): accurate
+prefetches can still be slower, since they take the link from demand loads; so what counts is the time of a pass,
+measured, with and without, in alternating windows; off until proven. Both are parts of the brain; the controller is
+told times as events, so that a replay decides as the live run did.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from enum import IntEnum
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moei_core.types import LayerAccess
 
 
 class PrefetchMode(IntEnum):
@@ -18,6 +27,50 @@ class PrefetchMode(IntEnum):
     OFF = 0
     ON = 1
     AUTO = 2
+
+
+class PrefillStream:
+    """Names the experts that a pass over many tokens needs of its next layer so surely that reading need not wait.
+
+    A token chooses an expert with a probability p: the share of tokens that did so in earlier passes over many
+    tokens, beside the uniform share with the weight of ``PRIOR`` tokens. A pass over n tokens then needs it with
+    1 - (1 - p)^n. The link would be idle otherwise, but what it reads in vain is in the way for a moment; so
+    only experts of at least ``CERTAIN`` are named, and a few tokens have none.
+    """
+
+    CERTAIN = 0.75
+    PRIOR = 32.0
+
+    def __init__(self, num_experts: Mapping[int, int], num_experts_per_tok: int) -> None:
+        """num_experts: routed experts by layer, in the order in which the layers run."""
+        self._next = dict(pairwise(num_experts))
+        self._chosen = {
+            layer: np.full(count, self.PRIOR * min(1.0, num_experts_per_tok / count))
+            for layer, count in num_experts.items()
+        }
+        self._tokens = dict.fromkeys(num_experts, self.PRIOR)
+
+    def after(self, access: LayerAccess, tokens: int) -> tuple[int, NDArray[np.intp]]:
+        """Learn from ``access``, of a pass over ``tokens`` tokens. (next layer, its expected experts, ascending);
+        none after the last layer."""
+        self._chosen[access.layer][list(access.experts)] += access.token_counts
+        self._tokens[access.layer] += tokens
+        layer = self._next.get(access.layer)
+        if layer is None:
+            return access.layer, np.empty(0, np.intp)
+        unused = np.maximum(0.0, 1 - self._chosen[layer] / self._tokens[layer])
+        return layer, np.flatnonzero(_power(unused, tokens) <= 1 - self.CERTAIN)
+
+
+def _power(base: NDArray[np.float64], exponent: int) -> NDArray[np.float64]:
+    """By multiplying: ``pow`` rounds differently between machines."""
+    result = np.ones_like(base)
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base = base * base
+        exponent >>= 1
+    return result
 
 
 class PrefetchController:

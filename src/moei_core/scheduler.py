@@ -7,12 +7,12 @@ prefetch began and ended, how long a pass waited, a new budget) comes in as an e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from moei_core.cache.expert_cache import CacheStatistics, ExpertCache
 from moei_core.predict.base import ExpertPredictor, PassEvent, RequestEvent
-from moei_core.prefetch import PrefetchController, PrefetchMode
+from moei_core.prefetch import PrefetchController, PrefetchMode, PrefillStream
 from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase, Wave, layer_keys
 
 
@@ -47,6 +47,9 @@ class ExpertScheduler:
     moves bytes takes from that list only while no demand load waits, one chunk at a time, and reports
     ``start_load`` and ``finish_load``. A prefetch in flight when its gate speaks is finished first if it was
     right and is in ``FetchPlan.cancel`` if it was wrong. It needs one slot beside the working set.
+
+    Streaming: in a pass over many tokens ``FetchPlan.stream`` lists the absent experts of the next layer that it
+    is all but certain to need. They use slots that are free then, and change nothing about what is resident.
     """
 
     def __init__(
@@ -59,13 +62,14 @@ class ExpertScheduler:
         look_ahead: int = 2,
         least_score: float = 0.3,
         prefetch_budget: int | None = None,
+        num_experts: Mapping[int, int] | None = None,
     ) -> None:
         """working_slots: W of ``ExpertCache``, at least the largest top-k of the model.
 
         predictor: None switches prefetching off for good. look_ahead: how many layers ahead. least_score:
         predictions below this probability are not worth the link. prefetch_budget: what one plan may ask
         for, in the unit of the cache's capacity (experts, or bytes where sizes differ); None: working_slots
-        experts.
+        experts. num_experts: by layer, to stream with; None: no streaming.
         """
         assert working_slots >= 1
         self._cache = cache
@@ -85,7 +89,10 @@ class ExpertScheduler:
         # Everything predicted, resident or not, with how many layers ahead it is.
         self._predicted: dict[ExpertKey, int] = {}
         self._keys: dict[int, tuple[ExpertKey, ...]] = {}
-        self._phase = Phase.DECODE
+        self._phase, self._tokens = Phase.DECODE, 1
+        self._stream = None if num_experts is None else PrefillStream(num_experts, working_slots)
+        # What the latest plan streams.
+        self._streamed: tuple[ExpertKey, ...] = ()
         self._value = getattr(cache.policy, "value", None)
         # What a tier in front of this one holds: not worth prefetching.
         self._nearer: ExpertCache | tuple[ExpertKey, ...] = ()
@@ -108,6 +115,11 @@ class ExpertScheduler:
     def resident_count(self) -> int:
         return len(self._cache)
 
+    @property
+    def free_slots(self) -> int:
+        """Slots that no resident has: the working set, and what has not been filled yet."""
+        return self._working_slots + self._cache.room
+
     def residents(self) -> list[ExpertKey]:
         """All resident experts, ascending."""
         return self._cache.residents()
@@ -124,9 +136,9 @@ class ExpertScheduler:
         if self._predictor is not None:
             self._predictor.observe(RequestEvent(start=False))
 
-    def forward_pass(self, phase: Phase) -> None:
-        """A forward pass starts; its accesses follow in layer order."""
-        self._phase = phase
+    def forward_pass(self, phase: Phase, tokens: int = 1) -> None:
+        """A forward pass over ``tokens`` tokens starts; its accesses follow in layer order."""
+        self._phase, self._tokens = phase, tokens
         self._cache.policy.on_pass()
         if self._predictor is not None:
             self._predictor.observe(PassEvent(phase))
@@ -158,6 +170,10 @@ class ExpertScheduler:
         if self._in_flight or self._waiting:
             cancel = self._gate_spoke(access, misses)
             excluded.update(self._waiting)
+        if self._streamed:
+            needed = set(misses)
+            cancel += tuple(key for key in self._streamed if key not in needed)
+            self._streamed = ()
         waves = [Wave((), (), tuple(hits), ())] if hits else []
         for start in range(0, len(misses), width):
             load = misses[start : start + width]
@@ -172,12 +188,15 @@ class ExpertScheduler:
                     evict.extend(evicted)
             loads = tuple(load)
             waves.append(Wave(tuple(evict), loads, loads, tuple(release)))
-        if self._predictor is None:
-            return FetchPlan(access.layer, tuple(waves), len(hits), len(misses))
-        self._predictor.observe(routed or access)
-        active = self.controller.active
-        prefetch = () if active is None else self._plan_prefetch(access, self._candidates[active])
-        return FetchPlan(access.layer, tuple(waves), len(hits), len(misses), cancel, prefetch)
+        if self._stream is not None and self._tokens > 1:
+            self._streamed = self._plan_stream(routed or access, self._stream)
+        prefetch: tuple[ExpertKey, ...] = ()
+        if self._predictor is not None:
+            self._predictor.observe(routed or access)
+            active = self.controller.active
+            if active is not None and not self._streamed:
+                prefetch = self._plan_prefetch(access, self._candidates[active])
+        return FetchPlan(access.layer, tuple(waves), len(hits), len(misses), cancel, prefetch, self._streamed)
 
     def start_load(self, key: ExpertKey) -> None:
         """The prefetch of ``key``, taken from the latest plan, has begun."""
@@ -273,6 +292,15 @@ class ExpertScheduler:
                     left -= size
         self._offered, self._predicted = offered, predicted
         return tuple(offered)
+
+    def _plan_stream(self, access: LayerAccess, stream: PrefillStream) -> tuple[ExpertKey, ...]:
+        layer, experts = stream.after(access, self._tokens)
+        keys = (ExpertKey(layer, expert) for expert in experts.tolist())
+        return tuple(
+            key
+            for key in keys
+            if key not in self._cache and key not in self._in_flight and key not in self._nearer
+        )
 
     def _worth(self, victim: ExpertKey) -> float:
         """What evicting ``victim`` for a prediction costs; policies without values count only recency."""

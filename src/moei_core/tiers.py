@@ -142,8 +142,10 @@ class TieredScheduler(ExpertScheduler):
         device: DeviceTier,
         predictor: ExpertPredictor | None = None,
         mode: PrefetchMode = PrefetchMode.AUTO,
+        *,
+        num_experts: Mapping[int, int] | None = None,
     ) -> None:
-        super().__init__(cache, working_slots, predictor, mode)
+        super().__init__(cache, working_slots, predictor, mode, num_experts=num_experts)
         self.device = device
         self._nearer = device.cache
 
@@ -160,9 +162,9 @@ class TieredScheduler(ExpertScheduler):
         self.device.cache.policy.on_request_end()
         super().request_end()
 
-    def forward_pass(self, phase: Phase) -> None:
+    def forward_pass(self, phase: Phase, tokens: int = 1) -> None:
         self.device.cache.policy.on_pass()
-        super().forward_pass(phase)
+        super().forward_pass(phase, tokens)
 
     def access(self, access: LayerAccess, routed: LayerAccess | None = None) -> FetchPlan:
         front, rest = self.device.plan(access)

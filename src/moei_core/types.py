@@ -101,9 +101,13 @@ class DevicePlan:
 class FetchPlan:
     """What one ``LayerAccess`` makes the engine or the simulator do. ``hits``, ``misses`` count experts.
 
-    cancel: prefetches in flight or queued that this access made pointless; drop them before loading.
+    cancel: prefetches and streamed experts, begun or not, that this access made pointless; drop them before
+        loading.
     prefetch: what to move, in this order, while no demand load waits, until the next plan replaces the list.
         A load that has begun is reported by ``ExpertScheduler.start_load`` and ``finish_load``.
+    stream: what the next layer of a pass over many tokens almost certainly needs: to be read once nothing else
+        is demanded, into slots that are free, and kept there, reported to nobody, until the next plan loads or
+        cancels it.
     device: what a device does; the rest of the plan is then about the experts that it does not hold.
     """
 
@@ -113,6 +117,7 @@ class FetchPlan:
     misses: int
     cancel: tuple[ExpertKey, ...] = ()
     prefetch: tuple[ExpertKey, ...] = ()
+    stream: tuple[ExpertKey, ...] = ()
     device: DevicePlan | None = None
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from moei_core.adapters.skeleton import experts_modules
 from moei_core.adapters.transformers_adapter import TransformersAdapter
-from moei_core.config import ExpertBudget
+from moei_core.config import FULL_OVERLAP, ExpertBudget, Overlap
 from moei_core.engine import runtime
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
@@ -54,14 +54,20 @@ def prompt_tokens(vocabulary: int) -> list[int]:
 
 
 def stepwise(
-    model: nn.Module, cache: object, prompt: list[int], forced: list[int] | None
+    model: nn.Module,
+    cache: object,
+    prompt: list[int],
+    forced: list[int] | None,
+    before_pass: Callable[[Phase, int], None] = lambda phase, tokens: None,
 ) -> tuple[torch.Tensor, list[int]]:
     """Logits of every position [PROMPT + STEPS, vocabulary], the decode tokens greedy or ``forced``."""
     with torch.inference_mode():
+        before_pass(Phase.PREFILL, len(prompt))
         rows = [model(torch.tensor([prompt]), past_key_values=cache, use_cache=True).logits[0]]
         tokens: list[int] = []
         for step in range(STEPS):
             tokens.append(int(rows[-1][-1].argmax()) if forced is None else forced[step])
+            before_pass(Phase.DECODE, 1)
             rows.append(model(torch.tensor([[tokens[-1]]]), past_key_values=cache, use_cache=True).logits[0])
     return torch.cat(rows).float(), tokens
 
@@ -86,15 +92,18 @@ def ours(
     budget: ExpertBudget,
     forced: list[int] | None = None,
     predictor: str | None = None,
+    overlap: Overlap = FULL_OVERLAP,
 ) -> tuple[torch.Tensor, list[int], LoadedModel]:
-    options = LoadOptions(experts=budget, dtype=dtype, predictor=predictor, prefetch=PrefetchMode.ON)
+    options = LoadOptions(
+        None, budget, None, dtype=dtype, predictor=predictor, prefetch=PrefetchMode.ON, overlap=overlap
+    )
     with LoadedModel(folder, options) as loaded:
         torch.set_num_threads(1)
         assert loaded.budget.slots <= budget.slots(loaded.spec.total_experts, loaded.budget.slot_nbytes)
         cache = ConversationCache(loaded.adapter.config)
-        loaded.runtime.forward_pass(Phase.PREFILL, PROMPT)
+        prompt = prompt_tokens(loaded.adapter.config.vocab_size)
         logits, tokens = stepwise(
-            loaded.adapter.model, cache.cache, prompt_tokens(loaded.adapter.config.vocab_size), forced
+            loaded.adapter.model, cache.cache, prompt, forced, loaded.runtime.forward_pass
         )
         return logits, tokens, loaded
 
@@ -228,7 +237,8 @@ def test_buffers_and_dense_weights_equal_a_normal_load(folder: Path) -> None:
 
 @pytest.mark.parametrize("folder", MODELS, indirect=True)
 def test_e1_however_experts_arrive(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefetched by good and by random predictions, in chunks of any size, by any number of readers, late."""
+    """Prefetched by good and by random predictions, in chunks of any size, by any number of readers, late, and
+    however moving and computing share the time."""
     everything, tokens, _ = ours(folder, "bfloat16", ExpertBudget(fraction=1.0))
     read, rng = SafetensorsStore.read_extent, random.Random(5)
 
@@ -237,11 +247,14 @@ def test_e1_however_experts_arrive(folder: Path, monkeypatch: pytest.MonkeyPatch
         read(self, key, extent, slot)
 
     monkeypatch.setattr(SafetensorsStore, "read_extent", read_late)
-    for predictor, readers, chunk in (("noise", 1, PAGE), ("mixed", 4, 3 * PAGE), ("popularity", 2, 1 << 20)):
-        queue = partial(TransferQueue, readers=readers, chunk_nbytes=chunk)
-        monkeypatch.setattr(runtime, "TransferQueue", queue)
-        logits, _, loaded = ours(
-            folder, "bfloat16", ExpertBudget(fraction=0.5), forced=tokens, predictor=predictor
-        )
+    for predictor, readers, overlap in (
+        ("noise", 1, Overlap(PAGE)),
+        ("mixed", 4, Overlap(3 * PAGE, reorder=False)),
+        ("popularity", 2, Overlap(1 << 20, preempt=False)),
+        ("noise", 3, Overlap(PAGE, preempt=False, stream=False)),
+    ):
+        monkeypatch.setattr(runtime, "TransferQueue", partial(TransferQueue, readers=readers))
+        half = ExpertBudget(fraction=0.5)
+        logits, _, loaded = ours(folder, "bfloat16", half, tokens, predictor, overlap)
         assert loaded.scheduler.prefetch_statistics.started > 0
         assert torch.equal(logits, everything)

@@ -39,38 +39,15 @@ def run(
 
 
 @pytest.mark.parametrize("loaded", FAMILIES, indirect=True)
-@pytest.mark.parametrize(
-    "settings",
-    [
-        GREEDY,
-        GenerationSettings(24, temperature=0.8, top_k=50, top_p=0.9, repetition_penalty=1.3, seed=5),
-        GenerationSettings(24, temperature=1.5, min_p=0.05, seed=6),
-    ],
-    ids=["greedy", "top-k, top-p, repetition", "min-p"],
-)
-def test_equals_transformers_generate(loaded: LoadedModel, settings: GenerationSettings) -> None:
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_equals_transformers_generate(loaded: LoadedModel, penalty: float) -> None:
     model = AutoModelForCausalLM.from_pretrained(loaded.folder, experts_implementation="eager")
     prompt = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(1)).tolist()
-    sampling = (
-        {}
-        if settings.temperature == 0
-        else {
-            "temperature": settings.temperature,
-            "top_k": settings.top_k,
-            "top_p": settings.top_p,
-            "min_p": settings.min_p or None,
-        }
-    )
-    torch.manual_seed(settings.seed or 0)
     expected = model.generate(
-        torch.tensor([prompt]),
-        max_new_tokens=24,
-        do_sample=settings.temperature > 0,
-        repetition_penalty=settings.repetition_penalty,
-        eos_token_id=None,
+        torch.tensor([prompt]), max_new_tokens=24, do_sample=False, repetition_penalty=penalty, eos_token_id=None,
         pad_token_id=0,
-        **sampling,
-    )
+    )  # fmt: skip
+    settings = GenerationSettings(24, temperature=0, repetition_penalty=penalty)
     assert run(loaded, prompt, settings) == expected[0, len(prompt) :].tolist()
 
 

@@ -68,11 +68,15 @@ def replayed(path: Path, model: LoadedModel) -> tuple[list[FetchPlan], ExpertSch
     predictor = PREDICTORS[options.predictor](spec.num_experts) if options.predictor else None
     simulated: ExpertScheduler
     if model.device_budget is None:
-        simulated = ExpertScheduler(cache, budget.working, predictor, options.prefetch)
+        simulated = ExpertScheduler(
+            cache, budget.working, predictor, options.prefetch, num_experts=spec.num_experts
+        )
     else:
         front = POLICIES[options.policy](model.device_budget.resident, spec.num_experts)
         tier = device_tier(model.device_budget, front, spec, options.misses, COSTS)
-        simulated = TieredScheduler(cache, budget.working, tier, predictor, options.prefetch)
+        simulated = TieredScheduler(
+            cache, budget.working, tier, predictor, options.prefetch, num_experts=spec.num_experts
+        )
     collector = Collector()
     replay(read_trace(path), simulated, collector, recorded_events=True)
     return collector.plans, simulated

@@ -180,7 +180,8 @@ def test_a_prefetch_that_the_gate_wants_is_not_read_twice(bench: Bench, finished
     if finished:
         bench.wait_until(lambda: len(bench.queue._events) == 2)
     assert bench.queue._events[0][0] is Step.STARTED
-    assert bench.queue.promote(KEYS[2]) == 5
+    load = bench.queue.promote(KEYS[2])
+    assert load is not None and load.slot == 5 and not load.borrowed
     bench.store.gate.set()
     load = bench.queue.next_ready()
     assert load.key == KEYS[2] and bytes(load.view) == bytes([3]) * NBYTES
@@ -263,6 +264,56 @@ def test_a_read_that_hangs_is_an_error_with_its_name(monkeypatch: pytest.MonkeyP
     bench.wait_until(lambda: bench.queue.take_returned() == [0])
 
 
+def test_what_is_streamed_uses_every_reader_and_waits_in_its_slot(bench: Bench) -> None:
+    bench.store.gate.clear()
+    bench.queue.lend(4)
+    bench.queue.lend(5)
+    bench.queue.stream(KEYS[:3])
+    bench.wait_for_begun(2)
+    bench.queue.demand(KEYS[7], 0)
+    bench.store.gate.set()
+    assert bench.queue.next_ready().key == KEYS[7]
+    bench.wait_until(lambda: not bench.queue._active)
+    # The demanded expert overtakes at the next chunk; the third has no slot.
+    assert [key for key, _ in bench.store.reads] == [KEYS[0]] * 2 + [KEYS[7]] * 3 + [KEYS[0]] + [KEYS[1]] * 3
+    assert bench.queue.take_events() == []
+    bench.queue.end_stream()
+    load = bench.queue.promote(KEYS[0])
+    assert load is not None and load.borrowed and load.slot == 5
+    assert bench.queue.next_ready() is load
+    assert bytes(load.view) == bytes([1]) * NBYTES
+    assert bench.queue.cancel(KEYS[1]) == NBYTES
+    assert bench.queue.cancel(KEYS[2]) == 0
+    assert bench.queue.take_returned() == [4]
+
+
+def test_a_streamed_expert_that_is_not_chosen_gives_its_slot_back_when_nothing_writes_to_it(
+    bench: Bench,
+) -> None:
+    bench.store.gate.clear()
+    bench.queue.lend(4)
+    bench.queue.stream([KEYS[0]])
+    bench.wait_for_begun(2)
+    bench.queue.end_stream()
+    assert bench.queue.cancel(KEYS[0]) == 8 * PAGE
+    assert bench.queue.take_returned() == []
+    threading.Timer(0.05, bench.store.gate.set).start()
+    assert bench.queue.take_returned(wait=True) == [4]
+
+
+def test_a_streamed_expert_that_fails_is_an_error_only_if_it_is_chosen(bench: Bench) -> None:
+    bench.store.failures[KEYS[0]] = bench.store.failures[KEYS[1]] = 6
+    for slot in (4, 5):
+        bench.queue.lend(slot)
+    bench.queue.stream(KEYS[:3])
+    bench.wait_until(lambda: len(bench.queue._prefetches) == 2 and not bench.queue._active)
+    bench.queue.end_stream()
+    bench.queue.cancel(KEYS[0])
+    load = bench.queue.promote(KEYS[1])
+    assert load is not None and bench.queue.next_ready() is load
+    assert isinstance(load.failure, ExpertReadError)
+
+
 def test_any_order_of_calls_keeps_every_slot(bench: Bench) -> None:
     """10,000 random steps: no slot is lost, or handed out twice, and every expert that arrives is whole."""
     rng = random.Random(3)
@@ -285,34 +336,44 @@ def test_any_order_of_calls_keeps_every_slot(bench: Bench) -> None:
 
     for _ in range(10_000):
         action, key = (
-            rng.choice(("demand", "collect", "wish", "settle", "cancel", "abandon")),
+            rng.choice(("demand", "collect", "wish", "stream", "settle", "cancel", "abandon")),
             rng.choice(KEYS),
         )
+        free += bench.queue.take_returned()
         if action == "demand" and free and key not in waiting:
             settle()
             waiting.add(key)
-            slot = bench.queue.promote(key)
-            if slot is None:
+            load = bench.queue.promote(key)
+            if load is None:
                 bench.queue.demand(key, free.pop())
-            else:
+            elif not load.borrowed:
                 bench.queue.add_spare(free.pop())
         elif action == "collect" and waiting:
             collect()
         elif action == "wish":
-            bench.queue.prefetch([key for key in rng.sample(KEYS, 3) if key not in waiting])
+            bench.queue.end_stream()
+            coming = {*waiting, *bench.queue._prefetches}
+            bench.queue.prefetch([key for key in rng.sample(KEYS, 3) if key not in coming])
+        elif action == "stream" and free:
+            settle()
+            bench.queue.end_stream()
+            bench.queue.lend(free.pop())
+            coming = {*waiting, *bench.queue._prefetches}
+            bench.queue.stream([key for key in rng.sample(KEYS, 3) if key not in coming])
         elif action == "settle":
             settle()
         elif action == "cancel":
             bench.queue.cancel(key)
         elif action == "abandon" and rng.random() < 0.1:
             bench.queue.abandon_demand()
-            free += bench.queue.take_returned()
             waiting.clear()
-        assert len(free) + len(waiting) == 4
+        assert len(free) + len(waiting) <= 4
     while waiting:
         collect()
+    bench.queue.end_stream()
     for key in KEYS:
         bench.queue.cancel(key)
     bench.wait_until(lambda: not bench.queue._active)
     settle()
+    free += bench.queue.take_returned()
     assert sorted(free + bench.queue._spares) == [0, 1, 2, 4, 5, 6, 7]

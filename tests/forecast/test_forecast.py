@@ -15,6 +15,7 @@ from moei_core.forecast.formats import FORMATS, stored_format
 from moei_core.forecast.routing import Recording, Routing, recordings, routing_of
 from moei_core.forecast.shape import ModelShape, bundled_configs, bundled_shape
 from moei_core.forecast.speed import Speeds
+from moei_core.hardware.profile import ExpertSpeed
 from tests.hardware.fakes import GIB, exactly, made_profile
 
 PROFILE = made_profile()
@@ -62,6 +63,78 @@ def test_misses_cost_what_computing_does_not_hide() -> None:
     assert one.bottleneck == "disk"
     fast = Speeds.of(made_profile(disk_bandwidth=1e12), made_profile(disk_bandwidth=1e12).disks[0])
     assert made("qwen3-30b-a3b", 0.9, fast).decode.disk < 1e-3 * one.decode.disk
+
+
+def expert_cells(resident: float, arriving: float, per_token: float = 0.0) -> tuple[ExpertSpeed, ...]:
+    """Seconds a GB of one token's expert; each further token adds ``per_token`` of that."""
+    return tuple(
+        ExpertSpeed(
+            form, nbytes, tokens, *(one * nbytes / 1e9 * (1 + per_token * (tokens - 1)) for one in cost)
+        )
+        for cost in [(resident, arriving)]
+        for form in ("bf16", "q4_0")
+        for nbytes in (1 << 20, 1 << 30)
+        for tokens in (1, 64)
+    )
+
+
+def test_experts_take_what_the_engine_took_for_them() -> None:
+    """An expert of 1 GB takes 50 ms among resident ones and 80 ms by itself; the disk reads 1 GB/s."""
+    profile = made_profile(experts=expert_cells(0.05, 0.08))
+    speeds = Speeds.of(profile, profile.disks[0])
+    for form in ("bf16", "q4_0"):
+        one, shape = made("mixtral-8x7b", 0.5, speeds, form), shape_of("mixtral-8x7b")
+        gb = shape.expert_nbytes(FORMATS[form]) / 1e9
+        hit = one.budget.resident / 256
+        both, one_missing, all_missing = hit**2, 2 * hit * (1 - hit), (1 - hit) ** 2
+        computing = both * 0.1 * gb + one_missing * 0.13 * gb + all_missing * 0.16 * gb
+        assert one.decode.experts == pytest.approx(32 * computing)
+        # What has arrived last is computed after all waiting: only the other one hides reading.
+        waiting = one_missing * (gb - 0.05 * gb) + all_missing * (2 * gb - 0.08 * gb)
+        assert one.decode.disk == pytest.approx(32 * waiting)
+    assert speeds.is_measured(Q4)
+    assert not speeds.is_measured(FORMATS["mxfp4"])
+    # Formats that the engine did not compute: three products and a call.
+    f16 = speeds.expert(FORMATS["f16"], 3e6, 1, arriving=True)
+    assert f16 == pytest.approx(3 * speeds.product(FORMATS["f16"], 1e6, 1) + 5e-5)
+    # However small, an expert takes a call.
+    assert speeds.expert(BF16, 10, 1, arriving=False) == 5e-5
+    assert speeds.expert(BF16, 10, 16, arriving=False) == 1e-4
+
+
+def test_between_measured_tokens_the_time_is_between() -> None:
+    profile = made_profile(experts=expert_cells(0.05, 0.08, per_token=1.0))
+    speeds = Speeds.of(profile, profile.disks[0])
+    gb = 1e9 / 2
+    # 1 and 64 tokens were measured; on logarithmic axes 8 lie in the middle. More than 64 grow with their number.
+    assert speeds.expert(BF16, gb, 1, arriving=False) == pytest.approx(0.05)
+    assert speeds.expert(BF16, gb, 8, arriving=False) == pytest.approx(0.05 * 8)
+    assert speeds.expert(BF16, gb, 64, arriving=True) == pytest.approx(0.08 * 64)
+    assert speeds.expert(BF16, gb, 256, arriving=True) == pytest.approx(0.08 * 256)
+
+
+def test_only_slots_that_were_never_used_are_filled_slowly() -> None:
+    """Reading 1 GB/s, half as fast into fresh memory; a cold prompt of 256 tokens touches all 8 x 32 experts."""
+    slow = replace(PROFILE.disks[0], fresh=exactly(0.5e9))
+    for share, fresh in ((1.0, 256), (0.5, 128), (0.25, 64)):
+        quick, one = (
+            made("mixtral-8x7b", share, prompt=256),
+            made("mixtral-8x7b", share, Speeds.of(PROFILE, slow), prompt=256),
+        )
+        more = fresh * shape_of("mixtral-8x7b").expert_nbytes(BF16) / 1e9
+        assert one.budget.slots == fresh
+        assert one.prefill.disk - quick.prefill.disk == pytest.approx(more, rel=1e-6)
+        # Neither a second prompt nor decoding pays for it.
+        assert one.warm_ttft_s == quick.warm_ttft_s
+        assert one.decode == quick.decode
+
+
+def test_the_first_pass_is_paid_for_once() -> None:
+    assert PROFILE.framework is not None
+    slow = replace(PROFILE, framework=replace(PROFILE.framework, first_pass=0.25))
+    one, quick = made("qwen3-30b-a3b", 0.5, Speeds.of(slow, slow.disks[0])), made("qwen3-30b-a3b", 0.5)
+    assert one.ttft_s.value - quick.ttft_s.value == pytest.approx(0.25)
+    assert one.warm_ttft_s == quick.warm_ttft_s
 
 
 def test_a_cold_prompt_reads_every_expert_it_touches_once() -> None:

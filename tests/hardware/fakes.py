@@ -10,6 +10,7 @@ from typing import Any
 from moei_core.hardware.disks import DiskFacts
 from moei_core.hardware.profile import (
     DiskProfile,
+    ExpertSpeed,
     Figure,
     FrameworkCost,
     HardwareProfile,
@@ -135,6 +136,7 @@ def made_profile(
     kernel_share: float = 0.6,
     rows_free: float = 16.0,
     layer: float = 1e-3,
+    experts: tuple[ExpertSpeed, ...] = (),
 ) -> HardwareProfile:
     """A machine of round numbers. rows_free: inputs that a product serves in the time of reading its matrix."""
     facts = DiskFacts("/", "/", "ext4", "/dev/sda", "8:0", False, False, "", 500 * GIB, 200 * GIB)
@@ -165,5 +167,6 @@ def made_profile(
         (DiskProfile(facts, True, "a file", reads, reads[1::2], exactly(disk_bandwidth)),),
         (),
         kernels,
-        FrameworkCost(layer, 1e-3, 5e-5, layer, 1e-4, 2e-8, 400 << 20, "a test"),
+        experts,
+        FrameworkCost(layer, 1e-3, 5e-5, layer, 1e-4, 2e-8, 0.0, 400 << 20, "a test"),
     )

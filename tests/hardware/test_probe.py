@@ -179,6 +179,32 @@ def test_the_whole_probe(tmp_path: Path) -> None:
     assert load_profile() == profile
 
 
+@pytest.mark.parametrize(("others", "noticed"), [(0.1, False), (1.5, True)])
+def test_figures_measured_beside_other_programs_are_doubted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: float, noticed: bool
+) -> None:
+    from moei_core.hardware import probe
+
+    def spent() -> tuple[float, float]:
+        now = time.perf_counter()
+        return 1000 + (1 + others) * now, now
+
+    monkeypatch.setattr(probe, "processor_seconds", spent)
+    profile = measure(machine_with(tmp_path, []), effort=TINY)
+    assert ("Other programs used 1.5 processors" in " ".join(profile.notes)) is noticed
+
+
+def test_the_processor_time_of_this_program_is_part_of_everybodys() -> None:
+    from moei_core.hardware.probe import processor_seconds
+
+    before = processor_seconds()
+    end = time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        pass
+    everybody, own = (now - then for now, then in zip(processor_seconds(), before, strict=True))
+    assert 0.1 < own <= everybody + 0.05
+
+
 def test_a_stored_profile_is_not_believed_blindly(tmp_path: Path) -> None:
     assert load_profile() is None
     profile = made_profile()
@@ -233,26 +259,40 @@ def test_between_measured_sizes_the_bandwidth_is_between() -> None:
     assert disk.expert_bandwidth(100 * MIB) == exactly(3e9)
 
 
-def test_chunks_of_an_expert_are_read_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("touched", [True, False])
+def test_experts_are_read_in_chunks_and_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, touched: bool
+) -> None:
+    content = bytes(range(256)) * (16 * MIB // 256)
     file = tmp_path / "m.safetensors"
-    file.write_bytes(bytes(16 * MIB))
+    file.write_bytes(content)
     places: list[int] = []
+    hashed: list[int] = []
     read = os.preadv
 
     def watched(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         places.append(offset)
         return read(descriptor, buffers, offset)
 
+    def noted(pieces: list[memoryview]) -> str:
+        hashed.append(len(pieces[0]))
+        return ""
+
     monkeypatch.setattr(os, "preadv", watched)
+    monkeypatch.setattr(disk_probe, "checksum", noted)
     descriptor = os.open(file, os.O_RDONLY)
-    with disk_probe._target(4 * MIB) as target:
+    with disk_probe._target(16 * MIB) as target:
         source = disk_probe._Source(descriptor, 16 * MIB, False, "a file")
-        speed = disk_probe._measure(source, target, 4 * MIB, 1, 0.05, 2 * MIB)
+        speed = disk_probe._measure_experts(source, 4 * MIB, 0.0, target if touched else None)
+        assert not touched or sorted(bytes(target[::MIB])) == sorted(content[::MIB])
     os.close(descriptor)
-    assert (speed.nbytes, speed.depth) == (4 * MIB, 1)
-    first = places[:8]
-    assert sorted(first) == [place * 2 * MIB for place in range(8)]
-    assert all(first[at + 1] == first[at] + 2 * MIB and first[at] % (4 * MIB) == 0 for at in range(0, 8, 2))
+    assert speed.nbytes == 4 * MIB
+    assert speed.latency.value == pytest.approx(4 * MIB / speed.bandwidth.value, rel=0.5)
+    # Four experts of two chunks a round, three rounds at least; every round reads all of the file once.
+    assert len(places) % 8 == 0
+    assert len(places) >= 24
+    assert all(places.count(place * 2 * MIB) == len(places) // 8 for place in range(8))
+    assert hashed == [4 * MIB] * (len(places) // 2)
 
 
 def test_the_command_shows_what_is_stored(

@@ -31,10 +31,12 @@ _MEASURE = (
     "prompt_tokens",
     "new_tokens",
     "repeats",
+    "ablation",
     "device",
     "vram",
     "misses",
 )
+_ABLATED = ("policy", "predictor", "prefetch")
 
 
 def register(app: typer.Typer) -> None:
@@ -103,6 +105,9 @@ def bench(
         str | None,
         typer.Option(help="What if the disk read so fast, such as 7GB/s?"),
     ] = None,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="What each part is worth: a ladder, one part more in each row.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Processes; left out: one a core.")] = None,
     device: DeviceOption = None,
     vram: VramOption = None,
@@ -111,6 +116,10 @@ def bench(
     """Measure a model in the engine, or replay a trace through cache policies in the simulator."""
     given: dict[str, Any] = {name: value for name, value in locals().items() if value is not None}
     json = given.pop("json")
+    if not ablation:
+        del given["ablation"]
+    else:
+        _refuse(given, _ABLATED, "is what --ablation varies")
     if model is not None and synthetic is not None:
         raise UsageError("Give a model or --synthetic, not both.")
     if model is not None or synthetic is not None:

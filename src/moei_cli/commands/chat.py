@@ -18,7 +18,10 @@ from moei_core.errors import ModelNotFoundError, UsageError
 from moei_core.hub.resolve import DEMO_NAME, ModelFiles, resolve_model
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from moei_cli.forecasts import Prediction
+    from moei_cli.settings import Setting
     from moei_core.engine.chat_session import ChatSession
 
 DEMO_EXPERTS = "25%"
@@ -77,8 +80,8 @@ def chat(
         typer.Option(help="What to prefetch by: a predictor's name, or a file of moei trace train."),
     ] = None,
     prefetch: Annotated[
-        str, typer.Option(help="off, on, or auto: follow the predictor only while that is faster.")
-    ] = "auto",
+        str | None, typer.Option(help="off, on, or auto: follow the predictor only while that is faster.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute in float32, bfloat16 or float16.")] = None,
     device: DeviceOption = None,
     vram: VramOption = None,
@@ -114,20 +117,12 @@ def chat(
         "stop": tuple(stop) if stop else None,
     }
     on_device = device_settings(device, vram, misses)
-    session = _open(
-        files,
-        experts,
-        ram,
-        context,
-        policy,
-        predictor,
-        prefetch,
-        dtype,
-        on_device,
-        system,
-        overrides,
-        quiet=as_json,
+    from moei_cli.settings import resolve
+
+    chosen = resolve(
+        ram=ram, experts=experts, context=context, policy=policy, predictor=predictor, prefetch=prefetch
     )
+    session = _open(files, chosen, dtype, on_device, system, overrides, quiet=as_json)
     session.thinking = think
     last_model.remember(files)
     try:
@@ -165,12 +160,7 @@ def _model_and_prompt(model: str | None, prompt: str | None) -> tuple[ModelFiles
 
 def _open(
     files: ModelFiles,
-    experts: str | None,
-    ram: str | None,
-    context: int | None,
-    policy: str | None,
-    predictor: str | None,
-    prefetch: str,
+    chosen: Mapping[str, Setting],
     dtype: str | None,
     on_device: dict[str, Any],
     system: str | None,
@@ -184,11 +174,12 @@ def _open(
 
     given = {name: value for name, value in overrides.items() if value is not None}
     GenerationSettings(**given)  # a wrong value is told before gigabytes are read
-    chosen = experts
-    if experts is None and ram is None and files.name.partition(":")[0] == DEMO_NAME:
+    ram, experts, context = (chosen[name].text for name in ("ram", "experts", "context"))
+    to_watch = experts is None and ram is None and files.name.partition(":")[0] == DEMO_NAME
+    if to_watch:
         # The whole demo would fit; with a quarter of it there is something to watch.
-        chosen = DEMO_EXPERTS
-    budget = ExpertBudget.parse(chosen) if chosen else None
+        experts = DEMO_EXPERTS
+    budget = ExpertBudget.parse(experts) if experts else None
     ram_nbytes = parse_size(ram, "--ram") if ram else None
 
     from moei_cli import render
@@ -206,11 +197,11 @@ def _open(
                 LoadOptions(
                     ram_nbytes,
                     budget,
-                    context,
-                    policy or DEFAULT_POLICY,
+                    int(context) if context else None,
+                    chosen["policy"].text or DEFAULT_POLICY,
                     dtype,
-                    parse_predictor(predictor, live=True),
-                    parse_prefetch(prefetch),
+                    parse_predictor(chosen["predictor"].text, live=True),
+                    parse_prefetch(chosen["prefetch"].text or "auto"),
                     **on_device,
                 ),
             )
@@ -218,11 +209,7 @@ def _open(
         render.note(sentence)
     if not quiet:
         spec, slots = model.spec, model.budget
-        reason = (
-            "so that the cache has work to show; --experts 100% holds all"
-            if chosen != experts
-            else slots.reason
-        )
+        reason = "so that the cache has work to show; --experts 100% holds all" if to_watch else slots.reason
         everything = slots.slots == spec.total_experts
         where = "all of its" if everything else f"{slots.slots} of its"
         rest = "" if everything else ", the others on disk"

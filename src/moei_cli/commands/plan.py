@@ -27,7 +27,9 @@ def plan(
     experts: Annotated[
         str | None, typer.Option(help="Bound on the memory for experts: a size or a percentage.")
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens that a conversation may have.", min=16)] = 4096,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens that a conversation may have; 4096.", min=16)
+    ] = None,
     prompt_tokens: Annotated[
         int, typer.Option(help="Length of the prompt whose first token is forecast.", min=1)
     ] = 1024,
@@ -41,14 +43,16 @@ def plan(
     from moei_cli.forecasts import shape_of
     from moei_cli.measured_machine import measure_now, model_folders, stored_profile
     from moei_cli.plan_view import Planner, print_comparison, print_plan
+    from moei_cli.settings import DEFAULT_CONTEXT, resolve
     from moei_core.config import ExpertBudget, parse_size
     from moei_core.errors import UsageError
     from moei_core.forecast.formats import FORMATS
 
     if form is not None and form not in FORMATS:
         raise UsageError(f"There is no format '{form}'.", hint=f"There are: {', '.join(FORMATS)}.")
-    limit = parse_size(ram, "--ram") if ram else None
-    budget = ExpertBudget.parse(experts) if experts else None
+    chosen = {name: one.text for name, one in resolve(ram=ram, experts=experts, context=context).items()}
+    limit = parse_size(chosen["ram"], "--ram") if chosen["ram"] else None
+    budget = ExpertBudget.parse(chosen["experts"]) if chosen["experts"] else None
     shape, folder = shape_of(model)
     profile = stored_profile()
     if profile is None:
@@ -56,7 +60,8 @@ def plan(
         profile, problem = measure_now(model_folders())
         if problem:
             render.note(problem)
-    planner = Planner(profile, folder, context, prompt_tokens, limit, budget)
+    tokens = int(chosen["context"] or DEFAULT_CONTEXT)
+    planner = Planner(profile, folder, tokens, prompt_tokens, limit, budget)
     if compare:
         ranking = planner.ranking(shape)
         if as_json:

@@ -19,8 +19,12 @@ def register(app: typer.Typer) -> None:
 
 def show(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="An alias, owner/name, a folder or moei-demo.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="An alias, owner/name, a folder or moei-demo; with --settings it may be left out.",
+        ),
+    ] = None,
     settings: Annotated[
         bool, typer.Option("--settings", help="What a chat would be set to on this machine, and why.")
     ] = False,
@@ -31,12 +35,15 @@ def show(
 ) -> None:
     """Show what a model is, where its bytes are and how many a token needs."""
     if settings:
+        from moei_cli.settings import resolve_all
         from moei_cli.settings_view import show_settings
 
-        show_settings(model, ram, experts, context, as_json=as_json)
+        show_settings(model, resolve_all(ram=ram, experts=experts, context=context), as_json=as_json)
         return
     if (ram, experts, context) != (None, None, None):
         raise UsageError("--ram, --experts and --context belong to --settings.", hint="See: moei show --help")
+    if model is None:
+        raise UsageError("Which model?", hint="moei list names those here; moei show --settings needs none.")
     from dataclasses import asdict
 
     from moei_cli.commands.list_models import report

@@ -81,7 +81,7 @@ def take_apart(
     when tensors are missing or have other shapes than the configuration says.
     """
     try:
-        sources, dense = map_checkpoint(model, tensors, expert_parameters)
+        mapped = map_checkpoint(model, tensors, expert_parameters)
     except UnknownConversionError as error:
         raise UnsupportedModelError(
             f"The checkpoint layout of {type(model).__name__} is not supported.",
@@ -90,15 +90,15 @@ def take_apart(
         ) from None
     experts: dict[ExpertKey, list[StoredTensor]] = {}
     for parameter, layer in expert_parameters.items():
-        source = sources.get(parameter)
+        source = mapped.wanted.get(parameter)
         if source is None:
             raise _mismatch(f"There is no tensor for '{parameter}'.")
         shape = tuple(model.get_parameter(parameter).shape)
         for expert, stored in enumerate(_per_expert(parameter, source, shape, tensors)):
             experts.setdefault(ExpertKey(layer, expert), []).extend(stored)
     check_shapes(model, expert_parameters, experts)
-    routers = _routers(model, expert_parameters, dense)
-    return Checkpoint(experts, {name: tensors[name] for name in dense}, routers)
+    routers = _routers(model, expert_parameters, mapped.dense)
+    return Checkpoint(experts, {name: tensors[name] for name in mapped.dense}, routers)
 
 
 def check_shapes(

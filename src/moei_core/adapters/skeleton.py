@@ -17,8 +17,10 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from moei_core.adapters.kept_blocks import GROUP_ROWS, KeptBlocks, bring_in, place_chunk
 from moei_core.adapters.transformers_private import build_on_meta, causal_lm_class, load_dense
 from moei_core.errors import DamagedFileError, UnsupportedModelError
+from moei_core.quant import native
 from moei_core.quant.formats import FORMATS, decode
 from moei_core.store.file_reader import FileReader
 from moei_core.store.safetensors_header import TensorEntry
@@ -112,7 +114,6 @@ def read_tensor(name: str, entry: TensorEntry, reader: FileReader, dtype: torch.
             f"The weights are stored as {entry.dtype}, which moei does not read yet.",
             hint="Use a bf16 version of the model.",
         )
-    digest = xxhash.xxh3_64()
     if blocks is None:
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
         result = raw.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
@@ -120,10 +121,8 @@ def read_tensor(name: str, entry: TensorEntry, reader: FileReader, dtype: torch.
         result = torch.empty(entry.shape, dtype=dtype)
         flat = result.view(-1)
     done = 0
-    for chunk in reader.chunks(entry.offset, entry.nbytes, _CHUNK_NBYTES.get(entry.dtype, 4 << 20)):
+    for chunk in _chunks(name, entry, reader, _CHUNK_NBYTES.get(entry.dtype, 4 << 20)):
         piece = np.frombuffer(chunk, np.uint8)
-        if entry.checksum:
-            digest.update(chunk)
         if blocks is None:
             raw[done : done + len(piece)] = torch.from_numpy(piece)
             done += len(piece)
@@ -131,13 +130,32 @@ def read_tensor(name: str, entry: TensorEntry, reader: FileReader, dtype: torch.
             count = len(piece) // blocks.block_nbytes * blocks.block_size
             flat[done : done + count] = torch.from_numpy(decode(blocks.name, piece, (count,)))
             done += count
+    return result
+
+
+def read_blocks(name: str, entry: TensorEntry, reader: FileReader, matrix: native.Matrix) -> torch.Tensor:
+    """The bytes of a matrix in the order of ``matrix``, read past the page cache. Raises: DamagedFileError."""
+    group = native.Matrix(matrix.format, GROUP_ROWS, matrix.cols).nbytes
+    result = torch.empty(matrix.nbytes, dtype=torch.uint8)
+    done = 0
+    for chunk in _chunks(name, entry, reader, max(1, (4 << 20) // group) * group):
+        done = place_chunk(matrix, chunk, done, result)
+    return result
+
+
+def _chunks(name: str, entry: TensorEntry, reader: FileReader, size: int) -> Iterator[memoryview]:
+    """The bytes of a tensor, compared with its checksum once all are read."""
+    digest = xxhash.xxh3_64()
+    for chunk in reader.chunks(entry.offset, entry.nbytes, size):
+        if entry.checksum:
+            digest.update(chunk)
+        yield chunk
     if entry.checksum and digest.hexdigest() != entry.checksum:
         raise DamagedFileError(
             f"The bytes of '{name}' in {entry.file.name} are damaged.",
             f"{entry.file}: at byte {entry.offset:,} the checksum is not the one of packing.",
             "Check the disk, then pack the model again with `moei quantize`.",
         )
-    return result
 
 
 def load_dense_weights(
@@ -145,9 +163,11 @@ def load_dense_weights(
     dense: Mapping[str, TensorEntry],
     dtype: torch.dtype,
     expert_parameters: Iterable[str],
+    kept: Mapping[str, KeptBlocks],
 ) -> None:
     """Fill everything but the expert parameters, and take these out of their modules.
 
+    kept: by checkpoint name, what stays blocks.
     Raises: DamagedFileError when weights are missing or do not fit.
     """
     readers: dict[Path, FileReader] = {}
@@ -155,9 +175,19 @@ def load_dense_weights(
         for entry in dense.values():
             if entry.file not in readers:
                 readers[entry.file] = FileReader(entry.file)
-        lazy = {name: _LazyTensor(name, entry, readers[entry.file], dtype) for name, entry in dense.items()}
+        lazy = {
+            name: _LazyTensor(name, entry, readers[entry.file], dtype)
+            for name, entry in dense.items()
+            if name not in kept
+        }
+        absent = [*expert_parameters, *(name for one in kept.values() for name in one.parameters)]
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        report = load_dense(model, lazy, dtype, expert_parameters)
+        report = load_dense(model, lazy, dtype, absent)
+
+        def read(name: str) -> torch.Tensor:
+            return read_blocks(name, dense[name], readers[dense[name].file], kept[name].matrix)
+
+        bring_in(model, kept, read, dtype)
     finally:
         for reader in readers.values():
             reader.close()

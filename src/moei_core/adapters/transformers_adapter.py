@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,15 @@ from transformers import AutoConfig, PretrainedConfig
 
 from moei_core.adapters.base import ExpertsRuntime
 from moei_core.adapters.checkpoint import check_shapes, read_tensors, take_apart
+from moei_core.adapters.dense_linear import use_native_linears
 from moei_core.adapters.early_router import EarlyRouters
+from moei_core.adapters.kept_blocks import find_kept, give_up_read_ones
+from moei_core.adapters.native_decode import (
+    AttentionCall,
+    attention_modules,
+    use_native_attention,
+    use_native_norms,
+)
 from moei_core.adapters.skeleton import (
     TORCH_DTYPES,
     build_skeleton,
@@ -92,8 +100,9 @@ class TransformersAdapter:
     every MoE layer runs through the hook. Between ``install`` and ``uninstall`` the experts are the runtime's.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """dtype: compute in this float type instead of the checkpoint's own."""
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None, native_dense: bool = True) -> None:
+        """dtype: compute in this float type instead of the checkpoint's own. native_dense: whether the dense part is
+        the native kernels' from the start; torch's kernels on a GPU want it as floats."""
         self.folder = folder
         self.config = read_config(folder)
         self.packed: Manifest | None = read_manifest(folder) if is_packed(folder) else None
@@ -119,6 +128,9 @@ class TransformersAdapter:
         else:
             self.experts, self._dense = self.packed.stored_experts(folder), tensors
             check_shapes(self.model, parameters, self.experts)
+        self._native_dense = native_dense
+        self._kept = find_kept(self.model, self._dense, parameters) if native_dense else {}
+        self._attention_calls: dict[nn.Module, AttentionCall] = {}
         self._spec = self._make_spec()
 
     def _make_spec(self) -> ModelSpec:
@@ -139,9 +151,11 @@ class TransformersAdapter:
     def expected_dense_nbytes(self) -> int:
         """Bytes of the dense weights once loaded, known before loading (an upper bound: tied weights)."""
         item = self.dtype.itemsize
-        return sum(
+        kept = sum(one.matrix.nbytes for one in self._kept.values())
+        return kept + sum(
             math.prod(entry.shape) * item if entry.dtype in FORMATS else entry.nbytes
-            for entry in self._dense.values()
+            for name, entry in self._dense.items()
+            if name not in self._kept
         )
 
     def open_store(self) -> ExpertStore:
@@ -163,9 +177,27 @@ class TransformersAdapter:
 
     def load(self) -> None:
         """Read the dense weights; the expert parameters are gone from the modules from here on."""
-        load_dense_weights(self.model, self._dense, self.dtype, self._expert_parameters)
-        top_k = max(self._probe().values())
+        load_dense_weights(self.model, self._dense, self.dtype, self._expert_parameters, self._kept)
+        hooks = [
+            module.register_forward_pre_hook(_note_call(self._attention_calls), with_kwargs=True)
+            for module in attention_modules(self.model)
+        ]
+        try:
+            top_k = max(self._probe().values())
+        finally:
+            for hook in hooks:
+                hook.remove()
+        give_up_read_ones(self.model)
+        if self._native_dense:
+            self.compute_natively()
         self._spec = replace(self._spec, num_experts_per_tok=top_k)
+
+    def compute_natively(self) -> None:
+        """From here on norms, attention and dense products of few tokens are the native kernels', in RAM."""
+        use_native_linears(self.model)
+        with torch.inference_mode():
+            use_native_norms(self.model)
+            use_native_attention(self.model, self._attention_calls, self.dtype)
 
     def _probe(self) -> dict[int, int]:
         """The top-k of each MoE layer, from one token through experts that only say that they ran.
@@ -227,6 +259,15 @@ class TransformersAdapter:
             why,
             "Please report it with the model's name.",
         )
+
+
+def _note_call(calls: dict[nn.Module, AttentionCall]) -> Callable[[nn.Module, Any, dict[str, Any]], None]:
+    def note(module: nn.Module, given: Any, arguments: dict[str, Any]) -> None:
+        if not given:
+            rest = {name: value for name, value in arguments.items() if name != "hidden_states"}
+            calls[module] = AttentionCall(rest)
+
+    return note
 
 
 class _Probe:

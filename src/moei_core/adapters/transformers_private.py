@@ -67,14 +67,24 @@ class Source:
     transpose: str
 
 
+@dataclass(frozen=True, slots=True)
+class MappedCheckpoint:
+    """Where checkpoint tensors go. wanted: the sources of the parameters asked for.
+
+    dense: all other names with their parameter's. converted: those of them that are more than renamed.
+    """
+
+    wanted: dict[str, Source]
+    dense: dict[str, str]
+    converted: frozenset[str]
+
+
 class UnknownConversionError(Exception):
     """A checkpoint conversion that cannot be undone tensor by tensor; the argument names its operations."""
 
 
-def map_checkpoint(
-    model: PreTrainedModel, names: Iterable[str], wanted: Iterable[str]
-) -> tuple[dict[str, Source], dict[str, str]]:
-    """Which checkpoint tensors make up each parameter of ``wanted``; the other names with their parameter's.
+def map_checkpoint(model: PreTrainedModel, names: Iterable[str], wanted: Iterable[str]) -> MappedCheckpoint:
+    """Which checkpoint tensors make up each parameter of ``wanted``, and where the others go.
 
     Names that the model's class ignores (multi-token prediction layers) are in neither.
 
@@ -89,6 +99,7 @@ def map_checkpoint(
     targets = set(wanted)
     found: dict[str, dict[str, list[str]]] = {}
     dense: dict[str, str] = {}
+    converted: set[str] = set()
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
@@ -98,7 +109,20 @@ def map_checkpoint(
             found.setdefault(target, {}).setdefault(pattern or "", []).append(name)
         elif target in state or not any(pattern.search(name) for pattern in ignored):
             dense[name] = target
-    return {target: _source(converter_of, pieces) for target, pieces in found.items()}, dense
+            if pattern is not None:
+                converted.add(name)
+    sources = {target: _source(converter_of, pieces) for target, pieces in found.items()}
+    return MappedCheckpoint(sources, dense, frozenset(converted))
+
+
+def tied_parameters(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """For each parameter that shares its weights: the others that do."""
+    groups: dict[str, set[str]] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        group = groups.setdefault(source, {source})
+        group.add(target)
+        groups[target] = group
+    return {name: tuple(sorted(group - {name})) for name, group in groups.items()}
 
 
 def _source(converter_of: Mapping[str, WeightConverter], pieces: Mapping[str, list[str]]) -> Source:

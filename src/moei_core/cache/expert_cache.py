@@ -70,6 +70,12 @@ class ExpertCache:
         """What one expert of ``layer`` takes of the capacity."""
         return 1 if self.expert_nbytes is None else self.expert_nbytes[layer]
 
+    @property
+    def room(self) -> int:
+        """How many more experts (of the largest size) may become resident before one must go."""
+        largest = 1 if self.expert_nbytes is None else max(self.expert_nbytes.values())
+        return max(0, self.capacity - self._used) // largest
+
     def touch(
         self, access: LayerAccess, keys: tuple[ExpertKey, ...]
     ) -> tuple[list[ExpertKey], list[ExpertKey]]:

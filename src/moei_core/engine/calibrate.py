@@ -86,10 +86,10 @@ def _measure(model: LoadedModel, clock: _LayerClock, tokens: int) -> FrameworkCo
 
     prompt = [(7 * number + 3) % vocabulary for number in range(chunk)]
     model.scheduler.request_start()
-    run(prompt, Phase.PREFILL)  # loads every expert that it meets
+    first, _, _ = run(prompt, Phase.PREFILL)  # loads every expert that it meets, few bytes
     cache.clear()
     touched_before = model.scheduler.statistics.hits + model.scheduler.statistics.misses
-    _, prefill_layers, prefill_experts = run(prompt, Phase.PREFILL)
+    again, prefill_layers, prefill_experts = run(prompt, Phase.PREFILL)
     touched = model.scheduler.statistics.hits + model.scheduler.statistics.misses - touched_before
     steps = [run([(11 * number) % vocabulary], Phase.DECODE) for number in range(_WARM_UP + tokens)][
         _WARM_UP:
@@ -104,6 +104,7 @@ def _measure(model: LoadedModel, clock: _LayerClock, tokens: int) -> FrameworkCo
         prefill_layer=(prefill_layers - prefill_experts) / layers,
         prefill_expert=prefill_experts / max(1, touched),
         sampling=_sampling_seconds() / _VOCABULARY,
+        first_pass=max(0.0, first - again),
         process_nbytes=max(0, resident_memory() - weights),
         source=f"{model.folder.name}, {torch.get_num_threads()} threads",
     )

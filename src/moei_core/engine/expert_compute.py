@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from moei_core.adapters.skeleton import TORCH_DTYPES
+from moei_core.quant import native
 from moei_core.quant.formats import FORMATS, decode
 from moei_core.quant.layouts import from_layout
 from moei_core.store.base import ExpertLayout, StoredTensor
@@ -62,13 +63,14 @@ ExpertWeights = dict[str, list[torch.Tensor | Blocks]]
 class HeldExpert:
     """An expert that is complete in its slot. address: of the slot. kind: equal for experts stored alike."""
 
-    __slots__ = ("_weights", "address", "key", "kind", "layout", "parts", "view")
+    __slots__ = ("_weights", "address", "key", "kind", "layout", "native", "parts", "view")
 
     def __init__(
         self, key: ExpertKey, layout: ExpertLayout, view: memoryview, address: int, kind: int
     ) -> None:
         self.key, self.layout, self.view, self.address, self.kind = key, layout, view, address, kind
         self.parts: NDArray[np.int64] | None = None
+        self.native: native.ExpertParts | None = None
         """Addresses of its parts, once the native kernels have asked for them."""
         self._weights: ExpertWeights | None = None
 

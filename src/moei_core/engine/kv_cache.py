@@ -7,60 +7,10 @@ window), so a turn can reuse any prefix of the turns before.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-_STEP = 256
-"""Tokens by which a layer grows at least; it doubles until it has reached the context."""
-
-
-class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """Keys and values [batch, heads, tokens, head_dim] in buffers longer than what they hold."""
-
-    is_sliding = False
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._length = 0
-        self.keys: torch.Tensor
-        self.values: torch.Tensor
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_empty((*key_states.shape[:-2], 0, key_states.shape[-1]))
-        self.values = value_states.new_empty((*value_states.shape[:-2], 0, value_states.shape[-1]))
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, end = self._length, self._length + key_states.shape[-2]
-        if end > self.keys.shape[-2]:
-            self.keys = _grown(self.keys, start, end)
-            self.values = _grown(self.values, start, end)
-        self.keys[..., start:end, :] = key_states
-        self.values[..., start:end, :] = value_states
-        self._length = end
-        return self.keys[..., :end, :], self.values[..., :end, :]
-
-    def get_seq_length(self) -> int:
-        return self._length
-
-    def cut_to(self, length: int) -> None:
-        """Forget everything after the first ``length`` tokens."""
-        self._length = min(self._length, length)
-
-
-def _grown(buffer: torch.Tensor, used: int, needed: int) -> torch.Tensor:
-    capacity = max(needed, 2 * buffer.shape[-2], _STEP)
-    larger = buffer.new_empty((*buffer.shape[:-2], capacity, buffer.shape[-1]))
-    larger[..., :used, :] = buffer[..., :used, :]
-    return larger
+from moei_core.adapters.growing_layer import GrowingLayer
 
 
 class ConversationCache:

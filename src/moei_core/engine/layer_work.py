@@ -1,4 +1,8 @@
-"""``LayerWork``: the rows of one layer of one forward pass, computed expert by expert and summed in a fixed order."""
+"""The rows of one layer of one forward pass, computed expert by expert and summed in a fixed order.
+
+``LayerWork`` is the general way. ``TokenWork`` is the short one that decoding takes when all is in memory; it gives
+the same bits.
+"""
 
 from __future__ import annotations
 
@@ -70,6 +74,53 @@ class LayerWork:
         for column in range(1, self.top_k):
             total += columns[:, column]
         return total.to(self.hidden_states.dtype)
+
+
+class TokenWork:
+    """One layer of one token: one native call if its experts are all here, else ``LayerWork``.
+
+    Each of the token's experts must be named once.
+    """
+
+    tokens = 1
+
+    def __init__(
+        self,
+        module: Any,
+        hidden_states: torch.Tensor,
+        weights: dict[int, float],
+        kernel: Callable[[HeldExpert], NativeExperts | None],
+    ) -> None:
+        """hidden_states: [1, hidden]. weights: by expert, ascending."""
+        self._module, self._hidden_states, self._kernel, self._weights = (
+            module,
+            hidden_states,
+            kernel,
+            weights,
+        )
+        self._general: LayerWork | None = None
+        self._total: torch.Tensor | None = None
+
+    def compute(self, experts: Sequence[HeldExpert]) -> None:
+        """The outputs of some experts, ascending in each call."""
+        if self._general is None and len(experts) == len(self._weights):
+            kernel = self._kernel(experts[0])
+            alike = all(expert.kind == experts[0].kind for expert in experts)
+            if kernel is not None and alike and not getattr(self._module, "has_post_expert_norm", False):
+                self._total = kernel.token(experts, list(self._weights.values()), self._hidden_states)
+                return
+        if self._general is None:
+            index = torch.tensor([list(self._weights)])
+            weights = torch.tensor([list(self._weights.values())])
+            self._general = LayerWork(self._module, self._hidden_states, index, weights, self._kernel)
+        self._general.compute(experts)
+
+    def total(self) -> torch.Tensor:
+        """[1, hidden]: the weighted outputs of the token's experts, summed in ascending expert order."""
+        if self._total is not None:
+            return self._total
+        assert self._general is not None
+        return self._general.total()
 
 
 def _rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, list[int]]:

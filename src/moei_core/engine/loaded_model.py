@@ -18,7 +18,7 @@ from moei_core.adapters.skeleton import experts_modules
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.cache.expert_cache import CacheStatistics, ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES, CachePolicy
-from moei_core.config import ExpertBudget, GenerationSettings
+from moei_core.config import FULL_OVERLAP, ExpertBudget, GenerationSettings, Overlap
 from moei_core.engine.device_compute import decoded_nbytes, why_not
 from moei_core.engine.device_slots import DeviceSlots, LinkedSlotPool
 from moei_core.engine.devices import Device
@@ -65,8 +65,8 @@ class LoadOptions:
 
     policy: a name of ``POLICIES``. dtype: ``float32``, ``bfloat16``, ``float16`` or None for the checkpoint's.
     predictor: a name of ``PREDICTORS`` to prefetch by, a file of ``moei trace train``, or None. prefetch: when to
-    follow it. device: of ``DEVICES``; ``auto`` is a GPU if there is one that the model fits on. vram: bytes of its
-    memory. misses: of ``MISSES``.
+    follow it. overlap: how moving and computing share the time. device: of ``DEVICES``; ``auto`` is a GPU if there is
+    one that the model fits on. vram: bytes of its memory. misses: of ``MISSES``.
     """
 
     ram: int | None = None
@@ -76,6 +76,7 @@ class LoadOptions:
     dtype: str | None = None
     predictor: str | None = None
     prefetch: PrefetchMode = PrefetchMode.AUTO
+    overlap: Overlap = FULL_OVERLAP
     device: str = "auto"
     vram: int | None = None
     misses: str = "auto"
@@ -100,7 +101,7 @@ class LoadedModel:
         make_policy = _policy(options.policy)
         make_predictor = _predictor(options.predictor)
         self.folder = folder
-        self.adapter = TransformersAdapter(folder, _dtype(options.dtype))
+        self.adapter = TransformersAdapter(folder, _dtype(options.dtype), native_dense=device is None)
         self.spec: ModelSpec = self.adapter.spec()
         threads = compute_threads(self.spec)
         self.context = _context(self.adapter.config.get_text_config(), options.context)
@@ -116,6 +117,8 @@ class LoadedModel:
             self._no_device = ""
             if device is not None:
                 self._move_dense(device, options, store, slot_nbytes)
+                if self.device_budget is None:
+                    self.adapter.compute_natively()
             use = self._memory_use(resident_memory(), slot_nbytes)
             if self.device_budget is not None:
                 use = replace(use, kv=0, dense=0)
@@ -133,21 +136,32 @@ class LoadedModel:
             predictor = (
                 make_predictor(self.spec.num_experts) if make_predictor and self.budget.spare else None
             )
+            streamed = self.spec.num_experts if options.overlap.stream else None
+            if native.available():
+                native.set_num_threads(physical_cores())
             self.scheduler: ExpertScheduler
             self.runtime: ExpertRuntime
             if device is None or self.device_budget is None:
-                self.scheduler = ExpertScheduler(cache, self.budget.working, predictor, options.prefetch)
+                self.scheduler = ExpertScheduler(
+                    cache, self.budget.working, predictor, options.prefetch, num_experts=streamed
+                )
                 pool = SlotPool(self.budget.slots, slot_nbytes)
-                self.runtime = ExpertRuntime(store, pool, self.scheduler, self.budget.spare, threads)
+                self.runtime = ExpertRuntime(
+                    store, pool, self.scheduler, self.budget.spare, threads, options.overlap
+                )
             else:
                 linked = LinkedSlotPool(self.budget.slots, slot_nbytes, device)
                 slots = DeviceSlots(device, self.device_budget.resident, RING_SLOTS, slot_nbytes)
                 costs = costs or measure_costs(device, slots, linked, threads)
                 front = make_policy(self.device_budget.resident, self.spec.num_experts)
                 tier = device_tier(self.device_budget, front, self.spec, options.misses, costs)
-                tiers = TieredScheduler(cache, self.budget.working, tier, predictor, options.prefetch)
+                tiers = TieredScheduler(
+                    cache, self.budget.working, tier, predictor, options.prefetch, num_experts=streamed
+                )
                 self.scheduler = tiers
-                self.runtime = TieredRuntime(store, linked, tiers, device, slots, self.budget.spare, threads)
+                self.runtime = TieredRuntime(
+                    store, linked, tiers, device, slots, self.budget.spare, threads, options.overlap
+                )
             least = self.budget.working + self.budget.spare
             self.runtime.governor = MemoryGovernor(self.budget.slots, least, slot_nbytes)
             self.runtime.hinter = hinter
@@ -305,14 +319,21 @@ class LoadedModel:
 
 
 def compute_threads(spec: ModelSpec) -> int:
-    """How many threads compute: a property of model and machine, never of a budget (other counts round otherwise).
+    """How many threads torch computes with: a property of model and machine, never of a budget (other counts round
+    otherwise).
 
-    Products of small experts are over before a second thread has woken up.
+    Products of small experts are over before a second thread has woken up. The native kernels decide that for each
+    call, and give the same bits with any number of threads.
     """
+    return physical_cores() if max(spec.expert_nbytes.values()) >= _WORTH_SHARING else 1
+
+
+def physical_cores() -> int:
+    """Cores that this process may use."""
     cores = psutil.cpu_count(logical=False) or 1
     if hasattr(os, "sched_getaffinity"):
         cores = min(cores, len(os.sched_getaffinity(0)))
-    return cores if max(spec.expert_nbytes.values()) >= _WORTH_SHARING else 1
+    return cores
 
 
 def _policy(name: str) -> Callable[[int, Mapping[int, int]], CachePolicy]:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from moei_core.adapters.dense_linear import TYPES
 from moei_core.engine.expert_compute import HeldExpert
 from moei_core.errors import UsageError
 from moei_core.quant import native
@@ -59,6 +60,24 @@ class NativeExperts:
         out = torch.empty((len(rows), inputs.shape[-1]), dtype=torch.float32)
         self.ffn(parts, offsets, rows, inputs.numpy(), out.numpy())
         return out
+
+    def token(
+        self, experts: Sequence[HeldExpert], weights: list[float], hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """The outputs for one token times their weights, summed in the order given: [1, hidden], as the input."""
+        out = torch.empty_like(hidden_states)
+        self.ffn.token(
+            [expert.native or self._parts(expert) for expert in experts],
+            weights,
+            TYPES[hidden_states.dtype],
+            hidden_states.data_ptr(),
+            out.data_ptr(),
+        )
+        return out
+
+    def _parts(self, expert: HeldExpert) -> native.ExpertParts:
+        expert.native = native.ExpertParts(*(int(address) for address in self._addresses(expert)))
+        return expert.native
 
     def _addresses(self, expert: HeldExpert) -> NDArray[np.int64]:
         if expert.parts is None:

@@ -4,9 +4,10 @@ Exactness: every expert's output goes to rows of its own in a float32 buffer, an
 summed in ascending expert order. So what was resident, and the order in which experts arrived, never changes
 a bit of the result.
 
-Order (reordered execution: ProMoE, arXiv 2410.22134, section 4): resident experts are computed first while the
-absent ones are on their way, then each as it arrives. An absent expert is asked for as soon as a slot is free,
-in the order of the files.
+Order (reordered execution: ProMoE, arXiv 2410.22134, section 4): resident experts are computed while the absent
+ones are on their way, and each absent one as it arrives, which frees its slot for the next. An absent expert is
+asked for as soon as a slot is free, in the order of the files; when all are, a long prompt streams those of the
+next layer into what becomes free.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from typing import Any
 
 import torch
 
+from moei_core.config import FULL_OVERLAP, Overlap
 from moei_core.engine.expert_compute import HeldExpert, stored_alike
 from moei_core.engine.forced_routing import ForcedRouting
 from moei_core.engine.hints import Hinter
-from moei_core.engine.layer_work import LayerWork
+from moei_core.engine.layer_work import LayerWork, TokenWork
 from moei_core.engine.native_compute import NativeExperts, native_experts
 from moei_core.engine.slots import SlotPool
 from moei_core.engine.transfers import Load, Step, TransferQueue
@@ -34,17 +36,18 @@ from moei_core.store.base import ExpertStore
 from moei_core.trace.format import TraceEvent
 from moei_core.trace.hidden import HiddenSampler
 from moei_core.trace.writer import TraceWriter
-from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase
+from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase, ScoredExpert
 
 
 @dataclass(slots=True)
 class RuntimeStatistics:
     """What carrying plans out has cost. Times in seconds of the engine's thread.
 
-    bytes_read: by demand loads and by complete prefetches. stall_s: waiting for experts. combine_s: gathering
-    rows and summing outputs. layers_s: all that the expert layers took; what is left of it is unexplained.
-    copies, bytes_copied: of experts to a device, those for the next time (promotions) included. device_wait_s:
-    until a device had computed what the router of a layer chose, and with it everything before.
+    bytes_read: of experts, also what was read in vain. bytes_prefetched: of them by complete prefetches. stall_s:
+    waiting for experts. combine_s: gathering rows and summing outputs. layers_s: all that the expert layers took;
+    what is left of it is unexplained. copies, bytes_copied: of experts to a device, those for the next time
+    (promotions) included. device_wait_s: until a device had computed what the router of a layer chose, and with it
+    everything before.
     """
 
     loads: int = 0
@@ -77,6 +80,9 @@ class ExpertRuntime:
     layers are likely to choose. sampler keeps layer inputs for training predictors.
     """
 
+    _short_tokens = True
+    """Whether one token alone takes the short way, ``TokenWork``."""
+
     def __init__(
         self,
         store: ExpertStore,
@@ -84,8 +90,9 @@ class ExpertRuntime:
         scheduler: ExpertScheduler,
         prefetch_slots: int = 0,
         threads: int = 1,
+        overlap: Overlap = FULL_OVERLAP,
     ) -> None:
-        """prefetch_slots: of the pool's slots, those that prefetches arrive in. threads: to compute with.
+        """prefetch_slots: of the pool's slots, those that prefetches arrive in. threads: for torch to compute with.
 
         torch's waiting threads spin: beside the native kernels, which have threads of their own, it gets one
         in decoding. The counts follow the phase and never a budget (other counts may round otherwise).
@@ -100,13 +107,14 @@ class ExpertRuntime:
         self._kinds: dict[tuple[object, ...], int] = {}
         self._kind_of: dict[ExpertKey, int] = {}
         self._kernels: dict[tuple[int, int], NativeExperts | None] = {}
-        self._transfers = TransferQueue(store, pool.view)
+        self._reorder = overlap.reorder
+        self._transfers = TransferQueue(
+            store, pool.view, chunk_nbytes=overlap.chunk_nbytes, preempt=overlap.preempt
+        )
         for _ in range(prefetch_slots):
             self._transfers.add_spare(pool.take())
         self._phase = Phase.PREFILL
         self._threads = {Phase.PREFILL: threads, Phase.DECODE: 1 if native.available() else threads}
-        if native.available():
-            native.set_num_threads(threads)
         self._pass_started = 0.0
         self._pass_stall = 0.0
         self.before_access: Callable[[], None] | None = None
@@ -138,7 +146,7 @@ class ExpertRuntime:
             self.sampler.begin_pass(tokens)
         if self.routing is not None:
             self.routing.forward_pass(tokens)
-        self._scheduler.forward_pass(phase)
+        self._scheduler.forward_pass(phase, tokens)
 
     def end_pass(self) -> None:
         """The forward pass is complete; a pass that was abandoned ends without."""
@@ -170,18 +178,7 @@ class ExpertRuntime:
             self.recorder.record(layer, top_k_index.numpy(), hints)
         if self.sampler is not None and self.sampler.wants:
             self.sampler.record(layer, hidden_states[self.sampler.wants].to(torch.float32).numpy())
-        # Each token's experts ascending: column order is then the order of summation.
-        index, order = torch.sort(top_k_index, dim=-1)
-        scale = torch.gather(top_k_weights, -1, order)
-        work = self._work(module, hidden_states, index, scale)
-        access = LayerAccess(
-            layer,
-            tuple(work.rows),
-            tuple(len(positions) for positions in work.rows.values()),
-            self._phase,
-            hints,
-            named,
-        )
+        work, access = self._gather(module, layer, hidden_states, top_k_index, top_k_weights, hints, named)
         gathered = time.perf_counter()
         plan = self._scheduler.access(access)
         decided = time.perf_counter()
@@ -197,6 +194,36 @@ class ExpertRuntime:
         spent.decide_s += decided - gathered
         spent.layers_s += ended - started
         return total
+
+    def _gather(
+        self,
+        module: Any,
+        layer: int,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        hints: tuple[ScoredExpert, ...],
+        named: tuple[int, ...],
+    ) -> tuple[LayerWork | TokenWork, LayerAccess]:
+        """What is to be computed and what that needs. Each token's experts ascending: the order of summation."""
+        width = top_k_index.shape[-1]
+        if (
+            self._short_tokens
+            and len(named) == width
+            and len(set(named)) == width
+            and hidden_states.is_contiguous()
+        ):
+            weights = dict(sorted(zip(named, top_k_weights[0].tolist(), strict=True)))
+            experts = tuple(weights)
+            return (
+                TokenWork(module, hidden_states, weights, lambda expert: self._kernel(module, expert)),
+                LayerAccess(layer, experts, (1,) * width, self._phase, hints, named),
+            )
+        index, order = torch.sort(top_k_index, dim=-1)
+        scale = torch.gather(top_k_weights, -1, order)
+        work = self._work(module, hidden_states, index, scale)
+        counts = tuple(len(positions) for positions in work.rows.values())
+        return work, LayerAccess(layer, tuple(work.rows), counts, self._phase, hints, named)
 
     def resize(self, slots: int) -> None:
         """Hold at most ``slots`` experts from now on, at most as many as the pool was made for.
@@ -215,30 +242,44 @@ class ExpertRuntime:
     ) -> LayerWork:
         return LayerWork(module, hidden_states, index, scale, lambda expert: self._kernel(module, expert))
 
-    def _carry_out(self, plan: FetchPlan, work: LayerWork) -> None:
+    def _carry_out(self, plan: FetchPlan, work: LayerWork | TokenWork) -> None:
         """The waves in one flow: what a wave evicts is never needed by this access, so it can go at once, and
         each expert that does not stay makes room for the next."""
         for key in plan.cancel:
-            self._transfers.cancel(key)
+            self.statistics.bytes_read += self._transfers.cancel(key)
         for wave in plan.waves:
             for key in wave.evict:
                 self._forget(key)
         loads = [key for wave in plan.waves for key in wave.load]
+        arriving = len(loads)
         leaving = {key for wave in plan.waves for key in wave.release}
         absent = deque(sorted((key for key in loads if not self._promote(key)), key=self._place_on_disk))
-        self._ask(absent, plan.prefetch)
-        if plan.hits:
-            # Only the first wave can be without loads: it holds what is resident.
-            self._compute(work, plan.waves[0].compute)
-        for _ in loads:
-            key = self._arrival()
-            self._compute(work, (key,))
-            if key in leaving:
-                self._forget(key)
-            if absent:
-                self._ask(absent, plan.prefetch)
+        # Only the first wave can be without loads: it holds what is resident.
+        resident = plan.waves[0].compute if plan.hits else ()
+        # One call for all is fastest, but while a prompt computes slots must become free as experts arrive.
+        batch = 1 if loads and work.tokens > 1 else len(resident)
+        looking_ahead = False
+        while True:
+            self._ask(absent)
+            if not absent and not looking_ahead:
+                looking_ahead = True
+                self._transfers.prefetch(plan.prefetch)
+                self._transfers.stream(sorted(plan.stream, key=self._place_on_disk))
+            while looking_ahead and plan.stream and self._pool.free > self._prefetch_slots:
+                self._transfers.lend(self._pool.take())
+            if arriving and (self._transfers.has_ready or not resident or not self._reorder):
+                key = self._arrival()
+                arriving -= 1
+                self._compute(work, (key,))
+                if key in leaving:
+                    self._forget(key)
+            elif resident:
+                self._compute(work, resident[:batch])
+                resident = resident[batch:]
+            else:
+                break
 
-    def _compute(self, work: LayerWork, keys: Iterable[ExpertKey]) -> None:
+    def _compute(self, work: LayerWork | TokenWork, keys: Iterable[ExpertKey]) -> None:
         started = time.perf_counter()
         work.compute([self._held[key] for key in keys])
         self.statistics.expert_compute_s += time.perf_counter() - started
@@ -260,22 +301,29 @@ class ExpertRuntime:
         self._held[load.key] = HeldExpert(load.key, layout, load.view, self._pool.address(load.slot), kind)
 
     def _promote(self, key: ExpertKey) -> bool:
-        """Whether ``key`` was being prefetched; then it is demanded now, and the queue gets another spare."""
-        slot = self._transfers.promote(key)
-        if slot is None:
+        """Whether ``key`` was on its way; then it is demanded now, and the queue gets another spare."""
+        load = self._transfers.promote(key)
+        if load is None:
             return False
-        self._slots[key] = slot
-        self._transfers.add_spare(self._pool.take())
+        self._slots[key] = load.slot
+        if not load.borrowed:
+            self._transfers.add_spare(self._pool.take())
         return True
 
-    def _ask(self, absent: deque[ExpertKey], wishes: tuple[ExpertKey, ...]) -> None:
-        """Demand as many of ``absent`` as there are free slots for; when that is all, prefetching may begin."""
+    def _ask(self, absent: deque[ExpertKey]) -> None:
+        """Demand as many of ``absent`` as there are free slots for."""
+        if not absent:
+            return
+        nothing_to_come = not self._pool.free and len(self._slots) == len(self._held)
+        self._take_returned(wait=nothing_to_come)
         while absent and self._pool.free:
             key = absent.popleft()
             self._slots[key] = self._pool.take()
             self._transfers.demand(key, self._slots[key])
-        if not absent:
-            self._transfers.prefetch(wishes)
+
+    def _take_returned(self, wait: bool = False) -> None:
+        for slot in self._transfers.take_returned(wait):
+            self._pool.give_back(slot)
 
     def _arrival(self) -> ExpertKey:
         """The next demanded expert that is complete. Raises: what reading it has raised."""
@@ -292,8 +340,8 @@ class ExpertRuntime:
 
     def _settle_prefetches(self) -> None:
         """Tell the scheduler what became of prefetches, in order. Raises: what reading one of them has raised."""
-        for slot in self._transfers.take_returned():
-            self._pool.give_back(slot)
+        self._transfers.end_stream()
+        self._take_returned()
         failure: Exception | None = None
         for step, load in self._transfers.take_events():
             key = load.key
@@ -336,8 +384,7 @@ class ExpertRuntime:
     def _reconcile(self) -> None:
         """After a plan was abandoned: make cache and slots agree again on what is really here."""
         self._transfers.abandon_demand()
-        for slot in self._transfers.take_returned():
-            self._pool.give_back(slot)
+        self._take_returned()
         for key in self._scheduler.residents():
             if key not in self._held:
                 self._scheduler.cancel_load(key)

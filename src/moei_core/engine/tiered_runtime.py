@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from moei_core.config import FULL_OVERLAP, Overlap
 from moei_core.engine.device_compute import DeviceExpert, FewTokenExperts, few_token_experts
 from moei_core.engine.device_slots import DeviceSlots, LinkedSlotPool
 from moei_core.engine.devices import Device
-from moei_core.engine.layer_work import LayerWork
+from moei_core.engine.layer_work import LayerWork, TokenWork
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.tiered_work import TieredWork
 from moei_core.store.base import ExpertStore
@@ -28,6 +29,8 @@ from moei_core.types import DevicePlan, ExpertKey, FetchPlan
 class TieredRuntime(ExpertRuntime):
     """Carries out the plans of a ``TieredScheduler``: those for RAM as ever, those for the device beside them."""
 
+    _short_tokens = False
+
     def __init__(
         self,
         store: ExpertStore,
@@ -37,8 +40,9 @@ class TieredRuntime(ExpertRuntime):
         slots: DeviceSlots,
         prefetch_slots: int = 0,
         threads: int = 1,
+        overlap: Overlap = FULL_OVERLAP,
     ) -> None:
-        super().__init__(store, pool, scheduler, prefetch_slots, threads)
+        super().__init__(store, pool, scheduler, prefetch_slots, threads, overlap)
         self.device = device
         self._linked_pool, self._tiers, self._device_slots = pool, scheduler, slots
         self._on_device: dict[ExpertKey, DeviceExpert] = {}
@@ -81,7 +85,7 @@ class TieredRuntime(ExpertRuntime):
             self._few[name] = few_token_experts(module, expert.layout, self.device.kernels)
         return self._few[name]
 
-    def _carry_out(self, plan: FetchPlan, work: LayerWork) -> None:
+    def _carry_out(self, plan: FetchPlan, work: LayerWork | TokenWork) -> None:
         assert plan.device is not None and isinstance(work, TieredWork)
         self._device_plan = plan.device
         for key in plan.device.evict:
@@ -91,7 +95,7 @@ class TieredRuntime(ExpertRuntime):
         self.statistics.expert_compute_s += time.perf_counter() - started
         super()._carry_out(plan, work)
 
-    def _compute(self, work: LayerWork, keys: Iterable[ExpertKey]) -> None:
+    def _compute(self, work: LayerWork | TokenWork, keys: Iterable[ExpertKey]) -> None:
         """Experts that are complete in RAM: each goes to the device or is computed here."""
         assert isinstance(work, TieredWork)
         plan, here = self._device_plan, []

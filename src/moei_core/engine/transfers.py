@@ -1,6 +1,7 @@
 """``TransferQueue``: experts on their way from the store to slots, while the model computes.
 
-Demand loads come first, in the order they were asked for. Prefetches use the link only while nothing else is
+Demand loads come first, in the order they were asked for. Then what a long prompt streams: it is all but certain
+to be demanded, so it keeps the link as busy as demand does. Prefetches use the link only while nothing else is
 read, and have one chunk in flight at most, so a demand load never waits for more than that chunk (early
 preemption: ProMoE, arXiv 2410.22134, section 4). Reader threads do the work; what the brain must know is
 handed over as events, in order, when the engine asks for them.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from enum import Enum
 
@@ -36,7 +37,10 @@ class Step(Enum):
 
 @dataclass(eq=False, slots=True)
 class Load:
-    """One expert on its way to ``slot``. waiting: chunks that no thread has begun. missing: not read yet."""
+    """One expert on its way to ``slot``. waiting: chunks that no thread has begun. missing: not read yet.
+
+    borrowed: streamed into a slot that is lent; neither its start nor its end is an event.
+    """
 
     key: ExpertKey
     slot: int
@@ -45,6 +49,7 @@ class Load:
     demand: bool
     waiting: deque[Extent]
     missing: int
+    borrowed: bool = False
     readers: int = 0
     abandoned: bool = False
     settled: bool = False
@@ -61,11 +66,12 @@ class TransferQueue:
         *,
         readers: int = READERS,
         chunk_nbytes: int = CHUNK_NBYTES,
+        preempt: bool = True,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """view: gives the bytes of a slot."""
+        """view: gives the bytes of a slot. chunk_nbytes, preempt: see ``Overlap``."""
         self._store, self._view = store, view
-        self._chunk_nbytes, self._patience_s = chunk_nbytes, patience_s
+        self._chunk_nbytes, self._preempt, self._patience_s = chunk_nbytes, preempt, patience_s
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._news = threading.Condition(self._lock)
@@ -76,6 +82,9 @@ class TransferQueue:
         self._spares: list[int] = []
         self._prefetches: dict[ExpertKey, Load] = {}
         self._current: Load | None = None
+        self._stream: deque[ExpertKey] = deque()
+        self._lent: list[int] = []
+        self._streamed: Load | None = None
         self._events: deque[tuple[Step, Load]] = deque()
         self._returned: list[int] = []
         self._progress = 0.0
@@ -100,18 +109,40 @@ class TransferQueue:
         Raises: ExpertReadError when no read has made progress for a long time.
         """
         with self._lock:
-            while not self._ready:
-                left = self._progress + self._patience_s - time.monotonic()
-                if left <= 0:
-                    raise self._hanging()
-                self._news.wait(left)
+            self._wait_for(self._ready)
             return self._ready.popleft()
+
+    @property
+    def has_ready(self) -> bool:
+        """Whether ``next_ready`` would not wait."""
+        return bool(self._ready)
 
     def prefetch(self, keys: Iterable[ExpertKey]) -> None:
         """Replace what is wished for: taken in this order while the link is idle and there is a spare slot."""
         with self._lock:
             self._wishes = deque(keys)
-            self._work.notify()
+            # A thread woken for nothing would still take the interpreter's lock from whoever computes.
+            if self._wishes:
+                self._work.notify()
+
+    def stream(self, keys: Iterable[ExpertKey]) -> None:
+        """Read these in this order into lent slots, as fast as the link is, while no demand waits for a reader."""
+        with self._lock:
+            self._stream = deque(keys)
+            self._work.notify_all()
+
+    def lend(self, slot: int) -> None:
+        """Give the queue a free slot to stream into. ``end_stream`` returns it if it was not needed."""
+        with self._lock:
+            self._lent.append(slot)
+            self._work.notify_all()
+
+    def end_stream(self) -> None:
+        """Begin no further streamed expert; slots that none has come back by ``take_returned``."""
+        with self._lock:
+            self._stream.clear()
+            self._returned += self._lent
+            self._lent.clear()
 
     def add_spare(self, slot: int) -> None:
         """Give the queue a slot to prefetch into."""
@@ -135,7 +166,7 @@ class TransferQueue:
                     self._spares.append(load.slot)
             return events
 
-    def promote(self, key: ExpertKey) -> int | None:
+    def promote(self, key: ExpertKey) -> Load | None:
         """Make the prefetch of ``key``, if there is one, a demand load; its slot is then the caller's."""
         with self._lock:
             load = self._withdraw(key)
@@ -148,17 +179,22 @@ class TransferQueue:
             elif load.waiting:
                 self._demand.appendleft(load)
                 self._work.notify(len(load.waiting))
-            return load.slot
+            return load
 
-    def cancel(self, key: ExpertKey) -> None:
-        """Forget the prefetch of ``key``; its slot is a spare again once no thread writes to it."""
+    def cancel(self, key: ExpertKey) -> int:
+        """Forget the prefetch of ``key``; its slot is free again once no thread writes to it. Returns the bytes
+        that were begun in vain."""
         with self._lock:
             load = self._withdraw(key)
-            if load is not None:
-                self._abandon(load)
+            if load is None:
+                return 0
+            begun = load.nbytes - sum(chunk.nbytes for chunk in load.waiting)
+            self._abandon(load)
+            return begun
 
     def abandon_demand(self) -> None:
-        """Forget all demand loads and wait, but not for a read that hangs, until no thread writes to their slots.
+        """Forget all demand loads and what is streamed, and wait, but not for a read that hangs, until no thread
+        writes to their slots.
 
         ``take_returned`` gives the slots, also those that come back later.
         """
@@ -166,15 +202,26 @@ class TransferQueue:
             self._demand.clear()
             self._returned += [load.slot for load in self._ready]
             self._ready.clear()
-            for load in [load for load in self._active if load.demand]:
+            self._returned += self._lent
+            self._lent.clear()
+            self._stream.clear()
+            streamed = [key for key, load in self._prefetches.items() if load.borrowed]
+            gone = [load for load in self._active if load.demand]
+            for load in [*gone, *filter(None, map(self._withdraw, streamed))]:
                 self._abandon(load)
             until = time.monotonic() + _CLOSING_S
-            while any(load.demand for load in self._active) and time.monotonic() < until:
+            while any(load.abandoned for load in self._active) and time.monotonic() < until:
                 self._news.wait(until - time.monotonic())
 
-    def take_returned(self) -> list[int]:
-        """The slots of abandoned demand loads that are free by now."""
+    def take_returned(self, wait: bool = False) -> list[int]:
+        """The slots of abandoned demand loads and of ended streams that are free by now.
+
+        wait: until there is one. Raises: ExpertReadError when no read has made progress for a long time.
+        """
         with self._lock:
+            if wait:
+                self._progress = time.monotonic()
+                self._wait_for(self._returned)
             slots, self._returned = self._returned, []
             return slots
 
@@ -189,6 +236,13 @@ class TransferQueue:
         if not any(thread.is_alive() for thread in self._threads):
             self._store.close()
 
+    def _wait_for(self, things: Sized) -> None:
+        while not things:
+            left = self._progress + self._patience_s - time.monotonic()
+            if left <= 0:
+                raise self._hanging()
+            self._news.wait(left)
+
     def _new(self, key: ExpertKey, slot: int, demand: bool) -> Load:
         layout = self._store.layout(key)
         pieces = deque(chunks(layout, self._chunk_nbytes))
@@ -201,9 +255,14 @@ class TransferQueue:
         load = self._prefetches.pop(key, None)
         if load is not None and load.settled:
             self._events = deque(event for event in self._events if event[1] is not load)
+        self._leave_link(load)
+        return load
+
+    def _leave_link(self, load: Load | None) -> None:
         if load is self._current:
             self._current = None
-        return load
+        if load is self._streamed:
+            self._streamed = None
 
     def _abandon(self, load: Load) -> None:
         load.abandoned = True
@@ -215,15 +274,14 @@ class TransferQueue:
         """No thread writes to the slot any more, and none will."""
         load.settled = True
         self._active.discard(load)
-        if load is self._current:
-            self._current = None
-        if load.abandoned and load.demand:
+        self._leave_link(load)
+        if load.abandoned and (load.demand or load.borrowed):
             self._returned.append(load.slot)
         elif load.abandoned:
             self._spares.append(load.slot)
         elif load.demand:
             self._ready.append(load)
-        else:
+        elif not load.borrowed:
             self._events.append((Step.FINISHED if load.failure is None else Step.FAILED, load))
         self._work.notify()
         self._news.notify_all()
@@ -253,6 +311,7 @@ class TransferQueue:
                 if failure is not None and load.failure is None:
                     load.failure = failure
                     load.waiting.clear()
+                    self._leave_link(load)
                     if load in self._demand:
                         self._demand.remove(load)
                 if load.readers == 0 and not load.waiting:
@@ -262,15 +321,27 @@ class TransferQueue:
         """Waits for something to read. None: the queue is closing."""
         with self._lock:
             while not self._closing:
-                load = self._demand[0] if self._demand else self._idle_link_task()
+                load = self._demand[0] if self._demand else self._stream_task() or self._idle_link_task()
+                if not self._preempt and self._current is not None and self._current.waiting:
+                    load = self._current
                 if load is not None:
                     chunk = load.waiting.popleft()
                     if load.demand and not load.waiting:
                         self._demand.popleft()
+                    if not load.waiting and load is self._streamed:
+                        self._streamed = None
                     load.readers += 1
                     return load, chunk
                 self._work.wait()
             return None
+
+    def _stream_task(self) -> Load | None:
+        """A streamed expert with a chunk left to read."""
+        if self._streamed is None and self._stream and self._lent:
+            load = self._new(self._stream.popleft(), self._lent.pop(), demand=False)
+            load.borrowed = True
+            self._streamed = self._prefetches[load.key] = load
+        return self._streamed
 
     def _idle_link_task(self) -> Load | None:
         """A prefetch that may use the link now: only while nothing at all is being read."""

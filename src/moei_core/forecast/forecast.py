@@ -131,7 +131,9 @@ def forecast(
     }
     cold, warm = (
         {
-            name: _prefill(shape, form, speeds, routing, residency, prompt_tokens, name, cold=is_cold)
+            name: _prefill(
+                shape, form, speeds, routing, residency, budget.slots, prompt_tokens, name, cold=is_cold
+            )
             for name in ("low", "value", "high")
         }
         for is_cold in (True, False)
@@ -161,38 +163,47 @@ def _decode(
 ) -> Parts:
     """Seconds of one token. bound: which end of the disk's range."""
     cost, layers, lookups = speeds.framework, shape.moe_layers, shape.top_k
-    one = 3 * speeds.product(form, shape.expert_weights / 3, 1) + cost.expert
+    times = ExpertTimes.of(shape, form, speeds, 1)
     attention = position * shape.kv_nbytes_per_token / speeds.memory_bandwidth
     framework = shape.layers * cost.layer + cost.token + cost.sampling * shape.vocab_size
-    wait = 0.0
-    for missing in range(1, lookups + 1):
+    wait = computing = 0.0
+    for missing in range(lookups + 1):
         chance = math.comb(lookups, missing) * (1 - hit) ** missing * hit ** (lookups - missing)
-        wait += chance * _wait(shape, form, speeds, missing, lookups, one, bound)
-    return Parts(
-        layers * wait,
-        layers * lookups * one,
-        _dense(shape, speeds, 1, 1) + attention,
-        framework,
-    )
+        reading = speeds.read(shape.expert_nbytes(form), missing)
+        wait += chance * times.wait(lookups - missing, missing, getattr(reading, bound))
+        computing += chance * times.computing(lookups - missing, missing)
+    return Parts(layers * wait, layers * computing, _dense(shape, speeds, 1, 1) + attention, framework)
 
 
-def _wait(
-    shape: ModelShape,
-    form: StorageFormat,
-    speeds: Speeds,
-    missing: float,
-    used: float,
-    one: float,
-    bound: str,
-) -> float:
-    """Seconds that a layer waits which uses ``used`` experts of ``one`` second each, ``missing`` of them absent.
+@dataclass(frozen=True, slots=True)
+class ExpertTimes:
+    """Seconds of computing one expert: one of several that are ``resident``, and one that has just arrived."""
 
-    They arrive one after the other while others are computed; the last is computed after it has arrived.
-    """
-    if not missing:
-        return 0.0
-    reading = float(getattr(speeds.read(shape.expert_nbytes(form), missing), bound))
-    return max(0.0, reading + one - used * one)
+    resident: float
+    arriving: float
+
+    @classmethod
+    def of(cls, shape: ModelShape, form: StorageFormat, speeds: Speeds, tokens: float) -> ExpertTimes:
+        """Of a shape's experts with ``tokens`` tokens each."""
+        return cls(
+            *(
+                speeds.expert(form, shape.expert_weights, tokens, arriving=arrives)
+                for arrives in (False, True)
+            )
+        )
+
+    def computing(self, resident: float, missing: float) -> float:
+        """Seconds of computing a layer's experts."""
+        return resident * self.resident + missing * self.arriving
+
+    def wait(self, resident: float, missing: float, reading: float) -> float:
+        """Seconds that a layer waits whose ``missing`` experts are read in ``reading`` seconds.
+
+        They arrive one after the other while others are computed; the last is computed after it has arrived.
+        """
+        if not missing:
+            return 0.0
+        return max(0.0, reading - self.computing(resident, missing - min(1.0, missing)))
 
 
 def _dense(shape: ModelShape, speeds: Speeds, rows: int, heads: int) -> float:
@@ -209,23 +220,29 @@ def _prefill(
     speeds: Speeds,
     routing: Routing,
     residency: float,
+    slots: int,
     tokens: int,
     bound: str,
     *,
     cold: bool,
 ) -> Parts:
-    """Seconds of a prompt. cold: the cache is empty, so the first chunk reads every expert that it touches."""
+    """Seconds of a prompt. cold: the cache is empty, so the first chunk reads every expert that it touches, into
+    ``slots`` that were never used."""
     cost = speeds.framework
     disk = experts = dense = 0.0
     passes = math.ceil(tokens / PREFILL_CHUNK)
     for number in range(passes):
         rows = min(PREFILL_CHUNK, tokens - number * PREFILL_CHUNK)
         touched = shape.experts * getattr(routing.touched(rows), bound)
-        missing = touched * (1.0 if cold and number == 0 else 1 - residency)
-        a_expert = rows * shape.top_k / touched
-        one = 3 * speeds.product(form, shape.expert_weights / 3, a_expert) + cost.prefill_expert
-        experts += shape.moe_layers * touched * one
-        disk += shape.moe_layers * _wait(shape, form, speeds, missing, touched, one, bound)
+        first = cold and number == 0
+        missing = touched * (1.0 if first else 1 - residency)
+        times = ExpertTimes.of(shape, form, speeds, rows * shape.top_k / touched)
+        experts += shape.moe_layers * times.computing(touched - missing, missing)
+        # An empty cache has slots that were never used, but no more than there are.
+        fresh = min(missing, slots / shape.moe_layers) if first else 0.0
+        reading = getattr(speeds.read(shape.expert_nbytes(form), fresh, fresh=True), bound)
+        reading += getattr(speeds.read(shape.expert_nbytes(form), missing - fresh), bound)
+        disk += shape.moe_layers * times.wait(touched - missing, missing, reading)
         dense += _dense(shape, speeds, rows, 1)
         # Scores and their sums: 4 operations for each pair of positions, head and dimension.
         pairs = rows * (number * PREFILL_CHUNK + rows / 2)
@@ -235,6 +252,7 @@ def _prefill(
         )
         dense += 4 * pairs * width * heads * shape.layers / speeds.arithmetic_rate()
     framework = passes * (shape.layers * cost.prefill_layer + cost.token) + cost.sampling * shape.vocab_size
+    framework += cost.first_pass if cold else 0.0
     return Parts(disk, experts, dense, framework)
 
 

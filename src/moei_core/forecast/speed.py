@@ -3,49 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from moei_core.forecast.formats import FORMATS, StorageFormat
 from moei_core.forecast.routing import Range
-from moei_core.hardware.profile import DiskProfile, Figure, FrameworkCost, HardwareProfile, KernelSpeed
+from moei_core.hardware.profile import DiskProfile, Figure, FrameworkCost, HardwareProfile
 
-ASSUMED_FRAMEWORK = FrameworkCost(0.7e-3, 1.5e-3, 60e-6, 1.2e-3, 150e-6, 1.5e-8, 400 << 20, "assumed")
+ASSUMED_FRAMEWORK = FrameworkCost(0.7e-3, 1.5e-3, 60e-6, 1.2e-3, 150e-6, 1.5e-8, 0.2, 400 << 20, "assumed")
 """Where no small model could be run: what was measured on a laptop-class processor."""
 ASSUMED_DISK_BANDWIDTH = 0.5e9
 """Where no disk could be measured: a SATA solid-state disk, in a range from a spinning to a fast one."""
 _ASSUMED_FLOPS = 50e9
 
 Point = tuple[float, float]
+Table = dict[int, list[Point]]
+"""By number of rows: (logarithm of bytes, logarithm of seconds a byte), ascending."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
     """The times that a forecast adds up. disk: where the model is or would be, None if none was measured.
 
-    measured_formats: of which products were timed; the others are reckoned from the memory's bandwidth.
+    Formats that were not timed are reckoned from the memory's bandwidth.
     """
 
     memory_bandwidth: float
     framework: FrameworkCost
     disk: DiskProfile | None
-    kernels: tuple[KernelSpeed, ...]
-    _tables: dict[str, dict[int, list[Point]]] = field(default_factory=dict)
+    _products: dict[str, Table] = field(default_factory=dict)
+    _resident: dict[str, Table] = field(default_factory=dict)
+    _arriving: dict[str, Table] = field(default_factory=dict)
 
     @classmethod
     def of(cls, profile: HardwareProfile, disk: DiskProfile | None) -> Speeds:
         """The speeds of ``profile`` for a model on ``disk``."""
-        tables: dict[str, dict[int, list[Point]]] = {}
-        for kernel in sorted(profile.kernels, key=lambda kernel: kernel.nbytes):
-            rows = tables.setdefault(kernel.format, {}).setdefault(kernel.rows, [])
-            rows.append((math.log(kernel.nbytes), math.log(kernel.seconds.value / kernel.nbytes)))
         return cls(
             profile.best_memory_bandwidth.value,
             profile.framework or ASSUMED_FRAMEWORK,
             disk,
-            profile.kernels,
-            tables,
+            _tables((one.format, one.rows, one.nbytes, one.seconds.value) for one in profile.kernels),
+            _tables((one.format, one.tokens, one.nbytes, one.resident) for one in profile.experts),
+            _tables((one.format, one.tokens, one.nbytes, one.arriving) for one in profile.experts),
         )
 
     def with_disk_bandwidth(self, bandwidth: float) -> Speeds:
@@ -54,18 +55,30 @@ class Speeds:
             return self
         even = Figure(bandwidth, bandwidth, bandwidth)
         experts = tuple(replace(read, bandwidth=even) for read in self.disk.experts)
-        return replace(self, disk=replace(self.disk, experts=experts, sustained=None))
+        return replace(self, disk=replace(self.disk, experts=experts, sustained=None, fresh=None))
 
     def is_measured(self, form: StorageFormat) -> bool:
-        """Whether products of ``form`` were timed on this machine."""
-        return form.name in self._tables
+        """Whether experts in ``form`` were timed on this machine."""
+        return form.name in self._resident or form.name in self._products
+
+    def expert(self, form: StorageFormat, weights: float, tokens: float, *, arriving: bool) -> float:
+        """Seconds of an expert of so many weights with so many tokens.
+
+        arriving: while others are read, and by itself; otherwise among others that are resident.
+        """
+        nbytes = weights * form.bits / 8
+        table = (self._arriving if arriving else self._resident).get(form.name)
+        call = self.framework.expert if tokens <= 1 else self.framework.prefill_expert
+        if table is not None:
+            return max(call, nbytes * math.exp(_surface(table, nbytes, tokens)))
+        return 3 * self.product(form, weights / 3, tokens) + call
 
     def product(self, form: StorageFormat, weights: float, rows: float) -> float:
         """Seconds of ``rows`` inputs times one matrix of so many weights."""
         if not weights or not rows:
             return 0.0
         nbytes = weights * form.bits / 8
-        table = self._tables.get(form.name)
+        table = self._products.get(form.name)
         if table is not None:
             return nbytes * math.exp(_surface(table, nbytes, rows))
         reading = nbytes / (self.memory_bandwidth * form.share)
@@ -73,7 +86,7 @@ class Speeds:
 
     def _arithmetic(self, weights: float, rows: float) -> float:
         """Seconds of the multiplications alone, as fast as in bf16."""
-        table = self._tables.get("bf16")
+        table = self._products.get("bf16")
         if table is None:
             return 2 * weights * rows / _ASSUMED_FLOPS
         if rows <= min(table):
@@ -83,30 +96,55 @@ class Speeds:
 
     def arithmetic_rate(self) -> float:
         """Operations a second of the largest measured product in bf16."""
-        table = self._tables.get("bf16")
+        table = self._products.get("bf16")
         if table is None:
             return _ASSUMED_FLOPS
         rows = max(table)
         _, per_byte = table[rows][-1]
         return 2 * rows / 2 / math.exp(per_byte)
 
-    def read(self, nbytes: int, count: float) -> Range:
-        """Seconds (fewest, expected, most) of reading ``count`` experts of ``nbytes`` that are missing at once."""
+    def read(self, nbytes: int, count: float, *, fresh: bool = False) -> Range:
+        """Seconds (fewest, expected, most) of reading ``count`` experts of ``nbytes`` that are missing at once.
+
+        fresh: into memory that was never used.
+        """
         if not count:
             return Range(0.0, 0.0, 0.0)
         if self.disk is None:
             seconds = nbytes * count / ASSUMED_DISK_BANDWIDTH
             return Range(seconds / 4, seconds, seconds * 4)
         figure = self.disk.expert_bandwidth(nbytes)
-        # What a disk keeps up is what counts: a burst is over after the first seconds.
-        best = max(read.bandwidth.value for read in self.disk.reads)
-        steady = min(1.0, self.disk.sustained.value / best) if self.disk.sustained is not None else 1.0
+        steady = _steady(self.disk)
         total, value = nbytes * count, figure.value * steady
+        if fresh and self.disk.fresh is not None:
+            value = min(value, self.disk.fresh.value)
         slow = max(figure.low * steady, 0.7 * value)
-        return Range(total / min(figure.high * steady, 1.3 * value), total / value, total / slow)
+        fast = max(value, min(figure.high * steady, 1.3 * value))
+        return Range(total / fast, total / value, total / min(slow, value))
 
 
-def _surface(table: dict[int, list[Point]], nbytes: float, rows: float) -> float:
+def _steady(disk: DiskProfile) -> float:
+    """Which share of its speed a disk keeps up: a burst is over after the first seconds.
+
+    The best of many settings is partly luck, so the others of its size are what the sustained run is compared with.
+    """
+    if disk.sustained is None:
+        return 1.0
+    best = max(disk.reads, key=lambda read: read.bandwidth.value)
+    usual = statistics.median(read.bandwidth.value for read in disk.reads if read.nbytes == best.nbytes)
+    return min(1.0, disk.sustained.value / usual)
+
+
+def _tables(cells: Iterable[tuple[str, int, int, float]]) -> dict[str, Table]:
+    """Tables by format, of (format, rows, bytes, seconds)."""
+    found: dict[str, Table] = {}
+    for name, rows, nbytes, seconds in sorted(cells):
+        points = found.setdefault(name, {}).setdefault(rows, [])
+        points.append((math.log(nbytes), math.log(seconds / nbytes)))
+    return found
+
+
+def _surface(table: Table, nbytes: float, rows: float) -> float:
     """Logarithm of seconds a byte, between the measured sizes and numbers of rows, on logarithmic axes."""
     known = sorted(table)
     values = [(math.log(one), _line(table[one], math.log(nbytes))) for one in known]

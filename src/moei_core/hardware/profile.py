@@ -23,7 +23,7 @@ from moei_core.hardware.gpus import GpuFacts
 from moei_core.hardware.system import CpuFacts, MemoryFacts
 from moei_core.paths import state_dir
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,8 @@ class DiskProfile:
     """A disk and its reads. direct: with O_DIRECT. source: what was read. note: why something is missing.
 
     reads: whole blocks. experts: blocks as the engine reads experts of that size, in chunks that ``depth`` readers
-    take in turn. sustained: the best setting kept up for seconds, bytes a second; None if it was not reached.
+    take in turn, and hashed. fresh: experts read into memory that was never used, bytes a second. sustained: the
+    best setting kept up for seconds, bytes a second; None if it was not reached.
     """
 
     facts: DiskFacts
@@ -72,6 +73,7 @@ class DiskProfile:
     experts: tuple[ReadSpeed, ...]
     sustained: Figure | None
     note: str = ""
+    fresh: Figure | None = None
 
     def expert_bandwidth(self, nbytes: int) -> Figure:
         """Bytes a second at which experts of ``nbytes`` are read: between the measured sizes, level beyond them.
@@ -131,12 +133,26 @@ class KernelSpeed:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertSpeed:
+    """One expert of ``nbytes`` in ``format`` with ``tokens`` tokens, as the engine computes it.
+
+    resident: seconds of one among others that are resident. arriving: of one that others are read beside.
+    """
+
+    format: str
+    nbytes: int
+    tokens: int
+    resident: float
+    arriving: float
+
+
+@dataclass(frozen=True, slots=True)
 class FrameworkCost:
     """What a token costs beside reading weights, measured on a model whose weights are next to nothing.
 
     Seconds. layer, token: of one decode step, by layer and once. expert: calling one expert in a decode step.
-    prefill_*: the same of a prefill pass. sampling: of one token, by vocabulary entry. process_nbytes: memory
-    of the process without any weights.
+    prefill_*: the same of a prefill pass. sampling: of one token, by vocabulary entry. first_pass: what the first
+    pass of a process takes longer than later ones. process_nbytes: memory of the process without any weights.
     """
 
     layer: float
@@ -145,6 +161,7 @@ class FrameworkCost:
     prefill_layer: float
     prefill_expert: float
     sampling: float
+    first_pass: float
     process_nbytes: int
     source: str
 
@@ -162,6 +179,7 @@ class HardwareProfile:
     disks: tuple[DiskProfile, ...]
     gpus: tuple[GpuProfile, ...]
     kernels: tuple[KernelSpeed, ...]
+    experts: tuple[ExpertSpeed, ...]
     framework: FrameworkCost | None
     notes: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION

@@ -33,7 +33,59 @@ def moe_ffn(
     x: NDArray[float32],
     out: NDArray[float32],
 ) -> None: ...
-def linear(format: str, order: str, address: int, x: NDArray[float32], out: NDArray[float32]) -> None: ...
+
+class ExpertParts:
+    def __init__(
+        self, gate: int, up: int, down: int, gate_bias: int, up_bias: int, down_bias: int
+    ) -> None: ...
+
+def moe_token(
+    layout: FfnLayout, experts: list[ExpertParts], weights: list[float], type: str, x: int, out: int
+) -> None: ...
+
+class Weights:
+    def __init__(
+        self, format: str, order: str, address: int, rows: int, cols: int, bias_format: str, bias: int
+    ) -> None: ...
+
+def linear(weights: Weights, type: str, x: int, tokens: int, out: int) -> None: ...
+
+class Attention:
+    def __init__(
+        self,
+        q: Weights,
+        k: Weights,
+        v: Weights,
+        o: Weights,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rotary: int,
+        scale: float,
+        eps: float,
+        q_norm: list[float],
+        k_norm: list[float],
+        /,
+    ) -> None: ...
+    def __call__(
+        self,
+        type: str,
+        x: int,
+        cosine: int,
+        sine: int,
+        keys: int,
+        values: int,
+        capacity: int,
+        position: int,
+        mask: int,
+        out: int,
+        /,
+    ) -> None: ...
+
+class RmsNorm:
+    def __init__(self, weight: list[float], eps: float, /) -> None: ...
+    def __call__(self, type: str, x: int, rows: int, out: int, /) -> None: ...
+
 def to_rows16(
     format: str, rows: int, cols: int, source: NDArray[Any], destination: NDArray[uint8]
 ) -> None: ...

@@ -20,6 +20,7 @@ from moei_core.errors import MoeiError, UsageError
 
 try:
     from moei_core.quant import _native
+    from moei_core.quant._native import ExpertParts as ExpertParts
 except ImportError as error:
     _reason = f"The native kernels cannot be loaded: {error}."
 else:
@@ -225,6 +226,14 @@ class ExpertFfn:
         """
         _native.moe_ffn(self._native, parts, offsets, rows, x, out)
 
+    def token(self, experts: list[ExpertParts], weights: list[float], type: str, x: int, out: int) -> None:
+        """One token: the experts' outputs times their weights, summed in the order given, rounded once to ``type``.
+
+        The same bits as ``__call__`` and float32 sums of its rows. x, out: addresses of [hidden_size] of the float
+        format ``type``. ValueError without experts, or if weights or addresses are missing.
+        """
+        _native.moe_token(self._native, experts, weights, type, x, out)
+
     def workspace_nbytes(self, tokens: int, pairs: int, threads: int | None = None) -> int:
         """Bytes that a call of this size works in. They are kept for the next call (``release_workspace``)."""
         return _native.workspace_nbytes(
@@ -240,10 +249,81 @@ def release_workspace() -> None:
 
 def linear(weight: Matrix, address: int, x: NDArray[np.float32], out: NDArray[np.float32]) -> None:
     """out[tokens, rows] = x[tokens, cols] times the transposed matrix at ``address``. ValueError for other shapes."""
-    if x.shape[-1] != weight.cols or out.shape[-1] != weight.rows:
+    if x.shape != (len(x), weight.cols) or out.shape != (len(x), weight.rows):
         raise ValueError(f"{x.shape} to {out.shape} does not fit a {weight.rows}x{weight.cols} matrix")
-    isa()
-    _native.linear(weight.format, weight.order, address, x, out)
+    for array in (x, out):
+        if array.dtype != np.float32 or not array.flags.c_contiguous:
+            raise TypeError("Activations must be float32 arrays without gaps.")
+    Linear(weight, address)("F32", x.ctypes.data, len(x), out.ctypes.data)
+
+
+class Linear:
+    """A weight matrix in memory and its bias, ready to be multiplied with. The memory must stay as long as this."""
+
+    def __init__(self, weight: Matrix, address: int, bias_format: str = "F32", bias: int = 0) -> None:
+        """address, bias: of the first byte; a bias of 0 is none. ValueError if the weight's address is missing."""
+        isa()
+        self.native = _native.Weights(
+            weight.format, weight.order, address, weight.rows, weight.cols, bias_format, bias
+        )
+
+    def __call__(self, type: str, x: int, tokens: int, out: int) -> None:
+        """out[tokens, rows] = x[tokens, cols] times the transposed weight, plus the bias.
+
+        type: the float format of both. x, out: addresses of contiguous rows. Sums are float32; rounded once.
+        """
+        _native.linear(self.native, type, x, tokens, out)
+
+
+class RmsNorm:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 and rounded once."""
+
+    def __init__(self, weight: list[float], eps: float) -> None:
+        _require_native()
+        self._native = _native.RmsNorm(weight, eps)
+
+    def __call__(self, type: str, x: int, rows: int, out: int) -> None:
+        """type: the float format of x and out, which are addresses of contiguous [rows, len(weight)]."""
+        self._native(type, x, rows, out)
+
+
+class Attention:
+    """Grouped-query attention of one token, from the normed hidden state to the output projection.
+
+    In float32 throughout: q, k, v = projections of x; each head of q and k normed (if there are norms) and its first
+    ``rotary`` values turned (first half with second half); k and v join the cache, rounded to its type; softmax(scale
+    q k) v; output projection.
+    """
+
+    def __init__(
+        self,
+        projections: tuple[Linear, Linear, Linear, Linear],
+        heads: tuple[int, int, int, int],
+        scale: float,
+        norms: tuple[list[float], list[float]] | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """projections: q, k, v (of one format) and output. heads: number for q, number for k and v, head_dim, rotary.
+
+        norms: weights of q's and k's norm, [head_dim]. ValueError if the shapes contradict each other.
+        """
+        isa()
+        q, k, v, o = (one.native for one in projections)
+        q_norm, k_norm = norms or ([], [])
+        self._projections = projections
+        self._native = _native.Attention(q, k, v, o, *heads, scale, eps, q_norm, k_norm)
+
+    def __call__(
+        self, type: str, x: int, turn: tuple[int, int], cache: tuple[int, int, int, int], mask: int, out: int
+    ) -> None:
+        """type: the float format of everything but the mask. x, out: addresses of [hidden].
+
+        turn: addresses of cosines and sines [rotary]. cache: addresses of keys and values [kv_heads, capacity,
+        head_dim], capacity, and how many tokens they hold; this one becomes the next. mask: address of a byte for
+        each token, this one included, that is 0 where it is not seen; 0: all are seen.
+        ValueError if there is no room in the cache.
+        """
+        self._native(type, x, *turn, *cache, mask, out)
 
 
 def to_rows16(

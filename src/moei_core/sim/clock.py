@@ -1,7 +1,13 @@
-"""The cost model: carries plans out by advancing a clock over one compute lane and serial links."""
+"""The cost model: carries plans out by advancing a clock over one compute lane and serial links.
+
+It follows the engine: an absent expert is asked for as soon as a slot is free, whatever wave it is in; it is computed
+as soon as it is there, and resident ones meanwhile; when all are asked for, a long prompt streams those of its next
+layer into what becomes free, and prefetches use what the link has left.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -91,12 +97,12 @@ class Links:
 
 
 class Clock(Observer):
-    """Advances time for each plan. Resident experts compute while the missing ones are on their way."""
+    """Advances time for each plan."""
 
     def __init__(
-        self, hardware: Hardware, expert_nbytes: Mapping[int, int], scheduler: ExpertScheduler | None
+        self, hardware: Hardware, expert_nbytes: Mapping[int, int], scheduler: ExpertScheduler
     ) -> None:
-        """scheduler: told of prefetches that begin and end; None if the plans never prefetch."""
+        """scheduler: told of prefetches that begin and end, and asked how many slots are free."""
         self.hardware, self._nbytes, self._scheduler = hardware, dict(expert_nbytes), scheduler
         self.costs = Costs()
         largest = max(self._nbytes.values())
@@ -106,6 +112,8 @@ class Clock(Observer):
         # The prefetch in flight: its expert, the bytes still to move, whether they come from disk.
         self._flight: tuple[ExpertKey, int, bool] | None = None
         self._queue: list[ExpertKey] = []
+        # When each streamed expert is there; a byte that has been asked for in vain was read all the same.
+        self._streamed: dict[ExpertKey, float] = {}
         self._pass_start, self._pass_stall, self._tokens = 0.0, 0.0, 1
         self._phase = Phase.DECODE
 
@@ -120,34 +128,56 @@ class Clock(Observer):
         self.costs.compute_seconds += seconds
 
     def carry_out(self, access: LayerAccess, plan: FetchPlan) -> None:
-        costs, gate, now = self.costs, self._now, self._now
-        nbytes = self._nbytes[access.layer]
+        gate, nbytes = self._now, self._nbytes[access.layer]
         if self._flight is not None and self._flight[0] in plan.cancel:
             self._flight = None
-        ready: dict[ExpertKey, float] = {}
-        read_seconds = nbytes / self.hardware.memory_bandwidth
+        read_seconds, batch = nbytes / self.hardware.memory_bandwidth, self.hardware.batch_tokens
         counts = dict(zip(access.experts, access.token_counts, strict=True))
-        may_load = gate
-        for wave in plan.waves:
-            for key in wave.load:
-                ready[key] = self._demand(key, nbytes, may_load)
-            for key in wave.compute:
-                arrival = ready.get(key, now)
-                if arrival > now:
-                    costs.stall_seconds += arrival - now
-                    now = arrival
-                seconds = read_seconds * max(1.0, counts[key.expert] / self.hardware.batch_tokens)
-                now += seconds
-                costs.compute_seconds += seconds
-            if wave.load:
-                # The working set is full until these are computed.
-                may_load = now
-        self._now = now
-        if self._scheduler is not None:
-            self._queue = list(plan.prefetch)
-            if self._queue or self._flight is not None:
-                self._prefetch(self._scheduler, now + self.hardware.dense_seconds)
+        seconds_of = {expert: read_seconds * max(1.0, count / batch) for expert, count in counts.items()}
+        waiting = deque(key for wave in plan.waves for key in wave.load)
+        leaving = {key for wave in plan.waves for key in wave.release}
+        resident = deque(plan.waves[0].compute if plan.hits else ())
+        # What stays has found its slot, emptied for it or empty before; the others pass through what is free.
+        free = self._scheduler.free_slots + len(waiting) - len(leaving)
+        ready: deque[tuple[float, ExpertKey]] = deque()
+        for key in waiting:
+            if key in self._streamed:
+                ready.append((self._streamed[key], key))
+                free -= 1
+        waiting = deque(key for key in waiting if key not in self._streamed)
+        self._streamed.clear()
+        stream, may_load = deque(plan.stream), gate
+        while ready or waiting or resident:
+            while waiting and free > 0:
+                key = waiting.popleft()
+                ready.append((self._demand(key, nbytes, may_load), key))
+                free -= 1
+            if not waiting:
+                free = self._read_ahead(stream, free, may_load)
+            if ready and (ready[0][0] <= self._now or not resident):
+                arrival, key = ready.popleft()
+                self.costs.stall_seconds += max(0.0, arrival - self._now)
+                self._now = max(self._now, arrival)
+            else:
+                key = resident.popleft()
+            self._now += seconds_of[key.expert]
+            self.costs.compute_seconds += seconds_of[key.expert]
+            if key in leaving:
+                free += 1
+                may_load = self._now
+        self._queue = list(plan.prefetch)
+        if self._queue or self._flight is not None:
+            self._prefetch(self._scheduler, self._now + self.hardware.dense_seconds)
         self._dense()
+        self._read_ahead(stream, free, may_load)
+
+    def _read_ahead(self, stream: deque[ExpertKey], free: int, start: float) -> int:
+        """Stream into ``free`` slots what has begun by now; how many are left."""
+        while stream and free > 0 and max(self.links.free, start) < self._now:
+            key = stream.popleft()
+            self._streamed[key] = self._demand(key, self._nbytes[key.layer], start)
+            free -= 1
+        return free
 
     def _demand(self, key: ExpertKey, nbytes: int, start: float) -> float:
         self.costs.loads += 1

@@ -200,7 +200,7 @@ def replay(
                     on_sequence(sequence)
             scheduler.request_start()
             open_request = True
-        scheduler.forward_pass(one.phase)
+        scheduler.forward_pass(one.phase, one.tokens)
         if observer is None and foresee is None and events is None:
             for access in one.accesses:
                 scheduler.access(access)

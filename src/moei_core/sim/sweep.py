@@ -158,9 +158,11 @@ def simulate(run: Run) -> Result:
     policy = POLICIES[run.policy](run.slots, trace.experts_by_layer)
     predictor = PREDICTORS[run.predictor](trace.experts_by_layer) if run.predictor else None
     cache = ExpertCache(run.slots, policy)
-    scheduler = ExpertScheduler(cache, trace.num_experts_per_tok, predictor, run.prefetch)
+    scheduler = ExpertScheduler(
+        cache, trace.num_experts_per_tok, predictor, run.prefetch, num_experts=trace.experts_by_layer
+    )
     nbytes = dict.fromkeys(trace.moe_layers, run.expert_nbytes)
-    clock = Clock(run.hardware, nbytes, scheduler if predictor is not None else None)
+    clock = Clock(run.hardware, nbytes, scheduler)
     marks: list[tuple[int, CacheStatistics]] = []
     replay(
         trace,

@@ -46,6 +46,9 @@ _ALIGNMENT = 64
 Progress = Callable[[int], None]
 Bytes = NDArray[np.uint8]
 
+USUAL_LAYOUT = PLAIN
+"""In which blocks are packed unless a caller wants otherwise."""
+
 
 @dataclass(frozen=True, slots=True)
 class PackSource:
@@ -88,7 +91,7 @@ def plan_packing(
     source: PackSource,
     experts_format: str,
     dense_format: str = "Q8_0",
-    layout: str = PLAIN,
+    layout: str = USUAL_LAYOUT,
     companions: Iterable[Path] = (),
 ) -> PackPlan:
     """Lay a store out. Tensors that are no matrices, or whose rows are no whole blocks, keep their own format."""

@@ -34,6 +34,9 @@ POLICIES: dict[str, Callable[[int, Mapping[int, int]], CachePolicy]] = {
 }
 """Name to constructor(resident capacity, num_experts by layer)."""
 
+LIVE_POLICIES = tuple(name for name, one in POLICIES.items() if not getattr(one, "needs_future", False))
+"""Those that can run in a chat: they need no future."""
+
 DEFAULT_POLICY = "learned"
 
-__all__ = ["DEFAULT_POLICY", "POLICIES", "CachePolicy"]
+__all__ = ["DEFAULT_POLICY", "LIVE_POLICIES", "POLICIES", "CachePolicy"]

@@ -8,18 +8,22 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
+
 from moei_core.hardware.machine import Machine
 from moei_core.hardware.probe.bandwidth import make_buffer, read_bandwidth
 from moei_core.hardware.probe.disk import DiskEffort, probe_disk
 from moei_core.hardware.probe.gpu import GpuDevice, probe_gpu, torch_gpu
 from moei_core.hardware.probe.kernels import count_cells, probe_kernels
-from moei_core.hardware.profile import FrameworkCost, HardwareProfile
+from moei_core.hardware.profile import ExpertSpeed, FrameworkCost, HardwareProfile
 from moei_core.hardware.system import CpuFacts
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being measured, steps done, steps in all)."""
 
 _BUFFER = 1 << 30
+_NOTICED = 0.25
+"""Processors of other programs from which the figures are doubtful."""
 _BUFFER_SHARE = 8
 """The probe takes at most an eighth of the memory that is free."""
 
@@ -29,8 +33,8 @@ class Effort:
     """Seconds for each part. disks share theirs."""
 
     memory: float = 4.0
-    kernels: float = 8.0
-    disks: float = 24.0
+    kernels: float = 5.0
+    disks: float = 18.0
     disk: DiskEffort = field(default_factory=DiskEffort)
     buffer_nbytes: int = _BUFFER
 
@@ -39,6 +43,7 @@ def measure(
     machine: Machine,
     files: Mapping[str, Sequence[Path]] | None = None,
     framework: Callable[[], FrameworkCost | None] = lambda: None,
+    experts: Callable[[], tuple[ExpertSpeed, ...]] = lambda: (),
     effort: Effort | None = None,
     progress: Progress = lambda what, done, total: None,
     open_gpu: Callable[[int], GpuDevice] = torch_gpu,
@@ -46,13 +51,13 @@ def measure(
     """Measure everything that can be measured. Leaves no file behind.
 
     files: weights of models by ``DiskFacts.number``. framework: measures what a token costs beside reading
-    weights; it is not of this package because it runs a model.
+    weights; experts: what experts cost. They are not of this package because they run the engine.
     """
     effort = effort or Effort()
-    started = time.perf_counter()
+    started, spent = time.perf_counter(), processor_seconds()
     threads = _thread_counts(machine.cpu)
     settings = effort.disk.settings
-    total = len(threads) + count_cells() + settings * len(machine.disks) + len(machine.gpus) + 1
+    total = len(threads) + count_cells() + settings * len(machine.disks) + len(machine.gpus) + 2
     done = 0
 
     def step(what: str) -> None:
@@ -83,9 +88,16 @@ def measure(
         if profile.note:
             notes.append(f"GPU {gpu.index} was not measured: {profile.note}.")
         step("GPU")
+    progress("experts", done, total)
+    expert_speeds = experts()
+    step("experts")
     progress("a small model", done, total)
     cost = framework()
     step("a small model")
+    everybody, own = (now - before for now, before in zip(processor_seconds(), spent, strict=True))
+    others = (everybody - own) / (time.perf_counter() - started)
+    if others > _NOTICED:
+        notes.append(f"Other programs used {others:.1f} processors meanwhile: measure again without them.")
     if machine.cpu.quota is not None and machine.cpu.quota < machine.cpu.cores:
         notes.append(f"The control group allows {machine.cpu.quota:g} processors of {machine.cpu.cores}.")
     return HardwareProfile(
@@ -98,9 +110,19 @@ def measure(
         tuple(disks),
         tuple(gpus),
         tuple(kernels),
+        expert_speeds,
         cost,
         tuple(notes),
     )
+
+
+def processor_seconds() -> tuple[float, float]:
+    """Processor time so far, of all programs of the machine and of this one."""
+    everybody, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    idle = everybody.idle + getattr(everybody, "iowait", 0.0)
+    # A guest's time is part of the user's already.
+    guests = getattr(everybody, "guest", 0.0) + getattr(everybody, "guest_nice", 0.0)
+    return sum(everybody) - idle - guests, own.user + own.system
 
 
 def _thread_counts(cpu: CpuFacts) -> list[int]:

@@ -13,8 +13,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
@@ -23,6 +23,7 @@ from moei_core.config import CHUNK_NBYTES, READERS, format_size
 from moei_core.hardware.disks import DiskFacts
 from moei_core.hardware.profile import DiskProfile, Figure, ReadSpeed
 from moei_core.store.base import PAGE
+from moei_core.store.checksums import checksum
 
 BLOCKS = (1 << 20, 4 << 20, 16 << 20, 64 << 20)
 DEPTHS = (1, 2, 4, 8, 16)
@@ -30,6 +31,9 @@ _O_DIRECT = getattr(os, "O_DIRECT", 0)
 _LARGEST_FILE = 1 << 30
 _SMALLEST_FILE = 8 << 20
 _TARGET = 128 << 20
+_FRESH_NBYTES = 16 << 20
+_TOGETHER, _LEAST = 4, 3
+"""Experts that a layer lacks at once; samples."""
 _FREE_SHARE = 10
 """A file of ours takes at most a tenth of what the disk has free."""
 
@@ -81,12 +85,14 @@ def probe_disk(
             experts = []
             for nbytes in effort.blocks:
                 if nbytes <= source.nbytes:
-                    chunk = min(nbytes, CHUNK_NBYTES)
-                    experts.append(_measure(source, target, nbytes, READERS, share, chunk))
+                    experts.append(_measure_experts(source, nbytes, share, target))
                 progress()
+            fresh = _measure_experts(source, min(_FRESH_NBYTES, source.nbytes), share).bandwidth
             best = max(reads, key=lambda read: read.bandwidth.value)
             sustained = _measure(source, target, best.nbytes, best.depth, 0.2 * effort.seconds).bandwidth
-            return DiskProfile(facts, source.direct, source.name, tuple(reads), tuple(experts), sustained)
+            return DiskProfile(
+                facts, source.direct, source.name, tuple(reads), tuple(experts), sustained, fresh=fresh
+            )
     except OSError as error:
         return DiskProfile(facts, False, "", (), (), None, _why_not(facts, error))
 
@@ -201,18 +207,73 @@ def _target(nbytes: int) -> Iterator[memoryview]:
         yield view
 
 
-def _measure(
-    source: _Source, target: memoryview, block: int, depth: int, seconds: float, chunk: int | None = None
+def _measure_experts(
+    source: _Source, nbytes: int, seconds: float, target: memoryview | None = None
 ) -> ReadSpeed:
+    """Read experts of ``nbytes`` as the engine does for one layer: some at once, in chunks that readers take in
+    turn, each hashed when its last chunk is there, until all of them are.
+
+    target: None for memory that nobody has touched: whoever writes to a page first waits for the kernel.
+    """
+    chunk = min(nbytes, CHUNK_NBYTES)
+    together = max(1, min(_TOGETHER, _TARGET // nbytes, source.nbytes // nbytes))
+    places = list(range(source.nbytes // nbytes))
+    random.Random(nbytes).shuffle(places)
+    samples: list[float] = []
+    at = 0
+    end = time.perf_counter() + seconds
+    with ThreadPoolExecutor(READERS) as pool:
+        while len(samples) < _LEAST or time.perf_counter() < end:
+            chosen = [places[(at + number) % len(places)] for number in range(together)]
+            at += together
+            with (
+                mmap(-1, together * nbytes) if target is None else nullcontext(target) as room,
+                memoryview(room) as into,
+            ):
+                started = time.perf_counter()
+                reads = [
+                    pool.submit(
+                        _read_chunk, source, place * nbytes + start, into, number * nbytes, start, nbytes
+                    )
+                    for number, place in enumerate(chosen)
+                    for start in range(0, nbytes, chunk)
+                ]
+                wait(reads)  # all, since the memory is about to go
+                samples.append(time.perf_counter() - started)
+            for one in reads:
+                one.result()
+    total = together * nbytes
+    latency = Figure.of([one / together for one in samples])
+    rates = Figure.of([total / one for one in samples])
+    return ReadSpeed(nbytes, READERS, rates, latency)
+
+
+def _read_chunk(source: _Source, offset: int, into: memoryview, base: int, start: int, nbytes: int) -> None:
+    """A chunk of the expert of ``nbytes`` that goes to ``base``, and if it is the last one, the expert's hash."""
+    stop = min(start + CHUNK_NBYTES, nbytes)
+    _read_fully(source, into[base + start : base + stop], offset)
+    if stop == nbytes:
+        checksum([into[base : base + nbytes]])
+
+
+def _read_fully(source: _Source, view: memoryview, offset: int) -> None:
+    got = 0
+    while got < len(view):
+        count = os.preadv(source.descriptor, [view[got:]], offset + got)
+        if count == 0:
+            raise OSError(errno.EIO, "the file has become shorter while it was read")
+        got += count
+    if not source.direct and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(source.descriptor, offset, len(view), os.POSIX_FADV_DONTNEED)
+
+
+def _measure(source: _Source, target: memoryview, nbytes: int, depth: int, seconds: float) -> ReadSpeed:
     """Read random blocks for ``seconds``, each of ``depth`` threads at least one.
 
-    chunk: what one read takes of a block, all of it if None; the chunks of a block are read in turn.
     Many large blocks at a time share the memory of ``target``: nobody looks at what arrives.
     """
-    nbytes = chunk or block
-    blocks = list(range(source.nbytes // block))
-    random.Random(block * depth).shuffle(blocks)
-    positions = [one * (block // nbytes) + part for one in blocks for part in range(block // nbytes)]
+    positions = list(range(source.nbytes // nbytes))
+    random.Random(nbytes * depth).shuffle(positions)
     latencies: list[float] = []
     taken = 0
     lock = threading.Lock()
@@ -229,18 +290,11 @@ def _measure(
                 position = positions[taken % len(positions)]
                 taken += 1
             before = time.perf_counter()
-            got = 0
-            while got < nbytes:
-                count = os.preadv(source.descriptor, [view[got:]], position * nbytes + got)
-                if count == 0:
-                    raise OSError(errno.EIO, "the file has become shorter while it was read")
-                got += count
+            _read_fully(source, view, position * nbytes)
             now = time.perf_counter()
-            if not source.direct and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(source.descriptor, position * nbytes, nbytes, os.POSIX_FADV_DONTNEED)
             with lock:
                 latencies.append(now - before)
-            done += got
+            done += nbytes
             if now >= end:
                 return done
 
@@ -251,4 +305,4 @@ def _measure(
     latency = Figure.of(latencies)
     value = total / elapsed
     low, high = depth * nbytes / max(latency.high, 1e-9), depth * nbytes / max(latency.low, 1e-9)
-    return ReadSpeed(block, depth, Figure(value, min(low, value), max(high, value)), latency)
+    return ReadSpeed(nbytes, depth, Figure(value, min(low, value), max(high, value)), latency)

@@ -1,7 +1,7 @@
-"""How fast matrices of experts' sizes are multiplied, by format and by number of rows, from memory.
+"""How fast matrices are multiplied, by format and by number of rows, from memory.
 
-The engine's products outside block formats are torch's; those are measured with torch, and the formats that the
-native kernels serve with them.
+Those in torch stand for the dense part, with as many threads as it has in decoding (one row) and in a prompt. What
+experts take is measured by ``moei_core.engine.expert_probe``; the native products are for formats it leaves out.
 """
 
 from __future__ import annotations
@@ -81,6 +81,10 @@ def _torch_cell(
     if count == 0:
         return None
     inputs = torch.full((rows, shape[1]), 0.01, dtype=dtype)
+    if rows == 1 and native.available():
+        # As in decoding: torch's waiting threads would spin beside those of the native kernels.
+        threads = 1
+    torch.set_num_threads(threads)
 
     def product(number: int) -> None:
         start = number % count * items

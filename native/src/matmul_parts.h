@@ -1,0 +1,50 @@
+// What the calls built from `project` (experts, linear layers, attention) share.
+#pragma once
+
+#include <cfenv>
+#include <cstdint>
+
+#include "activations.h"
+#include "formats.h"
+#include "kernels.h"
+#include "matmul.h"
+
+namespace moei {
+
+constexpr int64_t kStrip = 32;  // outputs computed together: one block of quantised activations
+constexpr int64_t kTaskNbytes = 128 << 10;
+constexpr int64_t kWorthWaking = 256 << 10;  // bytes of weights that take longer to read than threads to wake up
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Strips a task takes, so that a task is worth its claim and many enough remain to share.
+inline int64_t strips_per_task(int64_t strip_nbytes) {
+    const int64_t strips = kTaskNbytes / (strip_nbytes < 1 ? 1 : strip_nbytes);
+    return strips < 1 ? 1 : strips;
+}
+
+inline int zero_point(Format format) { return format == Format::Q8_0 ? kQ8Offset : kQ4Offset; }
+
+// Denormals and rounding must not depend on what the calling thread was set to (torch.set_flush_denormal).
+class DefaultFloatingPoint {
+public:
+    DefaultFloatingPoint() {
+        std::fegetenv(&saved_);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~DefaultFloatingPoint() { std::fesetenv(&saved_); }
+    DefaultFloatingPoint(const DefaultFloatingPoint&) = delete;
+    DefaultFloatingPoint& operator=(const DefaultFloatingPoint&) = delete;
+
+private:
+    std::fenv_t saved_;
+};
+
+// Runs body(task, thread) for all tasks: shared if they read enough, else by the caller alone.
+template <typename Body>
+void share(ThreadPool& pool, int64_t tasks, int64_t nbytes, const Body& body) {
+    if (nbytes >= kWorthWaking) return pool.for_each(tasks, body);
+    for (int64_t task = 0; task < tasks; ++task) body(task, 0);
+}
+
+}  // namespace moei

@@ -1,0 +1,109 @@
+"""What a person has set: by a flag, else by a ``MOEI_*`` variable, else in ``config.toml``, else automatic.
+
+``config.toml`` (in ``$MOEI_HOME/config`` or ``~/.config/moei``) holds the names of ``SETTINGS`` and nothing else, for
+example ``ram = "8GiB"``; the variables are their upper-case names after ``MOEI_``. Models decide the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moei_cli.prefetch_options import parse_predictor, parse_prefetch
+from moei_core.cache.policies import LIVE_POLICIES
+from moei_core.config import ExpertBudget, parse_size
+from moei_core.errors import UsageError
+from moei_core.paths import config_dir
+
+
+def _context(text: str, where: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 16:
+        raise UsageError(f"{where}: '{text}' is not a number of tokens.", hint="16 tokens at least.")
+    return int(text)
+
+
+def _policy(text: str, where: str) -> str:
+    if text not in LIVE_POLICIES:
+        raise UsageError(
+            f"{where}: there is no cache policy '{text}'.", hint=f"Choose from: {', '.join(LIVE_POLICIES)}."
+        )
+    return text
+
+
+SETTINGS: dict[str, Callable[[str, str], object]] = {
+    "ram": parse_size,
+    "experts": ExpertBudget.parse,
+    "context": _context,
+    "policy": _policy,
+    "predictor": partial(parse_predictor, live=True),
+    "prefetch": parse_prefetch,
+}
+"""Each with what checks its text; the second argument says where the text comes from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One value. text: as written, None if automatic. origin: the flag, the variable, the file, or ``automatic``."""
+
+    text: str | None
+    origin: str
+
+
+AUTOMATIC = Setting(None, "automatic")
+DEFAULT_CONTEXT = 4096
+"""Tokens of a conversation, or the model's longest if that is less."""
+
+
+def config_path() -> Path:
+    """Where the settings file is, if there is one."""
+    return config_dir() / "config.toml"
+
+
+def resolve(**flags: object) -> dict[str, Setting]:
+    """Each of ``flags`` (names of ``SETTINGS``; None if not given) and where its value comes from.
+
+    Raises: UsageError that names the variable, or the file and the key, for a value or key that means nothing.
+    """
+    written = _read_config(config_path())
+    found = {}
+    for name, flag in flags.items():
+        variable = f"MOEI_{name.upper()}"
+        if flag is not None:
+            found[name] = Setting(str(flag), f"--{name}")
+        elif os.environ.get(variable):
+            SETTINGS[name](os.environ[variable], variable)
+            found[name] = Setting(os.environ[variable], variable)
+        else:
+            found[name] = written.get(name, AUTOMATIC)
+    return found
+
+
+def resolve_all(**flags: object) -> dict[str, Setting]:
+    """As ``resolve``, of all ``SETTINGS``."""
+    return resolve(**dict.fromkeys(SETTINGS) | flags)
+
+
+def _read_config(path: Path) -> dict[str, Setting]:
+    try:
+        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path} cannot be read.", f"{error}.", "Correct it, or delete it.") from None
+    found = {}
+    for name, value in content.items():
+        where = f"{path}: {name}"
+        if name not in SETTINGS:
+            raise UsageError(f"{where} is no setting.", hint=f"There are: {', '.join(SETTINGS)}.")
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise UsageError(
+                f"{where} = {value} is neither a text nor a number.", hint='For example: ram = "8GiB"'
+            )
+        SETTINGS[name](str(value), where)
+        found[name] = Setting(str(value), str(path))
+    return found

@@ -1,0 +1,85 @@
+"""One layer of a key-value cache that is allocated ahead, grows in steps, and can be cut back to any earlier length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+_STEP = 256
+"""Tokens by which a layer grows at least; it doubles until it has reached the context."""
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values [batch, heads, tokens, head_dim] in buffers longer than what they hold."""
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._length = 0
+        self.keys: torch.Tensor
+        self.values: torch.Tensor
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_empty((*key_states.shape[:-2], 0, key_states.shape[-1]))
+        self.values = value_states.new_empty((*value_states.shape[:-2], 0, value_states.shape[-1]))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self._length, self._length + key_states.shape[-2]
+        if end > self.keys.shape[-2]:
+            self.keys = _grown(self.keys, start, end)
+            self.values = _grown(self.values, start, end)
+        self.keys[..., start:end, :] = key_states
+        self.values[..., start:end, :] = value_states
+        self._length = end
+        return self.keys[..., :end, :], self.values[..., :end, :]
+
+    def place_for_token(
+        self, kv_heads: int, head_dim: int, like: torch.Tensor
+    ) -> tuple[int, int, int, int] | None:
+        """Make room for one token of a batch of one, which the caller writes before it calls ``wrote_token``.
+
+        Returns the addresses of keys and values [kv_heads, capacity, head_dim], the capacity and the token's place;
+        None if what is held has another shape or type than ``like`` and the sizes say.
+        """
+        if not self.is_initialized:
+            empty = like.new_empty((1, kv_heads, 0, head_dim))
+            self.lazy_initialization(empty, empty)
+        shape = self.keys.shape
+        if (
+            (shape[0], shape[1], shape[3]) != (1, kv_heads, head_dim)
+            or self.values.shape != shape
+            or self.keys.dtype != like.dtype
+        ):
+            return None
+        length = self._length
+        if length == shape[2]:
+            self.keys = _grown(self.keys, length, length + 1)
+            self.values = _grown(self.values, length, length + 1)
+        return self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape[2], length
+
+    def wrote_token(self) -> None:
+        """The token at ``place_for_token`` is there."""
+        self._length += 1
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def cut_to(self, length: int) -> None:
+        """Forget everything after the first ``length`` tokens."""
+        self._length = min(self._length, length)
+
+
+def _grown(buffer: torch.Tensor, used: int, needed: int) -> torch.Tensor:
+    capacity = max(needed, 2 * buffer.shape[-2], _STEP)
+    larger = buffer.new_empty((*buffer.shape[:-2], capacity, buffer.shape[-1]))
+    larger[..., :used, :] = buffer[..., :used, :]
+    return larger

@@ -1,0 +1,260 @@
+"""Norms and attention of single tokens as one native call each, where that computes the same.
+
+Families write these modules in many variants, so what a module computes is found by trying it: its own forward and
+the native one get the same random numbers, and only if the results agree is the native one used, for few rows. An
+attention with attributes that are not known here may do something that no trial shows, and is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from moei_core.adapters.dense_linear import TYPES, BlockLinear, NativeLinear
+from moei_core.adapters.growing_layer import GrowingLayer
+from moei_core.quant import native
+from moei_core.quant.formats import FORMATS
+
+_MOST_VALUES = 1 << 14
+"""Values of a norm's input up to which one native call beats several of torch."""
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_NORMS = ("q_norm", "k_norm")
+_KNOWN_ATTRIBUTES = frozenset({
+    "attention_bias", "attention_dropout", "config", "head_dim", "hidden_size", "is_causal", "is_sliding", "layer_idx",
+    "layer_type", "max_position_embeddings", "num_attention_heads", "num_heads", "num_key_value_groups",
+    "num_key_value_heads", "rope_parameters", "rope_theta", "scaling", "sliding_window", "training",
+})  # fmt: skip
+_TRIAL_TOKENS, _TRIALS = 7, ((1.0, False), (3.0, True))
+"""Tokens of a trial; scale of its input, and whether some tokens are hidden."""
+_EXACT, _ROUNDED = 1e-4, 0.02
+"""How far the results of a trial may be apart, relative, when all is float32 and when something is rounded."""
+
+
+class _NativeNorm:
+    """The forward of a norm: native for few values, else its own."""
+
+    def __init__(self, module: nn.Module, weight: list[float], eps: float, dtype: torch.dtype) -> None:
+        self.weight, self.eps = weight, eps
+        self._own, self._dtype, self._type, self._width = module.forward, dtype, TYPES[dtype], len(weight)
+        self._kernel = native.RmsNorm(weight, eps)
+
+    def __call__(self, hidden_states: torch.Tensor) -> Any:
+        count = hidden_states.numel()
+        if count > _MOST_VALUES or hidden_states.dtype != self._dtype or not hidden_states.is_contiguous():
+            return self._own(hidden_states)
+        out = torch.empty_like(hidden_states)
+        self._kernel(self._type, hidden_states.data_ptr(), count // self._width, out.data_ptr())
+        return out
+
+
+def use_native_norms(model: nn.Module) -> None:
+    """Give every RMS norm of ``model`` the native forward."""
+    if not native.available():
+        return
+    for module in model.modules():
+        found = _norm(module)
+        if found is not None:
+            module.forward = found
+
+
+def _norm(module: nn.Module) -> _NativeNorm | None:
+    """The native forward of ``module``, or None if it is no norm of this kind."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    parameters = dict(module.named_parameters())
+    weight = parameters.get("weight")
+    if "norm" not in type(module).__name__.lower() or not isinstance(eps, float) or weight is None:
+        return None
+    if len(parameters) > 1 or weight.dim() != 1 or weight.dtype not in TYPES or any(module.buffers()):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    given = (torch.randn((3, len(weight)), generator=generator) * 2 + 0.5).to(weight.dtype)
+    try:
+        expected = module(given)
+    except Exception:
+        # It wants more than the hidden states.
+        return None
+    # Gemma's norms, and some after them, store what is added to 1.
+    for values in (weight.float(), weight.float() + 1):
+        found = _NativeNorm(module, values.tolist(), eps, weight.dtype)
+        tolerance = 1e-5 if weight.dtype == torch.float32 else 3 * torch.finfo(weight.dtype).eps
+        if not isinstance(expected, torch.Tensor) or expected.dtype != given.dtype:
+            return None
+        if torch.allclose(found(given).float(), expected.float(), rtol=tolerance, atol=1e-6):
+            return found
+    return None
+
+
+@dataclass(slots=True)
+class AttentionCall:
+    """What one attention module was called with beside the hidden states, by name."""
+
+    arguments: Mapping[str, Any]
+
+
+class _NativeAttention:
+    """The forward of an attention module: native for one token of one sequence, else its own."""
+
+    def __init__(self, module: Any, rotary: int, dtype: torch.dtype) -> None:
+        """rotary: values of a head that turn. Raises: ValueError if the parts do not fit together."""
+        q, k, v, o = (getattr(module, name) for name in _PROJECTIONS)
+        projections = _linear(q), _linear(k), _linear(v), _linear(o)
+        self.head_dim = int(module.head_dim)
+        heads, self.kv_heads = q.out_features // self.head_dim, k.out_features // self.head_dim
+        norms = [getattr(module, name).forward for name in _NORMS if hasattr(module, name)]
+        if norms and (not all(isinstance(one, _NativeNorm) for one in norms) or norms[0].eps != norms[1].eps):
+            raise ValueError("norms of another kind")
+        weights = (norms[0].weight, norms[1].weight) if norms else None
+        self._own, self._layer, self._dtype, self._rotary = module.forward, module.layer_idx, dtype, rotary
+        self._type = TYPES[dtype]
+        self._kernel = native.Attention(
+            projections,
+            (heads, self.kv_heads, self.head_dim, rotary),
+            float(module.scaling),
+            weights,
+            norms[0].eps if norms else 0.0,
+        )
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **others: Any,
+    ) -> Any:
+        if hidden_states.numel() == hidden_states.shape[-1] and past_key_values is not None:
+            result = self._one_token(hidden_states, position_embeddings, attention_mask, past_key_values)
+            if result is not None:
+                return result, None
+        return self._own(
+            hidden_states=hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **others,
+        )
+
+    def _one_token(
+        self, hidden_states: torch.Tensor, turn: Any, mask: torch.Tensor | None, cache: Cache
+    ) -> torch.Tensor | None:
+        """[1, 1, hidden], or None for what the kernel cannot do."""
+        layer = cache.layers[self._layer]
+        if not isinstance(layer, GrowingLayer) or not isinstance(turn, tuple) or len(turn) != 2:
+            return None
+        cosine, sine = turn
+        for given in (cosine, sine):
+            if given.numel() != self._rotary or given.dtype != self._dtype or not given.is_contiguous():
+                return None
+        if hidden_states.dtype != self._dtype or not hidden_states.is_contiguous():
+            return None
+        seen = 0
+        if mask is not None:
+            length = layer.get_seq_length() + 1
+            if mask.dtype != torch.bool or mask.numel() != length or not mask.is_contiguous():
+                return None
+            seen = mask.data_ptr()
+        place = layer.place_for_token(self.kv_heads, self.head_dim, hidden_states)
+        if place is None:
+            return None
+        out = torch.empty_like(hidden_states)
+        self._kernel(
+            self._type,
+            hidden_states.data_ptr(),
+            (cosine.data_ptr(), sine.data_ptr()),
+            place,
+            seen,
+            out.data_ptr(),
+        )
+        layer.wrote_token()
+        return out
+
+
+def _linear(module: nn.Module) -> native.Linear:
+    """The kernel of a linear layer. Raises: ValueError if it has none."""
+    if isinstance(module, (NativeLinear, BlockLinear)):
+        return module.kernel
+    if type(module) is not nn.Linear or module.weight.dtype not in TYPES:
+        raise ValueError("not a linear layer")
+    return NativeLinear(module).kernel
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that look like grouped-query attention and have nothing that is not known here."""
+    found = []
+    for module in model.modules():
+        children = {name for name, _ in module.named_children()}
+        if not set(_PROJECTIONS) <= children or children - {*_PROJECTIONS, *_NORMS}:
+            continue
+        own = {name for name in vars(module) if not name.startswith("_")}
+        both = len(children & set(_NORMS)) in (0, 2)
+        needed = {"head_dim", "layer_idx", "scaling"}
+        plain = not dict(module.named_parameters(recurse=False)) and not list(module.buffers(recurse=False))
+        if both and plain and needed <= own and own <= _KNOWN_ATTRIBUTES:
+            found.append(module)
+    return found
+
+
+def use_native_attention(
+    model: PreTrainedModel, calls: Mapping[nn.Module, AttentionCall], dtype: torch.dtype
+) -> None:
+    """Give attention modules the native forward. calls: what each was called with for one token."""
+    if not native.available() or dtype not in TYPES:
+        return
+    for module, call in calls.items():
+        turn = call.arguments.get("position_embeddings")
+        if not isinstance(turn, tuple) or not all(isinstance(one, torch.Tensor) for one in turn):
+            continue
+        try:
+            found = _NativeAttention(module, turn[0].shape[-1], dtype)
+            agrees = all(_agrees(module, found, call, dtype, *trial) for trial in _TRIALS)
+        except Exception:
+            # Whatever a trial with arguments of our making raises: not the attention that we know.
+            continue
+        if agrees:
+            module.forward = found
+
+
+def _agrees(
+    module: Any, found: _NativeAttention, call: AttentionCall, dtype: torch.dtype, scale: float, hidden: bool
+) -> bool:
+    """Whether both forwards give the same for a token after some others. hidden: it does not see some of them."""
+    generator = torch.Generator().manual_seed(0)
+    turn = call.arguments["position_embeddings"]
+    given = (torch.randn((1, _TRIAL_TOKENS, module.q_proj.in_features), generator=generator) * scale).to(
+        dtype
+    )
+    # Not a rotation: so a variant that pairs other values cannot agree by chance.
+    turns = torch.randn((2, 1, _TRIAL_TOKENS, turn[0].shape[-1]), generator=generator).to(turn[0].dtype)
+    exact = dtype == torch.float32 and all(
+        not isinstance(getattr(module, name), BlockLinear)
+        or FORMATS[getattr(module, name).matrix.format].is_float
+        for name in _PROJECTIONS
+    )
+    mask: torch.Tensor | None = None
+    if hidden:
+        mask = torch.ones((1, 1, 1, _TRIAL_TOKENS), dtype=torch.bool)
+        mask[..., 1:3] = False
+    cache = Cache(layers=[GrowingLayer() for _ in range(module.layer_idx + 1)])
+    layer = cache.layers[module.layer_idx]
+    results = []
+    for forward, tokens, shown in (
+        (found._own, slice(0, -1), None),
+        (found._own, slice(-1, None), mask),
+        (found, slice(-1, None), mask),
+    ):
+        layer.cut_to(_TRIAL_TOKENS - 1)
+        arguments = {**call.arguments, "attention_mask": shown, "past_key_values": cache}
+        arguments["position_embeddings"] = tuple(one[:, tokens].contiguous() for one in turns)
+        output = forward(hidden_states=given[:, tokens].contiguous(), **arguments)
+        last = layer.get_seq_length() - 1
+        results.append((output[0], layer.keys[..., last, :].clone(), layer.values[..., last, :].clone()))
+    for theirs, ours in zip(*results[1:], strict=True):
+        error = (ours.float() - theirs.float()).square().mean().sqrt()
+        if not error <= (_EXACT if exact else _ROUNDED) * theirs.float().square().mean().sqrt():
+            return False
+    return True

@@ -1,0 +1,224 @@
+"""How long one layer's experts take in this engine: its runtime over a file of made-up experts, no model around it.
+
+Products measured by themselves say too little: an expert that arrives is computed by itself, while reader threads
+want the same cores, and resident ones together. Here the runtime does both, as in a chat.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moei_core.cache.expert_cache import ExpertCache
+from moei_core.cache.policies import DEFAULT_POLICY, POLICIES
+from moei_core.engine.loaded_model import compute_threads, physical_cores
+from moei_core.engine.runtime import ExpertRuntime, RuntimeStatistics
+from moei_core.engine.slots import SlotPool
+from moei_core.errors import ExpertReadError, MoeiError
+from moei_core.hardware.probe.bandwidth import FILLER
+from moei_core.hardware.probe.disk import nameless_file
+from moei_core.hardware.profile import ExpertSpeed
+from moei_core.quant import native
+from moei_core.quant.formats import FORMATS
+from moei_core.quant.layouts import PLAIN, can_interleave
+from moei_core.scheduler import ExpertScheduler
+from moei_core.store.base import PAGE, StoredTensor, align_up, lay_out
+from moei_core.store.checksums import checksum
+from moei_core.store.file_store import FileStore
+from moei_core.store.packing import USUAL_LAYOUT
+from moei_core.types import ExpertKey, ModelSpec, Phase
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Width of the model and of an expert, and how many experts a token uses."""
+
+    hidden: int
+    ffn: int
+    top_k: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeEffort:
+    """seconds: of each setting, at least. nbytes: of the file, and of the slots. tokens: of an expert in a prompt."""
+
+    seconds: float = 0.06
+    nbytes: int = 3 << 28
+    geometries: tuple[Geometry, ...] = (Geometry(2048, 768, 8), Geometry(4096, 14336, 2))
+    formats: tuple[str, ...] = ("BF16", "Q8_0", "Q4_0")
+    tokens: tuple[int, ...] = (4, 16, 64)
+
+
+_MOST_EXPERTS = 256
+_DENSE_NBYTES = 64 << 20
+_IN_A_PROMPT = 32
+"""Experts of one access that stands for a prompt."""
+
+
+class _Experts:
+    """What the runtime asks of transformers' experts module: a SwiGLU of so many experts."""
+
+    has_gate, is_transposed, has_post_expert_norm = True, False, False
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+
+    def _apply_gate(self, given: torch.Tensor) -> torch.Tensor:
+        gate, up = given.chunk(2, dim=-1)
+        return nn.functional.silu(gate) * up
+
+
+class _Store(FileStore):
+    """Experts of one shape in one file, hashed like those of a model."""
+
+    def __init__(self, file: Path, geometry: Geometry, form: str, count: int) -> None:
+        nbytes = align_up(expert_nbytes(geometry, form))
+        super().__init__(
+            {ExpertKey(0, i): lay_out(_tensors(file, geometry, form, i * nbytes)) for i in range(count)}
+        )
+        self._checksums: dict[ExpertKey, str] = {}
+
+    def verify(self, key: ExpertKey, slot: memoryview) -> None:
+        found = checksum([slot[: self._layouts[key].nbytes]])
+        if self._checksums.setdefault(key, found) != found:
+            raise ExpertReadError(
+                "The disk gave other bytes at the second reading.", hint="Check the disk and the memory."
+            )
+
+
+def expert_nbytes(geometry: Geometry, form: str) -> int:
+    """Bytes of an expert's three matrices."""
+    return 3 * FORMATS[form].nbytes((geometry.ffn, geometry.hidden))
+
+
+def _tensors(file: Path, geometry: Geometry, form: str, offset: int) -> Iterator[StoredTensor]:
+    up, down = (geometry.ffn, geometry.hidden), (geometry.hidden, geometry.ffn)
+    for param, index, shape in (("gate_up_proj", 0, up), ("gate_up_proj", 1, up), ("down_proj", 0, down)):
+        nbytes = FORMATS[form].nbytes(shape)
+        layout = USUAL_LAYOUT if can_interleave(form, shape) else PLAIN
+        yield StoredTensor(param, index, file, offset, nbytes, form, shape, layout=layout)
+        offset += nbytes
+
+
+def measure_experts(folder: Path, effort: ProbeEffort | None = None) -> tuple[ExpertSpeed, ...]:
+    """Seconds of an expert by format, size and tokens, resident and arriving from a file in ``folder``.
+
+    The file has no name, so that it is gone whatever ends this process. Nothing where no such file can be made.
+    """
+    effort = effort or ProbeEffort()
+    threads = torch.get_num_threads()
+    if native.available():
+        native.set_num_threads(physical_cores())
+    try:
+        descriptor = nameless_file(folder)
+    except OSError:
+        return ()
+    try:
+        _fill(descriptor, effort.nbytes)
+        # The stores open files by name; this is the name of one that has none.
+        file = Path(f"/proc/self/fd/{descriptor}")
+        found = []
+        for geometry in effort.geometries:
+            for form in effort.formats:
+                found += _measure(file, geometry, form, effort)
+        return tuple(found)
+    except (OSError, MoeiError):
+        return ()
+    finally:
+        torch.set_num_threads(threads)
+        os.close(descriptor)
+
+
+def _fill(descriptor: int, nbytes: int) -> None:
+    # As a weight or a scale of any format an ordinary number, never a slow denormal.
+    block = bytes([FILLER]) * (4 << 20)
+    for at in range(0, nbytes, len(block)):
+        os.pwrite(descriptor, block[: nbytes - at], at)
+    os.fsync(descriptor)
+
+
+def _measure(file: Path, geometry: Geometry, form: str, effort: ProbeEffort) -> list[ExpertSpeed]:
+    """All settings of one size and format; none if too few such experts fit."""
+    nbytes = expert_nbytes(geometry, form)
+    count = min(_MOST_EXPERTS, effort.nbytes // align_up(nbytes + PAGE))
+    if count < geometry.top_k:
+        return []
+    found: dict[bool, list[float]] = {}
+    rows = (1, *effort.tokens)
+    for resident in (True, False):
+        layer = _Layer(file, geometry, form, count, resident)
+        try:
+            found[resident] = [layer.expert_seconds(tokens, effort.seconds) for tokens in rows]
+        finally:
+            layer.close()
+    return [
+        ExpertSpeed(form.lower(), nbytes, tokens, here, arriving)
+        for tokens, here, arriving in zip(rows, found[True], found[False], strict=True)
+    ]
+
+
+class _Layer:
+    """One layer of experts behind the runtime, all of them resident or none."""
+
+    def __init__(self, file: Path, geometry: Geometry, form: str, count: int, resident: bool) -> None:
+        self._geometry, self._count = geometry, count
+        self._module = _Experts(count)
+        store = _Store(file, geometry, form, count)
+        slot = max(store.layout(key).slot_nbytes for key in store.experts())
+        capacity = count if resident else 0
+        policy = POLICIES[DEFAULT_POLICY](capacity, {0: count})
+        scheduler = ExpertScheduler(ExpertCache(capacity, policy), geometry.top_k)
+        # All that is computed and gone again never needs more slots than one access has experts.
+        slots = count if resident else min(_IN_A_PROMPT, count)
+        pool = SlotPool(slots + geometry.top_k, slot)
+        spec = ModelSpec(
+            "probe", {0: count}, geometry.top_k, geometry.hidden, {0: expert_nbytes(geometry, form)}
+        )
+        self._runtime = ExpertRuntime(store, pool, scheduler, threads=compute_threads(spec))
+        self._dense = torch.ones(_DENSE_NBYTES // 4)
+        self._random = torch.Generator().manual_seed(0)
+        self._access(list(range(slots)), 1, Phase.PREFILL)  # brings what stays, and pays for first touches
+
+    def expert_seconds(self, tokens: int, seconds: float) -> float:
+        """Of one expert with so many tokens: calling and computing it, not waiting for it."""
+        phase = Phase.DECODE if tokens == 1 else Phase.PREFILL
+        chosen = self._geometry.top_k if tokens == 1 else min(_IN_A_PROMPT, self._count)
+        chosen -= chosen % self._geometry.top_k
+        self._access(self._choose(chosen), tokens, phase)  # the first of a kind pays for set-up
+        samples: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(samples) < 2 or time.perf_counter() < end:
+            spent = self._access(self._choose(chosen), tokens, phase)
+            own = spent.layers_s - spent.stall_s - spent.decide_s - spent.combine_s
+            samples.append(own / chosen)
+        return sorted(samples)[len(samples) // 2]
+
+    def _choose(self, count: int) -> list[int]:
+        return sorted(torch.randperm(self._count, generator=self._random)[:count].tolist())
+
+    def _access(self, experts: Sequence[int], tokens: int, phase: Phase) -> RuntimeStatistics:
+        """One layer in which each of ``experts`` has ``tokens`` tokens."""
+        top_k = self._geometry.top_k
+        # Each token takes its neighbours' experts, so that all have the same number.
+        groups = torch.tensor(list(experts) + list(experts[: -len(experts) % top_k])).view(-1, top_k)
+        index = groups.repeat_interleave(tokens, dim=0)
+        hidden = torch.full((len(index), self._geometry.hidden), 0.01, dtype=torch.bfloat16)
+        self._runtime.forward_pass(phase, len(index))
+        # A layer's dense part: it leaves nothing of the experts in the caches, and the other threads go to sleep.
+        self._dense.sum()
+        before = self._runtime.snapshot()
+        with torch.inference_mode():
+            self._runtime.run_layer(
+                self._module, 0, hidden, index, torch.full(index.shape, 1 / top_k, dtype=torch.bfloat16)
+            )
+        self._runtime.end_pass()
+        return self._runtime.statistics.minus(before)
+
+    def close(self) -> None:
+        self._runtime.close()

@@ -1,0 +1,236 @@
+"""Linear layers, norms and attention in the activations' own types, against float64 (E3) and themselves (E1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moei_core.adapters.dense_linear import TYPES
+from moei_core.quant import native
+from tests.native.weights import (
+    FORMATS,
+    UNIT,
+    block_size,
+    decoded,
+    in_order,
+    orders,
+    product_bound,
+    stored_weights,
+)
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.unavailable_reason())
+DTYPES = tuple(TYPES)
+
+
+def half_steps(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """The largest rounding error of values in a float type."""
+    info = torch.finfo(dtype)
+    return np.abs(values) * info.eps / 2 + info.smallest_normal * info.eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("fmt", "order"), [(fmt, order) for fmt in FORMATS for order in orders(fmt)])
+def test_a_linear_layer_is_within_its_bound_for_any_rows_and_threads(
+    fmt: str, order: str, dtype: torch.dtype
+) -> None:
+    # Enough weights that several threads share them.
+    rows, cols, tokens = 1030, 512 if block_size(fmt) > 1 else 500, 9
+    rng = np.random.default_rng(1)
+    stored = stored_weights(rng, fmt, rows, cols)
+    kept = in_order(fmt, stored, rows, cols, order)
+    bias = torch.from_numpy(rng.standard_normal(rows)).to(dtype)
+    x = torch.from_numpy(rng.standard_normal((tokens, cols))).to(dtype)
+    layer = native.Linear(
+        native.Matrix(fmt, rows, cols, order), kept.ctypes.data, TYPES[dtype], bias.data_ptr()
+    )
+
+    def run(given: torch.Tensor) -> torch.Tensor:
+        out = given.new_full((len(given), rows), torch.nan)
+        layer(TYPES[dtype], given.data_ptr(), len(given), out.data_ptr())
+        return out
+
+    before = native.num_threads()
+    native.set_num_threads(3)
+    try:
+        out = run(x)
+        native.set_num_threads(1)
+        assert torch.equal(out, run(x))
+    finally:
+        native.set_num_threads(before)
+    assert torch.equal(out, torch.cat([run(x[t : t + 1]) for t in range(tokens)]))
+    weights, inputs = decoded(fmt, stored, rows, cols), x.double().numpy()
+    exact = inputs @ weights.T + bias.double().numpy()
+    bound = (
+        product_bound(fmt, weights, inputs) + np.abs(bias.double().numpy()) * 2 * UNIT + np.abs(exact) * UNIT
+    )
+    bound += half_steps(np.abs(exact) + bound, dtype)
+    assert (np.abs(out.double().numpy() - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_results_round_as_torch_rounds(dtype: torch.dtype) -> None:
+    """Every kind of number through a product with 1: ties, subnormals, overflow, infinities."""
+    values = torch.randint(-(2**31), 2**31, (200000,), generator=torch.Generator().manual_seed(0))
+    wide = values.to(torch.int32).view(torch.float32)
+    special = [
+        0.0,
+        65504.0,
+        65519.99,
+        65520.0,
+        2.0**-24,
+        2.0**-25,
+        3 * 2.0**-25,
+        1.0 + 2.0**-11,
+        1 + 3 * 2.0**-9,
+    ]
+    wide = torch.cat([wide[torch.isfinite(wide)], torch.tensor([*special, torch.inf, -torch.inf])])
+    weight, one = wide.contiguous(), torch.ones(1, dtype=dtype)
+    out = torch.empty(len(weight), dtype=dtype)
+    native.Linear(native.Matrix("F32", len(weight), 1), weight.data_ptr())(
+        TYPES[dtype], one.data_ptr(), 1, out.data_ptr()
+    )
+    assert torch.equal(out, weight.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 15, 64, 1000])
+def test_a_norm_is_within_rounding(dtype: torch.dtype, width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    x = (torch.randn((5, width), generator=generator) * 3).to(dtype)
+    weight = torch.randn(width, generator=generator)
+    out = torch.empty_like(x)
+    native.RmsNorm(weight.tolist(), 1e-5)(TYPES[dtype], x.data_ptr(), 5, out.data_ptr())
+    wide = x.double()
+    exact = (wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()).numpy()
+    bound = np.abs(exact) * (width / 16 + 24) * UNIT + half_steps(exact, dtype)
+    assert (np.abs(out.double().numpy() - exact) <= bound).all()
+
+
+def attention(
+    heads: int, kv_heads: int, head_dim: int, rotary: int, hidden: int, position: int, dtype: torch.dtype,
+    normed: bool, mask: torch.Tensor | None, threads: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(result, exact result in float64, new key, its exact value)."""
+    generator = torch.Generator().manual_seed(3)
+
+    def some(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+    widths = [(heads * head_dim, hidden), (kv_heads * head_dim, hidden), (kv_heads * head_dim, hidden)]
+    weights = [some(*shape, scale=shape[1] ** -0.5) for shape in (*widths, (hidden, heads * head_dim))]
+    layers = [native.Linear(native.Matrix(TYPES[dtype], *w.shape), w.data_ptr()) for w in weights]
+    norms = (some(head_dim).float(), some(head_dim).float())
+    capacity, x = position + 3, some(hidden)
+    keys, values = some(kv_heads, capacity, head_dim), some(kv_heads, capacity, head_dim)
+    cosine, sine, out = some(rotary), some(rotary), some(hidden)
+    kernel = native.Attention(
+        tuple(layers),  # type: ignore[arg-type]
+        (heads, kv_heads, head_dim, rotary),
+        head_dim**-0.5,
+        (norms[0].tolist(), norms[1].tolist()) if normed else None,
+        1e-6,
+    )
+    k, v = keys.clone(), values.clone()
+    before = native.num_threads()
+    native.set_num_threads(threads)
+    try:
+        kernel(
+            TYPES[dtype], x.data_ptr(), (cosine.data_ptr(), sine.data_ptr()),
+            (k.data_ptr(), v.data_ptr(), capacity, position), 0 if mask is None else mask.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+    finally:
+        native.set_num_threads(before)
+    # The rest of the cache is as it was.
+    others = [place for place in range(capacity) if place != position]
+    for after, as_it_was in ((k, keys), (v, values)):
+        torch.testing.assert_close(after[:, others], as_it_was[:, others], rtol=0, atol=0, equal_nan=True)
+
+    wide = [w.double() for w in weights]
+    q_new, k_new = ((w @ x.double()).view(-1, head_dim) for w in wide[:2])
+    if normed:
+        q_new, k_new = (
+            one / (one.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.double()
+            for one, norm in zip((q_new, k_new), norms, strict=True)
+        )
+
+    def turned(one: torch.Tensor) -> torch.Tensor:
+        part, rest = one[:, :rotary], one[:, rotary:]
+        low, high = part.chunk(2, -1)
+        part = part * cosine.double() + torch.cat([-high, low], -1) * sine.double()
+        return torch.cat([part, rest], -1)
+
+    q_new, k_new = turned(q_new), turned(k_new)
+    all_k, all_v = keys[:, : position + 1].double(), values[:, : position + 1].double()
+    # What the cache holds is rounded to its type.
+    all_k[:, position], all_v[:, position] = k[:, position].double(), v[:, position].double()
+    group = heads // kv_heads
+    scores = torch.einsum("hd,hpd->hp", q_new, all_k.repeat_interleave(group, 0)) * head_dim**-0.5
+    if mask is not None:
+        scores[:, ~mask] = -torch.inf
+    mixed = torch.einsum("hp,hpd->hd", scores.softmax(-1), all_v.repeat_interleave(group, 0))
+    return out, wide[3] @ mixed.reshape(-1), k[:, position], k_new
+
+
+CASES: list[dict[str, Any]] = [
+    {"heads": 4, "kv_heads": 2, "head_dim": 16, "rotary": 16, "hidden": 48, "position": 0, "normed": False},
+    {"heads": 8, "kv_heads": 1, "head_dim": 32, "rotary": 8, "hidden": 96, "position": 37, "normed": True},
+    {"heads": 40, "kv_heads": 2, "head_dim": 64, "rotary": 64, "hidden": 64, "position": 700, "normed": True},
+    {"heads": 3, "kv_heads": 3, "head_dim": 128, "rotary": 2, "hidden": 128, "position": 20, "normed": False},
+]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_of_one_token(case: dict[str, Any], dtype: torch.dtype, masked: bool) -> None:
+    mask = None
+    if masked:
+        mask = torch.rand(case["position"] + 1, generator=torch.Generator().manual_seed(1)) < 0.5
+        mask[-1] = True
+    out, exact, key, exact_key = attention(**case, dtype=dtype, mask=mask)
+    relative = torch.finfo(dtype).eps
+    assert torch.allclose(key.double(), exact_key, rtol=relative, atol=1e-5)
+    # Float32 throughout, one rounding at the end.
+    assert torch.allclose(out.double(), exact, rtol=relative, atol=2e-5)
+    again, *_ = attention(**case, dtype=dtype, mask=mask, threads=3)
+    assert torch.equal(out, again)
+
+
+def test_what_is_no_number_stays_visible() -> None:
+    case = CASES[2] | {"dtype": torch.float32, "mask": None}
+    generator = torch.randn
+
+    def with_nan(*arguments: Any, **options: Any) -> torch.Tensor:
+        values = generator(*arguments, **options)
+        if values.shape == (2, 703, 64):
+            values[0, 5, 3] = torch.nan
+        return values
+
+    torch.randn = with_nan
+    try:
+        out, *_ = attention(**case)
+    finally:
+        torch.randn = generator
+    assert torch.isnan(out).all()
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    weight = torch.zeros(64, 64)
+    square = native.Linear(native.Matrix("F32", 64, 64), weight.data_ptr())
+    four = (square, square, square, square)
+    for heads in [(4, 3, 16, 16), (4, 4, 8, 8), (4, 4, 16, 15), (4, 4, 16, 18), (0, 0, 16, 16)]:
+        with pytest.raises(ValueError):
+            native.Attention(four, heads, 1.0)
+    with pytest.raises(ValueError):
+        native.Attention(four, (4, 4, 16, 16), 1.0, ([1.0] * 15, [1.0] * 16))
+    kernel = native.Attention(four, (4, 4, 16, 16), 1.0)
+    place = weight.data_ptr()
+    with pytest.raises(ValueError, match="room"):
+        kernel("F32", place, (place, place), (place, place, 5, 5), 0, place)
+    with pytest.raises(ValueError, match="floats"):
+        square("Q8_0", place, 1, place)
+    with pytest.raises(ValueError):
+        native.Linear(native.Matrix("F32", 64, 64), 0)
