@@ -11,6 +11,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not Path("/dev/nvidiactl").exists():
+    # GPU kernels are interpreted, which must be said before they are imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A runner in the background may have been started deaf to Ctrl-C, which its children would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -33,6 +36,15 @@ def few_threads() -> Iterator[None]:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     yield
+
+
+@pytest.fixture(autouse=True)
+def a_gpu_only_where_it_is_asked_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not marked ``gpu`` tests the processor, also on a machine with a GPU."""
+    import sys
+
+    if "torch" in sys.modules and request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moei_cli.device_options import device_sentence, device_settings
 from moei_core.config import ExpertBudget, format_size, parse_size
 from moei_core.errors import ModelNotFoundError, UsageError
 
@@ -37,6 +38,9 @@ class ModelBenchOptions:
     repeats: int = 3
     predictor: str | None = None
     prefetch: str = "auto"
+    device: str | None = None
+    vram: str | None = None
+    misses: str | None = None
     ablation: bool = False
 
 
@@ -46,6 +50,7 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
         raise UsageError("A measurement needs a prompt, two new tokens and one repeat at least.")
     budget = ExpertBudget.parse(options.experts) if options.experts else None
     ram = parse_size(options.ram, "--ram") if options.ram else None
+    on_device = device_settings(options.device, options.vram, options.misses)
     files = _find(options)
     name = files.name
     if options.ablation:
@@ -76,10 +81,12 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
                     options.policy or DEFAULT_POLICY,
                     predictor=parse_predictor(options.predictor, live=True),
                     prefetch=parse_prefetch(options.prefetch),
+                    **on_device,
                 ),
             )
-    for sentence in loaded.notes:
-        render.note(sentence)
+    for sentence in (*loaded.notes, device_sentence(loaded)):
+        if sentence is not None:
+            render.note(sentence)
     with loaded as model:
         if options.trace is not None:
             model.runtime.routing = ForcedRouting(read_trace(options.trace), model.spec)
@@ -160,6 +167,7 @@ def _report(model: LoadedModel, name: str, options: ModelBenchOptions) -> dict[s
         "dense_bytes": model.adapter.dense_nbytes,
         "slots": asdict(budget),
         "slots_bytes": budget.nbytes,
+        "device_budget": None if model.device_budget is None else asdict(model.device_budget),
         "policy": model.options.policy,
         "predictor": model.options.predictor,
         "ram_limit_bytes": model.options.ram,

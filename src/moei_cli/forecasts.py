@@ -117,13 +117,13 @@ def predict(
 ) -> Prediction | None:
     """Forecast ``model``, loaded but not yet run, and write that down.
 
-    follows_trace: its routing is recorded, not its own. None if this machine was never measured, or if the model
-    is of a kind whose config cannot be counted: a forecast never keeps a model from running.
+    follows_trace: its routing is recorded, not its own. None if this machine was never measured, if the model is of a
+    kind whose config cannot be counted, or if a GPU computes: a forecast never keeps a model from running.
     """
     from moei_cli.measured_machine import stored_profile
 
     profile = stored_profile()
-    if profile is None:
+    if profile is None or model.device_budget is not None:
         return None
     try:
         shape = shape_of_files(files)

@@ -91,6 +91,8 @@ def waiting(text: str) -> Iterator[None]:
 def status_line(report: TurnReport, memory: int) -> str:
     """What the expert cache does, in one line."""
     speed = f"{report.decode_tokens_per_s:.1f} tokens/s" if report.times.token_s else "reading the prompt"
+    if report.device is not None:
+        speed += f" · {report.device.hit_rate:.0%} hits on the GPU"
     return (
         f"{speed} · {report.cache.hit_rate:.0%} hits in RAM, {report.cache.misses} misses · "
         f"{format_size(report.runtime.bytes_read)} read, {report.stall_share:.0%} waiting · "
@@ -115,6 +117,13 @@ def statistics(session: ChatSession) -> None:
         "read from disk": f"{work.loads} experts, {format_size(work.bytes_read)}",
         "memory": f"{format_size(resident_memory())} now, {format_size(peak_memory())} at most",
     }
+    if model.device_statistics is not None and model.device_budget is not None:
+        there = model.device_statistics
+        rows["on the GPU"] = (
+            f"{model.device_budget.resident} experts ({format_size(model.device_budget.nbytes)}); "
+            f"{there.hit_rate:.1%} hits ({there.hits} of {there.hits + there.misses}), {there.evictions} evicted; "
+            f"{work.copies} copied ({format_size(work.bytes_copied)}), {work.promotions} of them ahead"
+        )
     if report is not None:
         times, run = report.times, report.runtime
         parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.time_split.items())

@@ -94,6 +94,8 @@ class ExpertScheduler:
         # What the latest plan streams.
         self._streamed: tuple[ExpertKey, ...] = ()
         self._value = getattr(cache.policy, "value", None)
+        # What a tier in front of this one holds: not worth prefetching.
+        self._nearer: ExpertCache | tuple[ExpertKey, ...] = ()
 
     @property
     def statistics(self) -> CacheStatistics:
@@ -155,8 +157,8 @@ class ExpertScheduler:
         """The next uses of the experts of the access that follows; only for policies that need the future."""
         self._cache.policy.foresee(next_use)
 
-    def access(self, access: LayerAccess) -> FetchPlan:
-        """Plan one layer of one forward pass.
+    def access(self, access: LayerAccess, routed: LayerAccess | None = None) -> FetchPlan:
+        """Plan one layer of one forward pass. routed: all that the router chose, if ``access`` is a part of it.
 
         Waves: first the experts that are resident, without any load; then the missing ones in ascending
         order, those in flight first, as many at a time as the working set holds.
@@ -187,10 +189,10 @@ class ExpertScheduler:
             loads = tuple(load)
             waves.append(Wave(tuple(evict), loads, loads, tuple(release)))
         if self._stream is not None and self._tokens > 1:
-            self._streamed = self._plan_stream(access, self._stream)
+            self._streamed = self._plan_stream(routed or access, self._stream)
         prefetch: tuple[ExpertKey, ...] = ()
         if self._predictor is not None:
-            self._predictor.observe(access)
+            self._predictor.observe(routed or access)
             active = self.controller.active
             if active is not None and not self._streamed:
                 prefetch = self._plan_prefetch(access, self._candidates[active])
@@ -280,7 +282,12 @@ class ExpertScheduler:
                 if score < self._least_score:
                     break
                 predicted[key] = ahead
-                if size <= left and key not in cache and key not in self._in_flight:
+                if (
+                    size <= left
+                    and key not in cache
+                    and key not in self._in_flight
+                    and key not in self._nearer
+                ):
                     offered[key] = score
                     left -= size
         self._offered, self._predicted = offered, predicted
@@ -289,7 +296,11 @@ class ExpertScheduler:
     def _plan_stream(self, access: LayerAccess, stream: PrefillStream) -> tuple[ExpertKey, ...]:
         layer, experts = stream.after(access, self._tokens)
         keys = (ExpertKey(layer, expert) for expert in experts.tolist())
-        return tuple(key for key in keys if key not in self._cache and key not in self._in_flight)
+        return tuple(
+            key
+            for key in keys
+            if key not in self._cache and key not in self._in_flight and key not in self._nearer
+        )
 
     def _worth(self, victim: ExpertKey) -> float:
         """What evicting ``victim`` for a prediction costs; policies without values count only recency."""

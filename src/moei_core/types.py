@@ -80,6 +80,24 @@ class Wave:
 
 
 @dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """What a device with memory of its own does in one access, beside what RAM does.
+
+    hits: experts that it holds, computed there.
+    evict: residents whose device slots are given up before anything is copied.
+    copy: experts that are copied from RAM, once they are there, and computed on the device.
+    release: those of ``copy`` that do not stay.
+    promote: experts that are computed in RAM and copied meanwhile; residents from the next access on.
+    """
+
+    hits: tuple[ExpertKey, ...]
+    evict: tuple[ExpertKey, ...] = ()
+    copy: tuple[ExpertKey, ...] = ()
+    release: tuple[ExpertKey, ...] = ()
+    promote: tuple[ExpertKey, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class FetchPlan:
     """What one ``LayerAccess`` makes the engine or the simulator do. ``hits``, ``misses`` count experts.
 
@@ -90,6 +108,7 @@ class FetchPlan:
     stream: what the next layer of a pass over many tokens almost certainly needs: to be read once nothing else
         is demanded, into slots that are free, and kept there, reported to nobody, until the next plan loads or
         cancels it.
+    device: what a device does; the rest of the plan is then about the experts that it does not hold.
     """
 
     layer: int
@@ -99,6 +118,7 @@ class FetchPlan:
     cancel: tuple[ExpertKey, ...] = ()
     prefetch: tuple[ExpertKey, ...] = ()
     stream: tuple[ExpertKey, ...] = ()
+    device: DevicePlan | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moei_core.config import ExpertBudget, GenerationSettings, format_size, parse_size
 from moei_core.errors import DoesNotFitError, UsageError
-from moei_core.hardware.budget import MemoryUse, plan_slots
+from moei_core.hardware.budget import RING_SLOTS, MemoryUse, plan_device_slots, plan_slots
 from moei_core.types import ModelSpec
 
 MIB = 1 << 20
@@ -155,3 +155,28 @@ def test_more_memory_never_means_fewer_slots(one: int, other: int) -> None:
             return 0
 
     assert slots(min(one, other)) <= slots(max(one, other))
+
+
+def test_a_device_budget_accounts_for_every_byte_of_the_limit() -> None:
+    budget = plan_device_slots(128, SLOT, 500 * MIB, 100 * MIB, 50 * MIB, free=8000 * MIB, vram=1000 * MIB)
+    used = sum(line.nbytes for line in budget.lines)
+    assert used <= 1000 * MIB < used + SLOT
+    assert budget.slots == budget.resident + RING_SLOTS and budget.nbytes == budget.slots * SLOT
+    assert "--vram 1000 MiB" in budget.reason
+    free = plan_device_slots(128, SLOT, 500 * MIB, 100 * MIB, 50 * MIB, free=1000 * MIB)
+    assert free.slots == budget.slots and "free GPU memory" in free.reason
+    everything = plan_device_slots(128, SLOT, 500 * MIB, 100 * MIB, 50 * MIB, free=8000 * MIB)
+    assert everything.resident == 128 and everything.reason == "all 128 routed experts fit"
+
+
+def test_a_device_that_is_too_small_names_the_smallest_that_works() -> None:
+    with pytest.raises(DoesNotFitError) as caught:
+        plan_device_slots(128, SLOT, 500 * MIB, 100 * MIB, 50 * MIB, free=8000 * MIB, vram=600 * MIB)
+    named = re.search(r"--vram (\S+?);", caught.value.hint)
+    assert named is not None
+    smallest = parse_size(named.group(1))
+    assert (
+        plan_device_slots(128, SLOT, 500 * MIB, 100 * MIB, 50 * MIB, 8000 * MIB, smallest).slots >= RING_SLOTS
+    )
+    with pytest.raises(DoesNotFitError, match="Free GPU memory"):
+        plan_device_slots(128, SLOT, 500 * MIB, 100 * MIB, 50 * MIB, free=600 * MIB)

@@ -10,12 +10,15 @@ from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import POLICIES
 from moei_core.config import ExpertBudget, GenerationSettings
 from moei_core.engine.chat_session import ChatSession
+from moei_core.engine.devices import CpuDevice, Device
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
+from moei_core.engine.placement import device_tier
 from moei_core.hub.resolve import resolve_model
 from moei_core.predict import PREDICTORS
 from moei_core.prefetch import PrefetchMode
 from moei_core.scheduler import ExpertScheduler
 from moei_core.sim.replay import Observer, replay
+from moei_core.tiers import LinkCosts, TieredScheduler
 from moei_core.trace import read_trace
 from moei_core.types import FetchPlan, LayerAccess
 
@@ -31,10 +34,15 @@ class Collector(Observer):
         self.plans.append(plan)
 
 
-def record(options: LoadOptions, path: Path) -> tuple[list[FetchPlan], LoadedModel]:
+COSTS = LinkCosts(20e9, 1e-6, 40e9)
+
+
+def record(
+    options: LoadOptions, path: Path, device: Device | None = None
+) -> tuple[list[FetchPlan], LoadedModel]:
     """Two conversations, recorded: the plans that were made, and the model as it was afterwards."""
     plans: list[FetchPlan] = []
-    with LoadedModel(resolve_model("moei-demo").folder, options) as model:
+    with LoadedModel(resolve_model("moei-demo").folder, options, device, COSTS) as model:
         decide = model.scheduler.access
 
         def access(event: LayerAccess) -> FetchPlan:
@@ -56,13 +64,19 @@ def record(options: LoadOptions, path: Path) -> tuple[list[FetchPlan], LoadedMod
 def replayed(path: Path, model: LoadedModel) -> tuple[list[FetchPlan], ExpertScheduler]:
     """The same trace and its events through a scheduler of the same making."""
     budget, spec, options = model.budget, model.spec, model.options
-    simulated = ExpertScheduler(
-        ExpertCache(budget.resident, POLICIES[options.policy](budget.resident, spec.num_experts)),
-        budget.working,
-        PREDICTORS[options.predictor](spec.num_experts) if options.predictor else None,
-        options.prefetch,
-        num_experts=spec.num_experts,
-    )
+    cache = ExpertCache(budget.resident, POLICIES[options.policy](budget.resident, spec.num_experts))
+    predictor = PREDICTORS[options.predictor](spec.num_experts) if options.predictor else None
+    simulated: ExpertScheduler
+    if model.device_budget is None:
+        simulated = ExpertScheduler(
+            cache, budget.working, predictor, options.prefetch, num_experts=spec.num_experts
+        )
+    else:
+        front = POLICIES[options.policy](model.device_budget.resident, spec.num_experts)
+        tier = device_tier(model.device_budget, front, spec, options.misses, COSTS)
+        simulated = TieredScheduler(
+            cache, budget.working, tier, predictor, options.prefetch, num_experts=spec.num_experts
+        )
     collector = Collector()
     replay(read_trace(path), simulated, collector, recorded_events=True)
     return collector.plans, simulated
@@ -89,3 +103,24 @@ def test_with_prefetches_as_they_came(predictor: str, share: float, tmp_path: Pa
     assert simulated.statistics == model.scheduler.statistics
     assert simulated.prefetch_statistics == model.scheduler.prefetch_statistics
     assert simulated.prefetch_statistics.started > 0
+
+
+@pytest.mark.parametrize("misses", ["auto", "copy"])
+@pytest.mark.parametrize("policy", LIVE)
+def test_two_tiers(policy: str, misses: str, tmp_path: Path) -> None:
+    """What the device holds, copies and promotes is part of the plans."""
+    budget = ExpertBudget(fraction=0.25)
+    with LoadedModel(resolve_model("moei-demo").folder, LoadOptions(), CpuDevice()) as whole:
+        assert whole.device_budget is not None
+        absent = whole.spec.total_experts * 3 // 4
+        vram = sum(line.nbytes for line in whole.device_budget.lines) - absent * whole.budget.slot_nbytes
+    options = LoadOptions(experts=budget, policy=policy, predictor="markov", vram=vram, misses=misses)
+    plans, model = record(options, tmp_path / "t", CpuDevice())
+    expected, simulated = replayed(tmp_path / "t", model)
+    assert expected == plans
+    assert simulated.statistics == model.scheduler.statistics
+    assert isinstance(simulated, TieredScheduler) and isinstance(model.scheduler, TieredScheduler)
+    assert simulated.device_statistics == model.scheduler.device_statistics
+    assert simulated.device_statistics.misses > 0
+    if policy not in ("on-demand", "static"):
+        assert simulated.device_statistics.hits > 0 and simulated.device_statistics.evictions > 0

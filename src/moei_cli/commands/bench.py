@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moei_cli.device_options import DeviceOption, MissesOption, VramOption
 from moei_core.errors import UsageError
 
 _EPILOG = (
@@ -23,7 +24,18 @@ _SIMULATE = (
     "disk",
     "workers",
 )
-_MEASURE = ("layers", "quant", "context", "prompt_tokens", "new_tokens", "repeats", "ablation")
+_MEASURE = (
+    "layers",
+    "quant",
+    "context",
+    "prompt_tokens",
+    "new_tokens",
+    "repeats",
+    "ablation",
+    "device",
+    "vram",
+    "misses",
+)
 _ABLATED = ("policy", "predictor", "prefetch")
 
 
@@ -97,6 +109,9 @@ def bench(
         bool, typer.Option("--ablation", help="What each part is worth: a ladder, one part more in each row.")
     ] = False,
     workers: Annotated[int | None, typer.Option(help="Processes; left out: one a core.")] = None,
+    device: DeviceOption = None,
+    vram: VramOption = None,
+    misses: MissesOption = None,
 ) -> None:
     """Measure a model in the engine, or replay a trace through cache policies in the simulator."""
     given: dict[str, Any] = {name: value for name, value in locals().items() if value is not None}

@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moei_cli.device_options import (
+    DeviceOption,
+    MissesOption,
+    VramOption,
+    device_sentence,
+    device_settings,
+)
 from moei_core.errors import ModelNotFoundError, UsageError
 from moei_core.hub.resolve import DEMO_NAME, ModelFiles, resolve_model
 
@@ -76,6 +83,9 @@ def chat(
         str | None, typer.Option(help="off, on, or auto: follow the predictor only while that is faster.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute in float32, bfloat16 or float16.")] = None,
+    device: DeviceOption = None,
+    vram: VramOption = None,
+    misses: MissesOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="With a prompt: one JSON object with the answer and all figures.")
     ] = False,
@@ -106,12 +116,13 @@ def chat(
         "seed": seed,
         "stop": tuple(stop) if stop else None,
     }
+    on_device = device_settings(device, vram, misses)
     from moei_cli.settings import resolve
 
     chosen = resolve(
         ram=ram, experts=experts, context=context, policy=policy, predictor=predictor, prefetch=prefetch
     )
-    session = _open(files, chosen, dtype, system, overrides, quiet=as_json)
+    session = _open(files, chosen, dtype, on_device, system, overrides, quiet=as_json)
     session.thinking = think
     last_model.remember(files)
     try:
@@ -151,6 +162,7 @@ def _open(
     files: ModelFiles,
     chosen: Mapping[str, Setting],
     dtype: str | None,
+    on_device: dict[str, Any],
     system: str | None,
     overrides: dict[str, Any],
     quiet: bool,
@@ -190,6 +202,7 @@ def _open(
                     dtype,
                     parse_predictor(chosen["predictor"].text, live=True),
                     parse_prefetch(chosen["prefetch"].text or "auto"),
+                    **on_device,
                 ),
             )
     for sentence in model.notes:
@@ -204,6 +217,8 @@ def _open(
             f"{files.name} runs with {where} {spec.total_experts} experts in RAM "
             f"({format_size(slots.nbytes)}){rest}: {reason}."
         )
+        if (sentence := device_sentence(model)) is not None:
+            render.note(sentence)
     return ChatSession(model, replace(model.generation_defaults(), **given), system)
 
 
@@ -251,6 +266,7 @@ def _report(session: ChatSession, files: ModelFiles, pieces: list[Any]) -> dict[
             "budget": [asdict(line) for line in model.budget.lines],
             "policy": model.options.policy,
         },
+        "device_budget": None if model.device_budget is None else asdict(model.device_budget),
         "dense_bytes": model.adapter.dense_nbytes,
         "ram_limit_bytes": model.options.ram,
         "load_s": round(model.load_s, 3),

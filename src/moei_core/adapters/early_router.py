@@ -60,8 +60,10 @@ class EarlyRouters:
         """
         router = self._routers[layer]
         shape = (1,) * (router.dimensions - 1) + (hidden_states.shape[-1],)
+        # The engine knows hidden states of the host; the routers may be on a device.
+        given = hidden_states.reshape(shape).to(next(router.module.parameters()).device)
         with torch.inference_mode():
-            chosen = router.module(hidden_states.reshape(shape))[router.place]
+            chosen = router.module(given)[router.place]
         return [int(expert) for expert in chosen.reshape(-1).tolist()]
 
     def normed(self, layer: int, source: int) -> torch.Tensor | None:

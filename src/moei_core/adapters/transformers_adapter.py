@@ -100,8 +100,9 @@ class TransformersAdapter:
     every MoE layer runs through the hook. Between ``install`` and ``uninstall`` the experts are the runtime's.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """dtype: compute in this float type instead of the checkpoint's own."""
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None, native_dense: bool = True) -> None:
+        """dtype: compute in this float type instead of the checkpoint's own. native_dense: whether the dense part is
+        the native kernels' from the start; torch's kernels on a GPU want it as floats."""
         self.folder = folder
         self.config = read_config(folder)
         self.packed: Manifest | None = read_manifest(folder) if is_packed(folder) else None
@@ -127,7 +128,9 @@ class TransformersAdapter:
         else:
             self.experts, self._dense = self.packed.stored_experts(folder), tensors
             check_shapes(self.model, parameters, self.experts)
-        self._kept = find_kept(self.model, self._dense, parameters)
+        self._native_dense = native_dense
+        self._kept = find_kept(self.model, self._dense, parameters) if native_dense else {}
+        self._attention_calls: dict[nn.Module, AttentionCall] = {}
         self._spec = self._make_spec()
 
     def _make_spec(self) -> ModelSpec:
@@ -175,9 +178,8 @@ class TransformersAdapter:
     def load(self) -> None:
         """Read the dense weights; the expert parameters are gone from the modules from here on."""
         load_dense_weights(self.model, self._dense, self.dtype, self._expert_parameters, self._kept)
-        calls: dict[nn.Module, AttentionCall] = {}
         hooks = [
-            module.register_forward_pre_hook(_note_call(calls), with_kwargs=True)
+            module.register_forward_pre_hook(_note_call(self._attention_calls), with_kwargs=True)
             for module in attention_modules(self.model)
         ]
         try:
@@ -186,11 +188,16 @@ class TransformersAdapter:
             for hook in hooks:
                 hook.remove()
         give_up_read_ones(self.model)
+        if self._native_dense:
+            self.compute_natively()
+        self._spec = replace(self._spec, num_experts_per_tok=top_k)
+
+    def compute_natively(self) -> None:
+        """From here on norms, attention and dense products of few tokens are the native kernels', in RAM."""
         use_native_linears(self.model)
         with torch.inference_mode():
             use_native_norms(self.model)
-            use_native_attention(self.model, calls, self.dtype)
-        self._spec = replace(self._spec, num_experts_per_tok=top_k)
+            use_native_attention(self.model, self._attention_calls, self.dtype)
 
     def _probe(self) -> dict[int, int]:
         """The top-k of each MoE layer, from one token through experts that only say that they ran.

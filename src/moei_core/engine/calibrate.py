@@ -50,7 +50,9 @@ def measure_framework(folder: Path, tokens: int = 40, threads: int = 1) -> Frame
     Raises: what loading a model raises.
     """
     before = torch.get_num_threads()
-    with LoadedModel(folder, LoadOptions(experts=ExpertBudget(fraction=1.0), context=512)) as model:
+    with LoadedModel(
+        folder, LoadOptions(experts=ExpertBudget(fraction=1.0), context=512, device="cpu")
+    ) as model:
         torch.set_num_threads(threads)
         clock = _LayerClock(model.adapter.model.base_model.layers)
         try:

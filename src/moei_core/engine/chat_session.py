@@ -24,6 +24,7 @@ from moei_core.scheduler import PrefetchStatistics
 class TurnReport:
     """What one turn was and cost; complete once the turn has ended, valid so far while it runs.
 
+    cache: lookups in RAM; device: those in a device's memory before, if there is one.
     finish_reason: ``stop`` (the model ended it), ``stop-string``, ``length``, ``context`` or ``interrupted``.
     """
 
@@ -37,6 +38,7 @@ class TurnReport:
     cache: CacheStatistics = field(default_factory=CacheStatistics)
     runtime: RuntimeStatistics = field(default_factory=RuntimeStatistics)
     prefetch: PrefetchStatistics = field(default_factory=PrefetchStatistics)
+    device: CacheStatistics | None = None
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -89,6 +91,16 @@ class TurnReport:
             "time_split_s": {name: round(seconds, 4) for name, seconds in self.time_split.items()},
             "token_s": percentiles(self.times.token_s),
             "prefetch": asdict(self.prefetch) | {"bytes": self.runtime.bytes_prefetched},
+            "device": None
+            if self.device is None
+            else asdict(self.device)
+            | {
+                "hit_rate": round(self.device.hit_rate, 4),
+                "copies": self.runtime.copies,
+                "promotions": self.runtime.promotions,
+                "bytes_copied": self.runtime.bytes_copied,
+                "wait_s": round(self.runtime.device_wait_s, 4),
+            },
             "memory_bytes": resident_memory(),
             "peak_memory_bytes": peak_memory(),
         }
@@ -142,12 +154,16 @@ class ChatSession:
         cache_before = replace(self.model.scheduler.statistics)
         runtime_before = self.model.runtime.snapshot()
         prefetch_before = replace(self.model.scheduler.prefetch_statistics)
+        device = self.model.device_statistics
+        device_before = None if device is None else replace(device)
 
         def account() -> None:
             report.total_s += time.perf_counter() - started
             report.cache = self.model.scheduler.statistics.minus(cache_before)
             report.runtime = self.model.runtime.statistics.minus(runtime_before)
             report.prefetch = self.model.scheduler.prefetch_statistics.minus(prefetch_before)
+            if device is not None and device_before is not None:
+                report.device = device.minus(device_before)
 
         answer: list[str] = []
         self.model.scheduler.request_start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -49,7 +49,14 @@ class BlockMatrix:
         return output.to(inputs.dtype)
 
 
-ExpertWeights = dict[str, list[torch.Tensor | BlockMatrix]]
+class Blocks(Protocol):
+    """A matrix in blocks, wherever it lies."""
+
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[n, in] -> [n, out] in ``inputs``' dtype."""
+
+
+ExpertWeights = dict[str, list[torch.Tensor | Blocks]]
 """Parameter name (``gate_up_proj``, ``down_proj_bias``, ...) to the stored pieces that make it up, in order."""
 
 
@@ -122,7 +129,7 @@ def _project(module: nn.Module, weights: ExpertWeights, name: str, inputs: torch
     """``inputs`` times one parameter, each stored piece by itself (their outputs lie side by side)."""
     outputs = []
     for piece in weights[name]:
-        if isinstance(piece, BlockMatrix):
+        if not isinstance(piece, torch.Tensor):
             outputs.append(piece.product(inputs))
             continue
         weight = piece if piece.dtype == inputs.dtype else piece.to(inputs.dtype)

@@ -53,6 +53,8 @@ class Generator:
         self._runtime = runtime
         self._cache = cache
         self._should_stop = should_stop
+        self._place = model.device
+        self._last = _LAST.to(self._place)
 
     def tokens(
         self,
@@ -112,15 +114,15 @@ class Generator:
         try:
             with torch.inference_mode():
                 output = self._model(
-                    input_ids=torch.tensor([tokens]),
+                    input_ids=torch.tensor([tokens], device=self._place),
                     past_key_values=self._cache.cache,
                     use_cache=True,
-                    logits_to_keep=_LAST,
+                    logits_to_keep=self._last,
                 )
         except BaseException:
             self._cache.roll_back()
             raise
         self._runtime.end_pass()
         self._cache.commit(tokens)
-        logits: torch.Tensor = output.logits[0, -1]
+        logits: torch.Tensor = output.logits[0, -1].cpu()
         return logits

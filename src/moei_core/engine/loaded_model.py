@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,28 @@ import psutil
 import torch
 from transformers import AutoTokenizer, DynamicCache
 
+from moei_core.adapters.skeleton import experts_modules
 from moei_core.adapters.transformers_adapter import TransformersAdapter
-from moei_core.cache.expert_cache import ExpertCache
+from moei_core.cache.expert_cache import CacheStatistics, ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES, CachePolicy
 from moei_core.config import FULL_OVERLAP, ExpertBudget, GenerationSettings, Overlap
+from moei_core.engine.device_compute import decoded_nbytes, why_not
+from moei_core.engine.device_slots import DeviceSlots, LinkedSlotPool
+from moei_core.engine.devices import Device
 from moei_core.engine.expert_compute import DECODED_NBYTES
 from moei_core.engine.hints import Hinter, RouterHints, StrideHints
+from moei_core.engine.placement import device_tier, measure_costs, open_device
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.slots import SlotPool
-from moei_core.errors import DamagedFileError, UsageError
+from moei_core.engine.tiered_runtime import TieredRuntime
+from moei_core.errors import DamagedFileError, DoesNotFitError, UsageError
 from moei_core.hardware.budget import (
+    RING_SLOTS,
+    DeviceBudget,
     MemoryUse,
     SlotBudget,
     kv_width,
+    plan_device_slots,
     plan_slots,
     too_small,
     workspace_nbytes,
@@ -37,6 +46,8 @@ from moei_core.predict import PREDICTORS, ExpertPredictor
 from moei_core.prefetch import PrefetchMode
 from moei_core.quant import native
 from moei_core.scheduler import ExpertScheduler
+from moei_core.store.base import ExpertStore
+from moei_core.tiers import LinkCosts, TieredScheduler
 from moei_core.trace.writer import TraceWriter
 from moei_core.types import ModelSpec
 
@@ -54,7 +65,8 @@ class LoadOptions:
 
     policy: a name of ``POLICIES``. dtype: ``float32``, ``bfloat16``, ``float16`` or None for the checkpoint's.
     predictor: a name of ``PREDICTORS`` to prefetch by, a file of ``moei trace train``, or None. prefetch: when to
-    follow it. overlap: how moving and computing share the time.
+    follow it. overlap: how moving and computing share the time. device: of ``DEVICES``; ``auto`` is a GPU if there is
+    one that the model fits on. vram: bytes of its memory. misses: of ``MISSES``.
     """
 
     ram: int | None = None
@@ -65,18 +77,31 @@ class LoadOptions:
     predictor: str | None = None
     prefetch: PrefetchMode = PrefetchMode.AUTO
     overlap: Overlap = FULL_OVERLAP
+    device: str = "auto"
+    vram: int | None = None
+    misses: str = "auto"
 
 
 class LoadedModel:
     """A model ready to generate. Use as a context manager, or call ``close``."""
 
-    def __init__(self, folder: Path, options: LoadOptions) -> None:
-        """Raises: errors of ``moei_core.errors`` for anything that is wrong with the folder or the options."""
+    def __init__(
+        self,
+        folder: Path,
+        options: LoadOptions,
+        device: Device | None = None,
+        costs: LinkCosts | None = None,
+    ) -> None:
+        """device: instead of the one that ``options`` name. costs: of its link, instead of measuring them.
+
+        Raises: errors of ``moei_core.errors`` for anything that is wrong with the folder or the options.
+        """
         started = time.perf_counter()
+        device = device or open_device(options.device, options.vram, options.misses)
         make_policy = _policy(options.policy)
         make_predictor = _predictor(options.predictor)
         self.folder = folder
-        self.adapter = TransformersAdapter(folder, _dtype(options.dtype))
+        self.adapter = TransformersAdapter(folder, _dtype(options.dtype), native_dense=device is None)
         self.spec: ModelSpec = self.adapter.spec()
         threads = compute_threads(self.spec)
         self.context = _context(self.adapter.config.get_text_config(), options.context)
@@ -87,7 +112,16 @@ class LoadedModel:
             self._refuse_hopeless(options, slot_nbytes)
             self.adapter.load()
             self.spec = self.adapter.spec()
+            hinter = self._hinter(options.predictor)
+            self.device_budget: DeviceBudget | None = None
+            self._no_device = ""
+            if device is not None:
+                self._move_dense(device, options, store, slot_nbytes)
+                if self.device_budget is None:
+                    self.adapter.compute_natively()
             use = self._memory_use(resident_memory(), slot_nbytes)
+            if self.device_budget is not None:
+                use = replace(use, kv=0, dense=0)
             self.budget: SlotBudget = plan_slots(
                 self.spec,
                 slot_nbytes,
@@ -98,20 +132,36 @@ class LoadedModel:
                 PREFETCH_SLOTS if make_predictor else 0,
             )
             policy = make_policy(self.budget.resident, self.spec.num_experts)
-            self.scheduler = ExpertScheduler(
-                ExpertCache(self.budget.resident, policy),
-                self.budget.working,
-                make_predictor(self.spec.num_experts) if make_predictor and self.budget.spare else None,
-                options.prefetch,
-                num_experts=self.spec.num_experts if options.overlap.stream else None,
+            cache = ExpertCache(self.budget.resident, policy)
+            predictor = (
+                make_predictor(self.spec.num_experts) if make_predictor and self.budget.spare else None
             )
-            hinter = self._hinter(options.predictor)
-            pool = SlotPool(self.budget.slots, slot_nbytes)
+            streamed = self.spec.num_experts if options.overlap.stream else None
             if native.available():
                 native.set_num_threads(physical_cores())
-            self.runtime = ExpertRuntime(
-                store, pool, self.scheduler, self.budget.spare, threads, options.overlap
-            )
+            self.scheduler: ExpertScheduler
+            self.runtime: ExpertRuntime
+            if device is None or self.device_budget is None:
+                self.scheduler = ExpertScheduler(
+                    cache, self.budget.working, predictor, options.prefetch, num_experts=streamed
+                )
+                pool = SlotPool(self.budget.slots, slot_nbytes)
+                self.runtime = ExpertRuntime(
+                    store, pool, self.scheduler, self.budget.spare, threads, options.overlap
+                )
+            else:
+                linked = LinkedSlotPool(self.budget.slots, slot_nbytes, device)
+                slots = DeviceSlots(device, self.device_budget.resident, RING_SLOTS, slot_nbytes)
+                costs = costs or measure_costs(device, slots, linked, threads)
+                front = make_policy(self.device_budget.resident, self.spec.num_experts)
+                tier = device_tier(self.device_budget, front, self.spec, options.misses, costs)
+                tiers = TieredScheduler(
+                    cache, self.budget.working, tier, predictor, options.prefetch, num_experts=streamed
+                )
+                self.scheduler = tiers
+                self.runtime = TieredRuntime(
+                    store, linked, tiers, device, slots, self.budget.spare, threads, options.overlap
+                )
             least = self.budget.working + self.budget.spare
             self.runtime.governor = MemoryGovernor(self.budget.slots, least, slot_nbytes)
             self.runtime.hinter = hinter
@@ -121,6 +171,41 @@ class LoadedModel:
         self.adapter.install(self.runtime)
         self.options = options
         self.load_s = time.perf_counter() - started
+
+    def _move_dense(self, device: Device, options: LoadOptions, store: ExpertStore, slot_nbytes: int) -> None:
+        """Take the model's dense part to ``device``, if it fits there; else, unless a person insisted, say why not.
+
+        Raises: DoesNotFitError, UsageError.
+        """
+        use = self._memory_use(0, slot_nbytes)
+        insists = options.vram is not None or options.device != "auto"
+        reason = why_not(store.layout(key) for key in store.experts())
+        if any(getattr(m, "has_post_expert_norm", False) for _, _, m in experts_modules(self.adapter.model)):
+            # Experts computed in RAM would need that norm on both sides.
+            reason = "there is a norm behind its experts"
+        if reason is not None and insists:
+            raise UsageError(
+                f"This model cannot use the GPU: {reason}.", hint="Leave --device and --vram out."
+            )
+        if reason is None:
+            try:
+                self.device_budget = plan_device_slots(
+                    self.spec.total_experts,
+                    slot_nbytes,
+                    use.dense,
+                    use.kv,
+                    use.workspace + decoded_nbytes(store.layout(key) for key in store.experts()),
+                    device.free_nbytes(),
+                    options.vram,
+                )
+            except DoesNotFitError as error:
+                if insists:
+                    raise
+                reason = " ".join((error.what, error.why))
+        if reason is not None:
+            self._no_device = f"The GPU is not used: {reason.rstrip('.')}."
+            return
+        self.adapter.model.to(device.place)  # type: ignore[arg-type]
 
     def _hinter(self, predictor: str | None) -> Hinter | None:
         """What computes the hints that ``predictor`` needs. Raises: UsageError, DamagedFileError."""
@@ -169,12 +254,18 @@ class LoadedModel:
         return layers * width * self.adapter.dtype.itemsize
 
     @property
+    def device_statistics(self) -> CacheStatistics | None:
+        """Lookups in a device's memory so far; None if there is no device."""
+        return self.scheduler.device_statistics if isinstance(self.scheduler, TieredScheduler) else None
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know about how this model runs."""
+        notes = (self._no_device,) if self._no_device else ()
         if native.available():
-            return ()
+            return notes
         what = self.adapter.packed.format.lower() if self.adapter.packed is not None else "the"
-        return (f"{native.unavailable_reason()} So {what} experts are computed on a slow torch path.",)
+        return (*notes, f"{native.unavailable_reason()} So {what} experts are computed on a slow torch path.")
 
     def record(self, path: Path, name: str, source: str = "") -> TraceWriter:
         """Record from now on all that a replay needs, hints included; ``close`` of the result writes ``path``."""

@@ -24,7 +24,10 @@ from moei_core.types import ModelSpec
 
 @dataclass(slots=True)
 class Request:
-    """One measured request. Times in seconds, sizes in bytes. Shares are of the time after the first token."""
+    """One measured request. Times in seconds, sizes in bytes. Shares are of the time after the first token.
+
+    hits, misses: of lookups in RAM, to which a GPU (gpu_*) leaves only what it does not hold.
+    """
 
     ttft_s: float
     prefill_tokens_per_s: float
@@ -46,6 +49,9 @@ class Request:
     sampling_s: float
     unexplained_s: float
     token_s: list[float] = field(repr=False)
+    gpu_s: float = 0.0
+    gpu_hit_rate: float = 0.0
+    bytes_copied: int = 0
 
 
 def measure_requests(
@@ -80,6 +86,8 @@ def _request(model: LoadedModel, prompt: list[int], new_tokens: int, seed: int =
     """seed: of the sampling. Random weights make all tokens about as likely, so that two requests with one seed draw
     the same tokens whatever their prompts are."""
     times = GenerationTimes()
+    device = model.device_statistics
+    device_before = None if device is None else replace(device)
     cache_before, runtime_before = replace(model.scheduler.statistics), model.runtime.snapshot()
     cache = ConversationCache(model.adapter.config)
     generator = Generator(model.adapter.model, model.runtime, cache, lambda: False)
@@ -109,6 +117,8 @@ def _request(model: LoadedModel, prompt: list[int], new_tokens: int, seed: int =
         else 0.0,
         decode_hit_rate=decode_hit_rate(counts.misses, len(times.token_s), times, model.spec),
         token_s=times.token_s,
+        gpu_hit_rate=device.minus(device_before).hit_rate if device and device_before else 0.0,
+        bytes_copied=work.bytes_copied,
         **{f"{name}_s": seconds for name, seconds in time_split(times, work, total_s).items()},
     )
 

@@ -45,7 +45,9 @@ class RuntimeStatistics:
 
     bytes_read: of experts, also what was read in vain. bytes_prefetched: of them by complete prefetches. stall_s:
     waiting for experts. move_s: asking for experts, giving slots out and taking them back. combine_s: gathering rows
-    and summing outputs. layers_s: all that the expert layers took; what is left of it is unexplained.
+    and summing outputs. layers_s: all that the expert layers took; what is left of it is unexplained. copies,
+    bytes_copied: of experts to a device, those for the next time (promotions) included. device_wait_s: until a device
+    had computed what the router of a layer chose, and with it everything before.
     """
 
     loads: int = 0
@@ -58,6 +60,10 @@ class RuntimeStatistics:
     move_s: float = 0.0
     combine_s: float = 0.0
     layers_s: float = 0.0
+    copies: int = 0
+    promotions: int = 0
+    bytes_copied: int = 0
+    device_wait_s: float = 0.0
 
     def minus(self, earlier: RuntimeStatistics) -> RuntimeStatistics:
         """What happened since ``earlier`` was copied."""
@@ -74,6 +80,9 @@ class ExpertRuntime:
     is asked before every access how many slots the system's memory allows. hinter tells the brain what later
     layers are likely to choose. sampler keeps layer inputs for training predictors.
     """
+
+    _short_tokens = True
+    """Whether one token alone takes the short way, ``TokenWork``."""
 
     def __init__(
         self,
@@ -200,21 +209,22 @@ class ExpertRuntime:
         named: tuple[int, ...],
     ) -> tuple[LayerWork | TokenWork, LayerAccess]:
         """What is to be computed and what that needs. Each token's experts ascending: the order of summation."""
-
-        def kernel(expert: HeldExpert) -> NativeExperts | None:
-            return self._kernel(module, expert)
-
         width = top_k_index.shape[-1]
-        if len(named) == width and len(set(named)) == width and hidden_states.is_contiguous():
+        if (
+            self._short_tokens
+            and len(named) == width
+            and len(set(named)) == width
+            and hidden_states.is_contiguous()
+        ):
             weights = dict(sorted(zip(named, top_k_weights[0].tolist(), strict=True)))
             experts = tuple(weights)
             return (
-                TokenWork(module, hidden_states, weights, kernel),
+                TokenWork(module, hidden_states, weights, lambda expert: self._kernel(module, expert)),
                 LayerAccess(layer, experts, (1,) * width, self._phase, hints, named),
             )
         index, order = torch.sort(top_k_index, dim=-1)
         scale = torch.gather(top_k_weights, -1, order)
-        work = LayerWork(module, hidden_states, index, scale, kernel)
+        work = self._work(module, hidden_states, index, scale)
         counts = tuple(len(positions) for positions in work.rows.values())
         return work, LayerAccess(layer, tuple(work.rows), counts, self._phase, hints, named)
 
@@ -229,6 +239,11 @@ class ExpertRuntime:
         for key in self._scheduler.resize(capacity):
             self._forget(key)
         self._pool.resize(slots)
+
+    def _work(
+        self, module: Any, hidden_states: torch.Tensor, index: torch.Tensor, scale: torch.Tensor
+    ) -> LayerWork:
+        return LayerWork(module, hidden_states, index, scale, lambda expert: self._kernel(module, expert))
 
     def _carry_out(self, plan: FetchPlan, work: LayerWork | TokenWork) -> None:
         """The waves in one flow: what a wave evicts is never needed by this access, so it can go at once, and

@@ -11,11 +11,12 @@ def time_split(times: GenerationTimes, work: RuntimeStatistics, total_s: float) 
 
     dense: attention, norms, routers, embeddings and the Python of transformers around them. experts: their
     products. disk: waiting for experts. decisions: cache, policy, predictor. moving: asking for experts and
-    giving slots out, which is not waiting. combining: gathering the rows of
-    experts and summing their outputs. unexplained: everything that none of these clocks saw.
+    giving slots out, which is not waiting. combining: gathering the rows of experts and summing their outputs. gpu,
+    with one: waiting for it at each router, for dense parts and experts that it computed meanwhile. unexplained:
+    everything that none of these clocks saw.
     """
     known = {
-        "dense": times.prefill_s + times.decode_s - work.layers_s,
+        "dense": times.prefill_s + times.decode_s - work.layers_s - work.device_wait_s,
         "experts": work.expert_compute_s,
         "disk": work.stall_s,
         "decisions": work.decide_s,
@@ -23,6 +24,8 @@ def time_split(times: GenerationTimes, work: RuntimeStatistics, total_s: float) 
         "combining": work.combine_s,
         "sampling": times.sampling_s,
     }
+    if work.device_wait_s:
+        known["gpu"] = work.device_wait_s
     return known | {"unexplained": total_s - sum(known.values())}
 
 

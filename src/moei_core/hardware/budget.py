@@ -194,6 +194,69 @@ def plan_slots(
     return SlotBudget(slots, working, stay, slot_nbytes, reason, spare, limit, (*lines, count))
 
 
+RING_SLOTS = 2
+"""Device slots that experts pass through: one is computed while the next one arrives."""
+
+_DEVICE_MARGIN = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBudget:
+    """How the memory of a device is shared out, and why so. slots: of residents and of the ring."""
+
+    slots: int
+    resident: int
+    slot_nbytes: int
+    reason: str
+    lines: tuple[BudgetLine, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.slots * self.slot_nbytes
+
+
+def plan_device_slots(
+    total: int, slot_nbytes: int, dense: int, kv: int, workspace: int, free: int, vram: int | None = None
+) -> DeviceBudget:
+    """How many of ``total`` experts a device holds beside the dense model and its keys and values, all in bytes.
+
+    free: what can be allocated there. vram: bound on all that is allocated; a larger one than ``free`` counts as
+    that. Raises: DoesNotFitError, naming the smallest ``vram``, if the dense model and the ring do not fit.
+    """
+    margin = _DEVICE_MARGIN + (dense + kv + workspace) // 50
+    use = dense + kv + workspace + margin
+    limit = free if vram is None else min(vram, free)
+    slots = min((limit - use) // slot_nbytes, total + RING_SLOTS)
+    if slots < RING_SLOTS:
+        asked = f"--vram {format_size(vram)}" if vram is not None and vram <= free else "Free GPU memory"
+        raise DoesNotFitError(
+            f"{asked}{'' if asked.startswith('--') else f' ({format_size(free)})'} is too small for this model.",
+            f"On the GPU it needs {format_size(dense)} dense weights, {format_size(kv)} context, "
+            f"{format_size(workspace)} workspace and {format_size(margin)} margin.",
+            f"The smallest that works is --vram {_up(use + RING_SLOTS * slot_nbytes)}; "
+            "or run without the GPU: --device cpu.",
+        )
+    source = f"{format_size(free)} free GPU memory" if limit == free else f"--vram {format_size(limit)}"
+    resident = slots - RING_SLOTS
+    reason = (
+        f"all {total} routed experts fit"
+        if resident == total
+        else f"{source} - {format_size(use)} for dense weights, context, workspace and margin"
+    )
+    lines = (
+        BudgetLine("GPU dense weights", dense, "attention, norms, routers, embeddings"),
+        BudgetLine("GPU context", kv, "keys and values"),
+        BudgetLine("GPU workspace", workspace, f"the largest temporary memory of {PREFILL_CHUNK} tokens"),
+        BudgetLine("GPU margin", margin, "libraries' own memory and rounding: 256 MiB and 2%"),
+        BudgetLine(
+            "GPU expert slots",
+            slots * slot_nbytes,
+            f"{resident} of {total} stay, {RING_SLOTS} for those in passing: {reason}",
+        ),
+    )
+    return DeviceBudget(slots, resident, slot_nbytes, reason, lines)
+
+
 def too_small(ram: int, use: MemoryUse, working: int, slot_nbytes: int) -> DoesNotFitError:
     """The refusal of a ``--ram`` that cannot hold even the working set."""
     return DoesNotFitError(

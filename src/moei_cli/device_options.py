@@ -1,0 +1,44 @@
+"""``--device``, ``--vram`` and ``--misses``: the same words in every command that runs a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moei_core.config import format_size, parse_size
+
+if TYPE_CHECKING:
+    from moei_core.engine.loaded_model import LoadedModel
+
+DeviceOption = Annotated[
+    str | None, typer.Option(help="auto, cpu or cuda; auto uses a GPU that the model's dense part fits on.")
+]
+VramOption = Annotated[str | None, typer.Option(help="Bound on the GPU's memory, such as 8GiB.")]
+MissesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Experts that the GPU does not hold: auto takes what costs less, a copy or the processor; "
+        "copy makes results independent of --vram, bit by bit."
+    ),
+]
+
+
+def device_settings(device: str | None, vram: str | None, misses: str | None) -> dict[str, Any]:
+    """Fields of ``LoadOptions``. Raises: UsageError for a size that is none."""
+    return {
+        "device": device or "auto",
+        "vram": parse_size(vram, "--vram") if vram else None,
+        "misses": misses or "auto",
+    }
+
+
+def device_sentence(model: LoadedModel) -> str | None:
+    """What the GPU does, in one line; None without one."""
+    budget = model.device_budget
+    if budget is None:
+        return None
+    return (
+        f"The GPU runs the dense part and holds {budget.resident} of {model.spec.total_experts} experts "
+        f"({format_size(budget.nbytes)}): {budget.reason}."
+    )

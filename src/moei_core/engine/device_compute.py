@@ -1,0 +1,183 @@
+"""The product of one expert with its tokens on a device: its bytes lie in a device slot as they lie in a host slot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moei_core.adapters.skeleton import TORCH_DTYPES
+from moei_core.engine.device_slots import DeviceSlots
+from moei_core.engine.devices import Event
+from moei_core.engine.expert_compute import ExpertWeights, HeldExpert
+from moei_core.quant.formats import FORMATS
+from moei_core.quant.layouts import PLAIN
+from moei_core.store.base import ExpertLayout, Part, StoredTensor
+
+_ROWS, _PIECE, _SCALE = 16, 4, 2
+
+
+def _q8_0(quants: torch.Tensor) -> torch.Tensor:
+    return quants.view(torch.int8).to(torch.float32)
+
+
+def _q4_0(quants: torch.Tensor) -> torch.Tensor:
+    return torch.cat([quants & 15, quants >> 4], dim=-1).to(torch.float32) - 8
+
+
+_DECODERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"Q8_0": _q8_0, "Q4_0": _q4_0}
+
+
+def why_not(layouts: Iterable[ExpertLayout]) -> str | None:
+    """None if a device can compute experts that lie so; else the reason, to follow "Experts stay in RAM: "."""
+    for part in (part for layout in layouts for part in layout.parts):
+        form = FORMATS[part.tensor.format]
+        if not form.is_float and form.name not in _DECODERS:
+            return f"there is no GPU product for {form.name}"
+        if form.is_float and part.slot_offset % form.block_nbytes:
+            # A view of device memory cannot begin in the middle of a number.
+            return f"{part.tensor.file.name} holds numbers at odd places"
+    return None
+
+
+def decoded_nbytes(layouts: Iterable[ExpertLayout]) -> int:
+    """The largest temporary memory of decoding a matrix of blocks; float32 at most, and torch's own copies."""
+    shapes = (
+        part.tensor.shape
+        for layout in layouts
+        for part in layout.parts
+        if not FORMATS[part.tensor.format].is_float
+    )
+    return max((3 * 4 * math.prod(shape) for shape in shapes), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBlocks:
+    """A matrix in blocks in device memory. ``raw``: its bytes as stored, uint8. kernels: as of ``Device``."""
+
+    tensor: StoredTensor
+    raw: torch.Tensor
+    kernels: Any = None
+
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[n, in] -> [n, out] in ``inputs``' dtype, to which the weights are rounded."""
+        return nn.functional.linear(inputs, self.decode(inputs.dtype))
+
+    def decode(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weights, [out, in]."""
+        shape, kernels = self.tensor.shape, self.kernels
+        if kernels is not None and kernels.takes(self.tensor.format, shape):
+            target = torch.empty(shape, dtype=dtype, device=self.raw.device)
+            kernels.decode(self.tensor.format, self.tensor.layout, shape, self.raw, target)
+            return target
+        nbytes = FORMATS[self.tensor.format].block_nbytes
+        if self.tensor.layout == PLAIN:
+            blocks = self.raw.view(shape[0], -1, nbytes)
+            halves, quants = blocks[..., :_SCALE], blocks[..., _SCALE:]
+        else:
+            # Tiles of 16 rows, see ``moei_core.quant.layouts``: first their scales, then pieces of 4 bytes.
+            tiles = self.raw.view(shape[0] // _ROWS, -1, _ROWS * nbytes)
+            groups, columns = tiles.shape[:2]
+            halves = tiles[..., : _ROWS * _SCALE].view(groups, columns, _ROWS, _SCALE).transpose(1, 2)
+            pieces = tiles[..., _ROWS * _SCALE :].view(groups, columns, -1, _ROWS, _PIECE)
+            quants = pieces.permute(0, 3, 1, 2, 4).reshape(groups, _ROWS, columns, -1)
+        scales = halves.contiguous().view(torch.float16).to(torch.float32)
+        return (_DECODERS[self.tensor.format](quants.contiguous()) * scales).view(shape).to(dtype)
+
+
+class DeviceExpert:
+    """An expert in a device slot, or on its way there: ``ready`` is the end of its copy, None once that was seen.
+
+    kind: as of ``HeldExpert``. start: where its slot begins in the device's slot memory, in bytes.
+    """
+
+    __slots__ = ("_kernels", "_memory", "_weights", "key", "kind", "layout", "ready", "slot", "start")
+
+    def __init__(self, held: HeldExpert, slots: DeviceSlots, slot: int, ready: Event, kernels: Any) -> None:
+        self.key, self.layout, self.kind, self.slot = held.key, held.layout, held.kind, slot
+        self.start = slot * slots.slot_nbytes
+        self.ready: Event | None = ready
+        self._memory = slots.bytes_of(slot, held.layout.slot_nbytes)
+        self._kernels = kernels
+        self._weights: ExpertWeights | None = None
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """Views of its slot; only what is computed after ``ready`` may read them."""
+        if self._weights is None:
+            self._weights = {}
+            for part in sorted(self.layout.parts, key=lambda part: part.tensor.index):
+                tensor = part.tensor
+                raw = self._memory[part.slot_offset : part.slot_offset + tensor.nbytes]
+                self._weights.setdefault(tensor.param, []).append(_view(tensor, raw, self._kernels))
+        return self._weights
+
+
+@dataclass(frozen=True, slots=True)
+class FewTokenExperts:
+    """Experts of one layer that are stored alike and have few tokens: a launch for each of their matrices.
+
+    first: what makes up the first parameter, its pieces in order. down: the second one.
+    """
+
+    module: Any
+    kernels: Any
+    first: tuple[Part, ...]
+    down: Part
+
+    def takes(self, tokens: int) -> bool:
+        """Whether an expert with so many tokens is computed here; a matter of the access, never of residency."""
+        return bool(tokens <= self.kernels.FEW_TOKENS)
+
+    def __call__(
+        self, memory: torch.Tensor, starts: torch.Tensor, inputs: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Outputs of pairs of an expert and a token, float32 [pairs, hidden].
+
+        memory: all device slots. starts: int64 [pairs], where the expert's slot begins. inputs: float32
+        [tokens, hidden], contiguous. rows: int64 [pairs], the token.
+        """
+        outputs = [self._product(part, memory, starts, inputs, rows) for part in self.first]
+        hidden = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        hidden = self.module._apply_gate(hidden) if self.module.has_gate else self.module.act_fn(hidden)
+        each = torch.arange(len(rows), device=rows.device)
+        return self._product(self.down, memory, starts, hidden.contiguous(), each)
+
+    def _product(self, part: Part, *arguments: torch.Tensor) -> torch.Tensor:
+        memory, starts, inputs, rows = arguments
+        tensor = part.tensor
+        found: torch.Tensor = self.kernels.few_rows(
+            tensor.format, tensor.layout, tensor.shape, memory, starts + part.slot_offset, inputs, rows
+        )
+        return found
+
+
+def few_token_experts(module: Any, layout: ExpertLayout, kernels: Any) -> FewTokenExperts | None:
+    """How the fused kernels compute experts of ``module`` that are stored as ``layout`` says; None: they cannot."""
+    if kernels is None:
+        return None
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    pieces: dict[str, list[Part]] = {}
+    for part in sorted(layout.parts, key=lambda part: part.tensor.index):
+        tensor = part.tensor
+        # Floats may be stored as [in, out]; biases, and what else a family has, are left to torch.
+        plain = not FORMATS[tensor.format].is_float or bool(module.is_transposed) == tensor.transposed
+        if tensor.param not in (first, "down_proj") or not plain:
+            return None
+        if not kernels.takes(tensor.format, tensor.shape):
+            return None
+        pieces.setdefault(tensor.param, []).append(part)
+    if getattr(module, "has_post_expert_norm", False) or len(pieces["down_proj"]) != 1:
+        return None
+    return FewTokenExperts(module, kernels, tuple(pieces[first]), pieces["down_proj"][0])
+
+
+def _view(tensor: StoredTensor, raw: torch.Tensor, kernels: Any) -> torch.Tensor | DeviceBlocks:
+    if not FORMATS[tensor.format].is_float:
+        return DeviceBlocks(tensor, raw, kernels)
+    view = raw.view(TORCH_DTYPES[tensor.format]).view(tensor.shape)
+    return view.t() if tensor.transposed else view

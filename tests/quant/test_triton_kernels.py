@@ -1,0 +1,125 @@
+"""The GPU kernels against the table of formats. Interpreted on the processor, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from moei_core.quant.formats import FORMATS, decode
+from moei_core.quant.layouts import LAYOUTS, to_layout
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'moei[gpu]'")
+
+from moei_core.quant import triton_kernels
+
+PLACES = [pytest.param("cpu", id="interpreted"), pytest.param("cuda", marks=pytest.mark.gpu)]
+CASES = [("BF16", "plain"), *((name, layout) for name in ("Q8_0", "Q4_0") for layout in LAYOUTS)]
+
+
+@pytest.fixture(autouse=True)
+def only_where_it_runs(request: pytest.FixtureRequest) -> None:
+    place = request.node.callspec.params["place"] if hasattr(request.node, "callspec") else ""
+    if place == "cpu" and not triton_kernels.usable(torch.zeros(1)):
+        pytest.skip("triton interprets only with TRITON_INTERPRET=1, which cannot be where it compiles")
+
+
+def stored(name: str, layout: str, shape: tuple[int, int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(bytes as stored, their exact values [out, in])."""
+    values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    if name == "BF16":
+        raw = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint8).numpy().reshape(-1)
+    else:
+        encode = FORMATS[name].encode
+        assert encode is not None
+        raw = encode(values.reshape(-1, 32)).reshape(-1)
+    return to_layout(layout, name, raw, shape), decode(name, raw, shape)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_decoded_values_are_exact(name: str, layout: str, place: str) -> None:
+    shape = (48, 96)
+    raw, values = stored(name, layout, shape, 0)
+    found = torch.empty(shape, dtype=torch.float32, device=place)
+    triton_kernels.decode(name, layout, shape, torch.from_numpy(raw.copy()).to(place), found)
+    assert torch.equal(found.cpu(), torch.from_numpy(values))
+    half = torch.empty(shape, dtype=torch.bfloat16, device=place)
+    triton_kernels.decode(name, layout, shape, torch.from_numpy(raw.copy()).to(place), half)
+    assert torch.equal(half.cpu(), torch.from_numpy(values).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_products_of_many_experts_are_within_the_rounding_of_float32(
+    name: str, layout: str, place: str
+) -> None:
+    """Against float64: the error of a sum of n float32 products is below n eps times the sum of magnitudes."""
+    shape, gap = (32, 96), 7  # bytes between matrices: they may begin anywhere
+    matrices = [stored(name, layout, shape, seed) for seed in range(3)]
+    pieces, offsets = [], []
+    for raw, _ in matrices:
+        offsets.append(sum(map(len, pieces)) + gap)
+        pieces += [np.full(gap, 0xFF, np.uint8), raw]
+    memory = torch.from_numpy(np.concatenate(pieces)).to(place)
+    inputs = torch.randn((4, shape[1]), generator=torch.Generator().manual_seed(1))
+    pairs = [(0, 3), (0, 1), (2, 1), (1, 0), (2, 2)]
+    found = triton_kernels.few_rows(
+        name,
+        layout,
+        shape,
+        memory,
+        torch.tensor([offsets[expert] for expert, _ in pairs], device=place),
+        inputs.to(place),
+        torch.tensor([row for _, row in pairs], device=place),
+    ).cpu()
+    for got, (expert, row) in zip(found.double(), pairs, strict=True):
+        weights, x = torch.from_numpy(matrices[expert][1]).double(), inputs[row].double()
+        bound = shape[1] * 2**-23 * (weights.abs() @ x.abs())
+        assert ((got - weights @ x).abs() <= bound).all()
+    (expert, row), alone = pairs[2], torch.tensor([0], device=place)
+    single = triton_kernels.few_rows(
+        name,
+        layout,
+        shape,
+        memory,
+        torch.tensor([offsets[expert]], device=place),
+        inputs[row : row + 1].to(place),
+        alone,
+    )
+    assert torch.equal(single[0].cpu(), found[2]), "a pair does not depend on its company"
+
+
+def test_kernels_compile_for_gpus_that_are_not_here() -> None:
+    """To machine code, in a process of its own: here they are interpreted."""
+    code = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from moei_core.quant import triton_kernels as kernels
+for capability in (80, 90):
+    for form in kernels.FORMATS.values():
+        for layout in (0, 1):
+            for kernel, types in (
+                (kernels._few_rows, "*u8 *i64 *fp32 *i64 *fp32 i32 i32"),
+                (kernels._decode, "*u8 *bf16 i32"),
+                (kernels._decode, "*u8 *fp32 i32"),
+            ):
+                constants = {"FORMAT": form, "LAYOUT": layout}
+                kinds = [*types.split(), "constexpr", "constexpr"]
+                signature = dict(zip(kernel.arg_names, kinds, strict=True))
+                source = ASTSource(kernel, signature, constexprs=constants)
+                assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_what_it_does_not_take() -> None:
+    assert triton_kernels.takes("Q8_0", (64, 64)) and triton_kernels.takes("BF16", (64, 64))
+    for name, shape in (("Q4_K", (64, 256)), ("Q8_0", (40, 64)), ("BF16", (64, 40)), ("BF16", (64,))):
+        assert not triton_kernels.takes(name, shape)
