@@ -12,7 +12,7 @@ from moei_core.config import GenerationSettings
 from moei_core.engine.generate import GenerationTimes, Generator
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel
-from moei_core.engine.runtime import RuntimeStatistics
+from moei_core.engine.statistics import RuntimeStatistics
 from moei_core.engine.text_stream import TextPiece, TextStream, thinking_markers
 from moei_core.engine.time_split import percentiles, time_split
 from moei_core.errors import UsageError

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from moei_core.config import PREFILL_CHUNK, GenerationSettings
 from moei_core.engine.kv_cache import ConversationCache
-from moei_core.engine.runtime import ExpertRuntime, RuntimeStatistics
+from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.sampling import Sampler
+from moei_core.engine.statistics import RuntimeStatistics
 from moei_core.errors import InterruptedTurnError
 from moei_core.types import Phase
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from moei_core.engine.hints import Hinter
 from moei_core.engine.layer_work import LayerWork, TokenWork
 from moei_core.engine.native_compute import NativeExperts, native_experts
 from moei_core.engine.slots import SlotPool
+from moei_core.engine.statistics import RuntimeStatistics
 from moei_core.engine.transfers import Load, Step, TransferQueue
 from moei_core.hardware.budget import residents
 from moei_core.hardware.pressure import MemoryGovernor
@@ -37,39 +38,6 @@ from moei_core.trace.format import TraceEvent
 from moei_core.trace.hidden import HiddenSampler
 from moei_core.trace.writer import TraceWriter
 from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase, ScoredExpert
-
-
-@dataclass(slots=True)
-class RuntimeStatistics:
-    """What carrying plans out has cost. Times in seconds of the engine's thread.
-
-    bytes_read: of experts, also what was read in vain. bytes_prefetched: of them by complete prefetches. stall_s:
-    waiting for experts. move_s: asking for experts, giving slots out and taking them back. combine_s: gathering rows
-    and summing outputs. layers_s: all that the expert layers took; what is left of it is unexplained. copies,
-    bytes_copied: of experts to a device, those for the next time (promotions) included. device_wait_s: until a device
-    had computed what the router of a layer chose, and with it everything before.
-    """
-
-    loads: int = 0
-    prefetches: int = 0
-    bytes_read: int = 0
-    bytes_prefetched: int = 0
-    stall_s: float = 0.0
-    expert_compute_s: float = 0.0
-    decide_s: float = 0.0
-    move_s: float = 0.0
-    combine_s: float = 0.0
-    layers_s: float = 0.0
-    copies: int = 0
-    promotions: int = 0
-    bytes_copied: int = 0
-    device_wait_s: float = 0.0
-
-    def minus(self, earlier: RuntimeStatistics) -> RuntimeStatistics:
-        """What happened since ``earlier`` was copied."""
-        return RuntimeStatistics(
-            *(getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self))
-        )
 
 
 class ExpertRuntime:

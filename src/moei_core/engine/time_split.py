@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moei_core.engine.generate import GenerationTimes
-from moei_core.engine.runtime import RuntimeStatistics
+from moei_core.engine.statistics import RuntimeStatistics
 
 
 def time_split(times: GenerationTimes, work: RuntimeStatistics, total_s: float) -> dict[str, float]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from moei_core.config import format_size
 from moei_core.errors import DoesNotFitError, MoeiError
 from moei_core.quant.formats import FORMATS, transcode
-from moei_core.quant.layouts import PLAIN, can_interleave, to_layout
+from moei_core.quant.layouts import PLAIN, ROWS16, can_interleave, to_layout
 from moei_core.store.base import ExpertLayout, StoredTensor, align_up, read_expert
 from moei_core.store.file_reader import FileReader
 from moei_core.store.pack_files import CHUNK, Journal, PackFile, write_synced
@@ -46,7 +46,7 @@ _ALIGNMENT = 64
 Progress = Callable[[int], None]
 Bytes = NDArray[np.uint8]
 
-USUAL_LAYOUT = PLAIN
+USUAL_LAYOUT = ROWS16
 """In which blocks are packed unless a caller wants otherwise."""
 
 
