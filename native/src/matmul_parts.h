@@ -12,7 +12,7 @@
 namespace moei {
 
 constexpr int64_t kStrip = 32;  // outputs computed together: one block of quantised activations
-constexpr int64_t kTaskNbytes = 128 << 10;
+constexpr int64_t kTaskNbytes = 256 << 10;
 constexpr int64_t kWorthWaking = 256 << 10;  // bytes of weights that take longer to read than threads to wake up
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }

@@ -1,5 +1,6 @@
 #include "thread_pool.h"
 
+#include <algorithm>
 #include <chrono>
 
 namespace moei {
@@ -43,13 +44,21 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::drain(Loop& loop, int thread) {
-    for (int64_t task; (task = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.tasks;) {
-        loop.call(loop.body, task, thread);
+    // Its own run in order: what comes next was asked for while the task before was read.
+    for (int i = 0; i < loop.count; ++i) {
+        Run& run = loop.runs[(thread + i) % loop.count];
+        for (int64_t task; (task = run.next.fetch_add(1, std::memory_order_relaxed)) < run.end;) {
+            loop.call(loop.body, task, thread);
+        }
     }
 }
 
 void ThreadPool::run(int64_t tasks, const void* body, Call call) {
-    Loop loop{tasks, body, call};
+    Loop loop{body, call, static_cast<int>(std::min<int64_t>({tasks, threads(), kRuns}))};
+    for (int i = 0; i < loop.count; ++i) {
+        loop.runs[i].next.store(tasks * i / loop.count, std::memory_order_relaxed);
+        loop.runs[i].end = tasks * (i + 1) / loop.count;
+    }
     const bool alone = workers_.empty() || tasks < 2;
     if (!alone) {
         {
