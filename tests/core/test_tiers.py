@@ -29,7 +29,7 @@ from moei_core.store.safetensors_store import SafetensorsStore
 from moei_core.tiers import LinkCosts, TieredScheduler
 from moei_core.types import ExpertKey, Phase
 from tests.core import test_exactness
-from tests.core.test_exactness import PROMPT, prompt_tokens, reference, smallest, stepwise
+from tests.core.test_exactness import prompt_tokens, reference, smallest, stepwise
 from tests.packed import pack_folder
 from tests.tiny_models import FAMILIES
 
@@ -95,11 +95,12 @@ def ours(
     with LoadedModel(folder, options, make_device(), COSTS) as loaded:
         torch.set_num_threads(1)
         cache = ConversationCache(loaded.adapter.config)
-        loaded.runtime.forward_pass(Phase.PREFILL, PROMPT)
         prompt = prompt_tokens(loaded.adapter.config.vocab_size)
         place = loaded.adapter.model.device
 
         def model(tokens: torch.Tensor, **kwargs: object) -> object:
+            count = tokens.shape[-1]
+            loaded.runtime.forward_pass(Phase.DECODE if count == 1 else Phase.PREFILL, count)
             return loaded.adapter.model(tokens.to(place), **kwargs)
 
         logits, tokens = stepwise(model, cache.cache, prompt, forced)  # type: ignore[arg-type]
