@@ -20,11 +20,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf_export import export
+from memory_group import capped, join
 
 from moei_core.adapters.checkpoint import read_tensors
 from moei_core.config import parse_size
@@ -184,33 +186,15 @@ def _summary(ours: list[dict[str, float]], theirs: dict[str, list[dict[str, floa
 
 
 def _run(command: list[str], cap: int | None = None) -> str:
-    with _memory_group(cap) as join:
-        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=join)
+    with contextlib.ExitStack() as stack:
+        group = stack.enter_context(capped(cap)) if cap else None
+        if cap and group is None:
+            sys.exit("No memory cgroup can be made here: --cap needs root.")
+        enter = None if group is None else partial(join, group)
+        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=enter)
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return done.stdout
-
-
-@contextlib.contextmanager
-def _memory_group(cap: int | None) -> Iterator[Any]:
-    """What a child calls to enter a memory cgroup of ``cap`` bytes (v2, or v1)."""
-    if cap is None:
-        yield None
-        return
-    for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
-        group = Path(root, f"moei-vs-{os.getpid()}")
-        with contextlib.suppress(OSError):
-            group.mkdir()
-            if (group / limit).exists():
-                break
-            group.rmdir()
-    else:
-        sys.exit("No memory cgroup can be made here: --cap needs root.")
-    (group / limit).write_text(str(cap))
-    try:
-        yield lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
-    finally:
-        group.rmdir()
 
 
 @contextlib.contextmanager
