@@ -187,6 +187,7 @@ def _provenance() -> dict[str, Any]:
     import transformers
 
     from moei_core import __version__
+    from moei_core.quant import native
 
     return {
         "moei": __version__,
@@ -196,7 +197,8 @@ def _provenance() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "processor": _processor(),
         "cores": psutil.cpu_count(logical=False),
-        "threads": torch.get_num_threads(),
+        # In decoding torch has one, and the native kernels have the cores.
+        "threads": max(torch.get_num_threads(), native.num_threads() if native.available() else 1),
         "ram_bytes": psutil.virtual_memory().total,
         "load_average": round(os.getloadavg()[0], 2),
     }
