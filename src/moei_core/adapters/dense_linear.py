@@ -17,6 +17,9 @@ from moei_core.quant.formats import FORMATS, decode
 
 FEW_ROWS = 4
 """Rows up to which float weights are read faster than torch reads them."""
+STEADY_ROWS = 64
+"""Torch prepares a 16-bit product anew for each number of rows, which takes longer than the product. So it sees few
+different numbers: multiples of this. Attention that expands its cache at each token has one row more each time."""
 WORTH_SHARING = 256 << 10
 """Bytes of a float weight from which more than one thread, and so a kernel of ours, is worth it."""
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -49,6 +52,11 @@ class NativeLinear(_Unmovable, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = input.numel() // self.in_features
+        if rows > FEW_ROWS and self.weight.dtype != torch.float32 and rows % STEADY_ROWS:
+            padded = input.new_zeros((rows + -rows % STEADY_ROWS, self.in_features))
+            padded[:rows] = input.reshape(rows, self.in_features)
+            product = nn.functional.linear(padded, self.weight, self.bias)
+            return product[:rows].view(*input.shape[:-1], self.out_features)
         if rows > FEW_ROWS or input.dtype != self.weight.dtype:
             return nn.functional.linear(input, self.weight, self.bias)
         return _product(self.kernel, self._type, input, rows, self.out_features)
