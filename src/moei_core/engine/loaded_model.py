@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, DynamicCache
 from moei_core.adapters.skeleton import experts_modules
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.cache.expert_cache import CacheStatistics, ExpertCache
-from moei_core.cache.policies import DEFAULT_POLICY, POLICIES, CachePolicy
+from moei_core.cache.policies import DEFAULT_POLICY, LIVE_POLICIES, POLICIES, CachePolicy
 from moei_core.config import FULL_OVERLAP, ExpertBudget, GenerationSettings, Overlap
 from moei_core.engine.device_compute import decoded_nbytes, why_not
 from moei_core.engine.device_slots import DeviceSlots, LinkedSlotPool
@@ -338,11 +338,10 @@ def physical_cores() -> int:
 
 def _policy(name: str) -> Callable[[int, Mapping[int, int]], CachePolicy]:
     """The constructor of a policy that can run live: one that needs no future."""
-    live = [known for known, policy in POLICIES.items() if not getattr(policy, "needs_future", False)]
-    if name not in live:
+    if name not in LIVE_POLICIES:
         why = "It needs the accesses to come: it can only simulate." if name in POLICIES else ""
         raise UsageError(
-            f"There is no cache policy '{name}' for a chat.", why, f"Choose from: {', '.join(live)}."
+            f"There is no cache policy '{name}' for a chat.", why, f"Choose from: {', '.join(LIVE_POLICIES)}."
         )
     return POLICIES[name]
 
