@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,14 +33,19 @@ from gguf_export import export
 from memory_group import capped, join
 
 from moei_core.adapters.checkpoint import read_tensors
-from moei_core.config import parse_size
+from moei_core.adapters.transformers_adapter import TransformersAdapter
+from moei_core.config import CHUNK_NBYTES, parse_size
+from moei_core.engine.slots import SlotPool
+from moei_core.hub.resolve import resolve_model
 from moei_core.hub.synthetic import write_checkpoint
 from moei_core.hub.synthetic_models import SYNTHETIC_MODELS
 from moei_core.quant import native
+from moei_core.store.base import chunks
 
 _MOEI = [sys.executable, "-c", "from moei_cli.main import main; main()"]
 _PEER_SETTINGS = {"mapped": ["-lm", "mmap"], "repacked": ["-lm", "none", "--repack", "1"]}
 _READAHEAD_SECTORS = "256"
+_READERS = 4
 
 
 def main() -> None:
@@ -49,7 +58,7 @@ def main() -> None:
     parser.add_argument("--quant", nargs="+", default=["q8_0", "q4_0"], choices=("bf16", "q8_0", "q4_0"))
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=5, help="0 only makes the models")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--cap", help="memory of each: a size, or half of the model's file")
     parser.add_argument(
@@ -58,25 +67,50 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where the models are made and kept; a temporary one if left out"
     )
+    parser.add_argument(
+        "--drop-source",
+        action="store_true",
+        help="delete the bf16 weights once they are packed, to spare disk",
+    )
     parser.add_argument("--output", type=Path, help="append the tables to this file, as JSON lines")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moei-vs-")))
         folder.mkdir(parents=True, exist_ok=True)
-        source = make(options, folder)
-        for form in options.quant:
-            row = compare(options, folder, source, form)
+        models = prepare(options, folder)
+        for form, model in models.items() if options.pairs else ():
+            row = compare(options, model, gguf_of(options, folder, form), form)
             print(json.dumps(row, indent=1), flush=True)
             if options.output:
                 with options.output.open("a") as file:
                     file.write(json.dumps(row) + "\n")
 
 
-def make(options: argparse.Namespace, folder: Path) -> Path:
+def prepare(options: argparse.Namespace, folder: Path) -> dict[str, Path]:
+    """Make what is not there yet: for each format the model's folder, and the same bits as a GGUF file."""
+    source = folder / f"{options.model}-{options.layers}-{options.skew:g}"
+    models = {form: folder / f"{source.name}-{form}" for form in options.quant}
+    for form, model in models.items():
+        if not model.exists():
+            model.symlink_to(pack(make(options, source), form))
+    if options.drop_source and "bf16" not in options.quant:
+        for weights in source.glob("*.safetensors"):
+            weights.unlink()
+    for form, model in models.items():
+        peer_file = gguf_of(options, folder, form)
+        if not peer_file.exists():
+            export(model, peer_file)
+    return models
+
+
+def gguf_of(options: argparse.Namespace, folder: Path, form: str) -> Path:
+    return folder / f"{options.model}-{options.layers}-{options.skew:g}-{form}.gguf"
+
+
+def make(options: argparse.Namespace, place: Path) -> Path:
     """The bf16 checkpoint. With a skew every token's hidden state shares a direction, so that each router's random
     rows give some experts a constant lead: popular and unpopular experts, as trained models have them."""
     model = SYNTHETIC_MODELS[options.model]
-    place = folder / f"{options.model}-{options.layers}-{options.skew:g}"
     if not (place / "config.json").exists():
         write_checkpoint(model, model.cut(options.layers), place)
         if options.skew:
@@ -90,14 +124,15 @@ def make(options: argparse.Namespace, folder: Path) -> Path:
     return place
 
 
-def compare(options: argparse.Namespace, folder: Path, source: Path, form: str) -> dict[str, Any]:
-    name = str(source) if form == "bf16" else f"{source}:{form}"
-    if form != "bf16":
-        _run([*_MOEI, "quantize", str(source), form])
-    packed = _resolve(name)
-    peer_file = folder / f"{source.name}-{form}.gguf"
-    if not peer_file.exists():
-        export(packed, peer_file)
+def pack(source: Path, form: str) -> Path:
+    """The folder of the model in this format."""
+    if form == "bf16":
+        return source
+    _run([*_MOEI, "quantize", str(source), form])
+    return resolve_model(f"{source}:{form}").folder
+
+
+def compare(options: argparse.Namespace, model: Path, peer_file: Path, form: str) -> dict[str, Any]:
     row: dict[str, Any] = {
         "model": options.model, "layers": options.layers, "format": form, "skew": options.skew,
         "file_bytes": peer_file.stat().st_size, "threads": options.threads,
@@ -114,23 +149,22 @@ def compare(options: argparse.Namespace, folder: Path, source: Path, form: str) 
         settings = {"mapped": _PEER_SETTINGS["mapped"]} if cap else _PEER_SETTINGS
         ours, theirs = [], {setting: [] for setting in settings}
         for _ in range(options.pairs):
-            ours.append(_measure_moei(options, name, cap))
+            ours.append(_measure_moei(options, model, cap))
             for setting, flags in settings.items():
                 if cap:
                     _evict(peer_file)
                 theirs[setting].append(_measure_peer(options, peer_path, flags, cap))
-    peer_file.unlink()
     return row | _summary(ours, theirs)
 
 
-def _measure_moei(options: argparse.Namespace, name: str, cap: int | None) -> dict[str, float]:
+def _measure_moei(options: argparse.Namespace, model: Path, cap: int | None) -> dict[str, float]:
     figures: dict[str, float] = {}
     # Capped, prefill reads nearly all of the file: that figure is the disk's, and benchmarks/tiers.py has it.
     for prompt in options.prompt_tokens[:1] if cap else options.prompt_tokens:
         budget = ["--ram", f"{cap >> 20}MiB"] if cap else ["--experts", "100%"]
         report = json.loads(
             _run(
-                [*_MOEI, "bench", name, *budget, "--prompt-tokens", str(prompt), "--new-tokens",
+                [*_MOEI, "bench", str(model), *budget, "--prompt-tokens", str(prompt), "--new-tokens",
                  str(options.new_tokens), "--repeats", "2" if cap else "3", "--json"],
                 cap,
             )
@@ -146,6 +180,10 @@ def _measure_moei(options: argparse.Namespace, name: str, cap: int | None) -> di
                 * report["expert_bytes"]
             )
             figures["peak_bytes"] = report["peak_memory_bytes"]
+            if cap:
+                figures["disk_bandwidth"] = _disk_bandwidth(model)
+                bound = figures["disk_bandwidth"] / figures["missed_bytes_per_token"]
+                figures["share_of_disk_bound"] = figures["decode"] / bound
         if not cap:
             figures[f"prefill {prompt}"] = changing["prefill_tokens_per_s"]["median"]
     return figures
@@ -225,10 +263,31 @@ def _read_bandwidth(threads: int) -> float:
     return native.read_bandwidth(np.ones(1 << 30, np.uint8), 5)
 
 
-def _resolve(name: str) -> Path:
-    from moei_core.hub.resolve import resolve_model
+def _disk_bandwidth(model: Path, seconds: float = 3.0) -> float:
+    """Bytes a second of experts in random order, past the page cache, read by four threads in the engine's chunks."""
+    store = TransformersAdapter(model).open_store()
+    experts = list(store.experts())
+    random.Random(0).shuffle(experts)
+    pool = SlotPool(_READERS, max(store.layout(key).slot_nbytes for key in experts))
+    ends = time.perf_counter() + seconds
 
-    return resolve_model(name).folder
+    def read(reader: int) -> int:
+        nbytes = 0
+        for key in itertools.cycle(experts[reader::_READERS]):
+            for extent in chunks(store.layout(key), CHUNK_NBYTES):
+                store.read_extent(key, extent, pool.view(reader))
+            nbytes += store.layout(key).nbytes
+            if time.perf_counter() > ends:
+                return nbytes
+        return nbytes
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(_READERS) as readers:
+        total = sum(readers.map(read, range(_READERS)))
+    taken = time.perf_counter() - started
+    assert store.direct, "this file system refuses O_DIRECT: the page cache would be measured"
+    store.close()
+    return total / taken
 
 
 if __name__ == "__main__":
