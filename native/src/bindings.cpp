@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "dense.h"
+#include "layer.h"
 #include "matmul.h"
 
 namespace nb = nanobind;
@@ -35,6 +37,7 @@ struct Runtime {
     std::mutex mutex;
     std::unique_ptr<ThreadPool> pool;
     Workspace workspace;
+    LayerScratch scratch;
     int threads = 0;
     pid_t owner = 0;
 
@@ -171,12 +174,17 @@ void make_attention(Attention* self, const Weights& q, const Weights& k, const W
     self->layout.k_norm = self->k_norm.empty() ? nullptr : self->k_norm.data();
 }
 
-void call_attention(const Attention& attention, std::string_view type, int64_t x, int64_t cosine, int64_t sine, int64_t keys,
-                    int64_t values, int64_t capacity, int64_t position, int64_t mask, int64_t out) {
+AttentionCall attention_call(std::string_view type, int64_t x, int64_t cosine, int64_t sine, int64_t keys, int64_t values,
+                             int64_t capacity, int64_t position, int64_t mask, int64_t out) {
     require(x && cosine && sine && keys && values && out, "an address is missing");
     require(position >= 0 && position < capacity, "there is no room for this token");
     const auto bytes = [](int64_t address) { return reinterpret_cast<uint8_t*>(address); };
-    const AttentionCall call{float_type(type), bytes(x), bytes(cosine), bytes(sine), bytes(keys), bytes(values), capacity, position, bytes(mask), bytes(out)};
+    return {float_type(type), bytes(x), bytes(cosine), bytes(sine), bytes(keys), bytes(values), capacity, position, bytes(mask), bytes(out)};
+}
+
+void call_attention(const Attention& attention, std::string_view type, int64_t x, int64_t cosine, int64_t sine, int64_t keys,
+                    int64_t values, int64_t capacity, int64_t position, int64_t mask, int64_t out) {
+    const AttentionCall call = attention_call(type, x, cosine, sine, keys, values, capacity, position, mask, out);
     exclusively([&](ThreadPool& pool, Workspace& workspace) { attend(attention.layout, call, pool, workspace); });
 }
 
@@ -206,18 +214,70 @@ void call_moe_token(const FfnLayout& layout, const nb::list& experts, const std:
     const Format stored = float_type(type);
     std::vector<ExpertParts> parts;
     for (const nb::handle expert : experts) parts.push_back(nb::cast<const ExpertParts&>(expert));
-    std::vector<int64_t> offsets(parts.size() + 1), rows(parts.size(), 0);
-    for (size_t i = 0; i < offsets.size(); ++i) offsets[i] = static_cast<int64_t>(i);
-    const int64_t hidden = layout.hidden;
-    std::vector<float> input(static_cast<size_t>(hidden)), outputs(static_cast<size_t>(count * hidden));
-    widen(stored, reinterpret_cast<const uint8_t*>(x), hidden, input.data());
-    const FfnCall call{count, 1, parts.data(), offsets.data(), rows.data(), input.data(), outputs.data()};
-    exclusively([&](ThreadPool& pool, Workspace& workspace) { moe_ffn(layout, call, pool, workspace); });
-    for (int64_t i = 0; i < hidden; ++i) input[i] = outputs[i] * weights[0];
-    for (int64_t e = 1; e < count; ++e) {
-        for (int64_t i = 0; i < hidden; ++i) input[i] += outputs[e * hidden + i] * weights[e];
+    const auto bytes = [](int64_t address) { return reinterpret_cast<uint8_t*>(address); };
+    exclusively([&](ThreadPool& pool, Workspace& workspace) {
+        moe_token(layout, count, parts.data(), weights.data(), stored, bytes(x), bytes(out), runtime().scratch, pool, workspace);
+    });
+}
+
+void make_router(RouterLayout* self, const Weights& weights, int64_t top_k, bool normed, bool rounded) {
+    require(top_k > 0 && top_k <= weights.matrix.rows, "a router must choose some of its experts");
+    new (self) RouterLayout{weights, top_k, normed, rounded};
+}
+
+void call_router(const RouterLayout& router, std::string_view type, int64_t x, int64_t rows, int64_t logits, int64_t experts,
+                 int64_t weights) {
+    require(x && logits && experts && weights && rows >= 0, "an address is missing");
+    const Format stored = float_type(type);
+    const int64_t in = row_nbytes(stored, router.weights.matrix.cols), out = row_nbytes(stored, router.weights.matrix.rows);
+    exclusively([&](ThreadPool& pool, Workspace& workspace) {
+        for (int64_t i = 0; i < rows; ++i)
+            route(router, stored, reinterpret_cast<const uint8_t*>(x) + i * in, reinterpret_cast<uint8_t*>(logits) + i * out,
+                  reinterpret_cast<int64_t*>(experts) + i * router.top_k, reinterpret_cast<float*>(weights) + i * router.top_k,
+                  runtime().scratch, pool, workspace);
+    });
+}
+
+// The norms' weights are copied; those of the attention's heads stay where they are: the binding keeps `attention`.
+struct Layer {
+    std::vector<float> input_norm, behind_norm;
+    LayerLayout layout;
+    std::vector<uint8_t> normed;
+};
+
+void make_layer(Layer* self, const Attention& attention, const RmsNorm& input, const RmsNorm& behind, const RouterLayout& router) {
+    const auto hidden = static_cast<size_t>(attention.layout.hidden);
+    require(input.weight.size() == hidden && behind.weight.size() == hidden &&
+                router.weights.matrix.cols == attention.layout.hidden && attention.layout.o.matrix.rows == attention.layout.hidden,
+            "the parts of the layer do not fit together");
+    new (self) Layer{input.weight, behind.weight, {}, std::vector<uint8_t>(4 * hidden)};
+    self->layout = {{self->input_norm.data(), static_cast<float>(input.eps)}, {self->behind_norm.data(), static_cast<float>(behind.eps)},
+                    attention.layout, router};
+}
+
+// Without a table: up to the router, and what the experts are given goes to `normed`. With one, the whole layer: returns
+// the nanoseconds that the experts took.
+int64_t call_layer(Layer& layer, std::string_view type, int64_t x, int64_t cosine, int64_t sine, int64_t keys, int64_t values,
+                   int64_t capacity, int64_t position, int64_t mask, int64_t out, int64_t experts, int64_t weights,
+                   int64_t normed, const ExpertTable* table) {
+    require(experts && weights && (normed || table), "an address is missing");
+    const AttentionCall call = attention_call(type, x, cosine, sine, keys, values, capacity, position, mask, out);
+    const auto& router = layer.layout.router;
+    if (table) {
+        require(static_cast<int64_t>(table->parts.size()) == router.weights.matrix.rows && table->layout.hidden == layer.layout.attention.hidden,
+                "the experts do not fit the layer");
     }
-    narrow(stored, input.data(), hidden, reinterpret_cast<uint8_t*>(out));
+    auto* const chosen = reinterpret_cast<int64_t*>(experts);
+    auto* const scale = reinterpret_cast<float*>(weights);
+    return exclusively([&](ThreadPool& pool, Workspace& workspace) -> int64_t {
+        LayerScratch& scratch = runtime().scratch;
+        auto* const given = normed ? reinterpret_cast<uint8_t*>(normed) : layer.normed.data();
+        route_token(layer.layout, call, given, chosen, scale, scratch, pool, workspace);
+        if (!table) return 0;
+        const auto started = std::chrono::steady_clock::now();
+        add_experts(*table, router.top_k, chosen, scale, call.type, given, call.out, scratch, pool, workspace);
+        return std::chrono::nanoseconds(std::chrono::steady_clock::now() - started).count();
+    });
 }
 
 using Convert = void (*)(Format, int64_t, int64_t, const uint8_t*, uint8_t*);
@@ -284,6 +344,15 @@ NB_MODULE(_native, m) {
     nb::class_<RmsNorm>(m, "RmsNorm")
         .def("__init__", [](RmsNorm* self, const std::vector<float>& weight, double eps) { new (self) RmsNorm{weight, eps}; })
         .def("__call__", &call_rms_norm);
+    nb::class_<RouterLayout>(m, "Router").def("__init__", &make_router).def("__call__", &call_router);
+    nb::class_<ExpertTable>(m, "ExpertTable").def("__init__", [](ExpertTable* self, const FfnLayout& layout, const nb::list& experts) {
+        new (self) ExpertTable{layout, {}};
+        for (const nb::handle expert : experts) self->parts.push_back(nb::cast<const ExpertParts&>(expert));
+    });
+    nb::class_<Layer>(m, "Layer")
+        .def("__init__", &make_layer)
+        .def("__call__", &call_layer, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
     m.def("to_rows16", &call_convert<to_rows16>, "format"_a, "rows"_a, "cols"_a, exact("source"), exact("destination"));
     m.def("from_rows16", &call_convert<from_rows16>, "format"_a, "rows"_a, "cols"_a, exact("source"), exact("destination"));
     m.def("decode", &call_decode, "format"_a, exact("source"), exact("out"));

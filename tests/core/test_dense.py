@@ -13,15 +13,13 @@ from transformers import Cache
 from moei_core.adapters import kept_blocks
 from moei_core.adapters.dense_linear import BlockEmbedding, BlockLinear, NativeLinear, use_native_linears
 from moei_core.adapters.growing_layer import GrowingLayer
-from moei_core.adapters.native_decode import _NativeAttention, _NativeNorm
+from moei_core.adapters.native_decode import NativeAttention, NativeNorm
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.config import ExpertBudget
 from moei_core.engine.kv_cache import ConversationCache
-from moei_core.engine.layer_work import TokenWork
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.quant import native
 from moei_core.types import Phase
-from tests.core.test_exactness import ours
 from tests.packed import pack_folder
 from tests.tiny_models import FAMILIES
 
@@ -147,8 +145,8 @@ def natively(adapter: TransformersAdapter) -> tuple[int, int]:
     """How many norms and attentions have the native forward."""
     forwards = [module.forward for module in adapter.model.modules()]
     return (
-        sum(isinstance(one, _NativeNorm) for one in forwards),
-        sum(isinstance(one, _NativeAttention) for one in forwards),
+        sum(isinstance(one, NativeNorm) for one in forwards),
+        sum(isinstance(one, NativeAttention) for one in forwards),
     )
 
 
@@ -237,22 +235,3 @@ def test_the_cache_grows_token_by_token_as_in_larger_steps() -> None:
     assert one_by_one.place_for_token(4, 8, states[0]) is None
     assert one_by_one.place_for_token(2, 8, states[0].double()) is None
     assert Cache(layers=[one_by_one]).get_seq_length() == 600
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2", "gpt_oss"])
-def test_e1_one_call_for_a_token_gives_the_bits_of_the_general_way(
-    chat_folder: Callable[..., Path], family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, everything = chat_folder(family, "bfloat16"), ExpertBudget(fraction=1.0)
-    short, tokens, _ = ours(folder, "bfloat16", everything)
-    calls = []
-    general = TokenWork.compute
-
-    def one_at_a_time(self: TokenWork, experts: list) -> None:  # type: ignore[type-arg]
-        for expert in experts:
-            calls.append(expert)
-            general(self, [expert])
-
-    monkeypatch.setattr(TokenWork, "compute", one_at_a_time)
-    logits, _, _ = ours(folder, "bfloat16", everything, forced=tokens)
-    assert calls and torch.equal(logits, short)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from moei_core.adapters.base import NothingResident
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import POLICIES
@@ -30,7 +31,7 @@ Folder = Callable[..., Path]
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v2", "gpt_oss")
 
 
-class Watcher:
+class Watcher(NothingResident):
     """An ``ExpertsRuntime`` that computes nothing and checks early routers against what was really chosen."""
 
     def __init__(self, adapter: TransformersAdapter) -> None:

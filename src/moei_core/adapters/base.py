@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moei_core.adapters.early_router import EarlyRouters
+from moei_core.quant.native_layer import ExpertTable
 from moei_core.types import ModelSpec
 
 
@@ -27,6 +28,25 @@ class ExpertsRuntime(Protocol):
         hidden_states: [tokens, hidden_size]. top_k_index: [tokens, top_k] integers; ``num_experts`` means no
         expert. top_k_weights: [tokens, top_k]. Returns [tokens, hidden_size] in ``hidden_states``' dtype.
         """
+
+    def resident_experts(self, module: nn.Module, layer: int) -> ExpertTable | None:
+        """A token comes to ``layer``: its experts, if the caller may compute them without asking for each.
+
+        After computing it must call ``computed``. None: it must call ``run_layer``.
+        """
+
+    def computed(self, layer: int, experts: list[int], nanoseconds: int) -> None:
+        """A token has been through ``experts`` of ``layer``, in the router's order, which took so long."""
+
+
+class NothingResident:
+    """The part of an ``ExpertsRuntime`` that wants to see every layer."""
+
+    def resident_experts(self, module: nn.Module, layer: int) -> None:
+        return
+
+    def computed(self, layer: int, experts: list[int], nanoseconds: int) -> None:
+        raise AssertionError("no expert is resident")
 
 
 class ModelAdapter(Protocol):

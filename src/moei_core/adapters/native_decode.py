@@ -31,24 +31,25 @@ _KNOWN_ATTRIBUTES = frozenset({
 })  # fmt: skip
 _TRIAL_TOKENS, _TRIALS = 7, ((1.0, False), (3.0, True))
 """Tokens of a trial; scale of its input, and whether some tokens are hidden."""
+_Arguments = tuple[str, int, tuple[int, int], tuple[int, int, int, int], int]
 _EXACT, _ROUNDED = 1e-4, 0.02
 """How far the results of a trial may be apart, relative, when all is float32 and when something is rounded."""
 
 
-class _NativeNorm:
+class NativeNorm:
     """The forward of a norm: native for few values, else its own."""
 
     def __init__(self, module: nn.Module, weight: list[float], eps: float, dtype: torch.dtype) -> None:
         self.weight, self.eps = weight, eps
         self._own, self._dtype, self._type, self._width = module.forward, dtype, TYPES[dtype], len(weight)
-        self._kernel = native.RmsNorm(weight, eps)
+        self.kernel = native.RmsNorm(weight, eps)
 
     def __call__(self, hidden_states: torch.Tensor) -> Any:
         count = hidden_states.numel()
         if count > _MOST_VALUES or hidden_states.dtype != self._dtype or not hidden_states.is_contiguous():
             return self._own(hidden_states)
         out = torch.empty_like(hidden_states)
-        self._kernel(self._type, hidden_states.data_ptr(), count // self._width, out.data_ptr())
+        self.kernel(self._type, hidden_states.data_ptr(), count // self._width, out.data_ptr())
         return out
 
 
@@ -62,7 +63,7 @@ def use_native_norms(model: nn.Module) -> None:
             module.forward = found
 
 
-def _norm(module: nn.Module) -> _NativeNorm | None:
+def _norm(module: nn.Module) -> NativeNorm | None:
     """The native forward of ``module``, or None if it is no norm of this kind."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     parameters = dict(module.named_parameters())
@@ -80,7 +81,7 @@ def _norm(module: nn.Module) -> _NativeNorm | None:
         return None
     # Gemma's norms, and some after them, store what is added to 1.
     for values in (weight.float(), weight.float() + 1):
-        found = _NativeNorm(module, values.tolist(), eps, weight.dtype)
+        found = NativeNorm(module, values.tolist(), eps, weight.dtype)
         tolerance = 1e-5 if weight.dtype == torch.float32 else 3 * torch.finfo(weight.dtype).eps
         if not isinstance(expected, torch.Tensor) or expected.dtype != given.dtype:
             return None
@@ -90,13 +91,13 @@ def _norm(module: nn.Module) -> _NativeNorm | None:
 
 
 @dataclass(slots=True)
-class AttentionCall:
-    """What one attention module was called with beside the hidden states, by name."""
+class ModuleCall:
+    """What a module was called with beside the hidden states, by name."""
 
     arguments: Mapping[str, Any]
 
 
-class _NativeAttention:
+class NativeAttention:
     """The forward of an attention module: native for one token of one sequence, else its own."""
 
     def __init__(self, module: Any, rotary: int, dtype: torch.dtype) -> None:
@@ -106,12 +107,12 @@ class _NativeAttention:
         self.head_dim = int(module.head_dim)
         heads, self.kv_heads = q.out_features // self.head_dim, k.out_features // self.head_dim
         norms = [getattr(module, name).forward for name in _NORMS if hasattr(module, name)]
-        if norms and (not all(isinstance(one, _NativeNorm) for one in norms) or norms[0].eps != norms[1].eps):
+        if norms and (not all(isinstance(one, NativeNorm) for one in norms) or norms[0].eps != norms[1].eps):
             raise ValueError("norms of another kind")
         weights = (norms[0].weight, norms[1].weight) if norms else None
         self._own, self._layer, self._dtype, self._rotary = module.forward, module.layer_idx, dtype, rotary
         self._type = TYPES[dtype]
-        self._kernel = native.Attention(
+        self.kernel = native.Attention(
             projections,
             (heads, self.kv_heads, self.head_dim, rotary),
             float(module.scaling),
@@ -143,11 +144,29 @@ class _NativeAttention:
         self, hidden_states: torch.Tensor, turn: Any, mask: torch.Tensor | None, cache: Cache
     ) -> torch.Tensor | None:
         """[1, 1, hidden], or None for what the kernel cannot do."""
+        prepared = self.prepare(hidden_states, turn, mask, cache)
+        if prepared is None:
+            return None
+        layer, arguments = prepared
+        out = torch.empty_like(hidden_states)
+        self.kernel(*arguments, out.data_ptr())
+        layer.wrote_token()
+        return out
+
+    def prepare(
+        self, hidden_states: torch.Tensor, turn: Any, mask: torch.Tensor | None, cache: Cache | None
+    ) -> tuple[GrowingLayer, _Arguments] | None:
+        """The cache's layer for one token, with room for it, and the kernel's arguments but the last.
+
+        None for what the kernel cannot do.
+        """
+        if cache is None or not isinstance(turn, tuple) or len(turn) != 2:
+            return None
         layer = cache.layers[self._layer]
-        if not isinstance(layer, GrowingLayer) or not isinstance(turn, tuple) or len(turn) != 2:
+        if not isinstance(layer, GrowingLayer):
             return None
         cosine, sine = turn
-        for given in (cosine, sine):
+        for given in turn:
             if given.numel() != self._rotary or given.dtype != self._dtype or not given.is_contiguous():
                 return None
         if hidden_states.dtype != self._dtype or not hidden_states.is_contiguous():
@@ -161,17 +180,13 @@ class _NativeAttention:
         place = layer.place_for_token(self.kv_heads, self.head_dim, hidden_states)
         if place is None:
             return None
-        out = torch.empty_like(hidden_states)
-        self._kernel(
+        return layer, (
             self._type,
             hidden_states.data_ptr(),
             (cosine.data_ptr(), sine.data_ptr()),
             place,
             seen,
-            out.data_ptr(),
         )
-        layer.wrote_token()
-        return out
 
 
 def _linear(module: nn.Module) -> native.Linear:
@@ -200,7 +215,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def use_native_attention(
-    model: PreTrainedModel, calls: Mapping[nn.Module, AttentionCall], dtype: torch.dtype
+    model: PreTrainedModel, calls: Mapping[nn.Module, ModuleCall], dtype: torch.dtype
 ) -> None:
     """Give attention modules the native forward. calls: what each was called with for one token."""
     if not native.available() or dtype not in TYPES:
@@ -210,7 +225,7 @@ def use_native_attention(
         if not isinstance(turn, tuple) or not all(isinstance(one, torch.Tensor) for one in turn):
             continue
         try:
-            found = _NativeAttention(module, turn[0].shape[-1], dtype)
+            found = NativeAttention(module, turn[0].shape[-1], dtype)
             agrees = all(_agrees(module, found, call, dtype, *trial) for trial in _TRIALS)
         except Exception:
             # Whatever a trial with arguments of our making raises: not the attention that we know.
@@ -220,7 +235,7 @@ def use_native_attention(
 
 
 def _agrees(
-    module: Any, found: _NativeAttention, call: AttentionCall, dtype: torch.dtype, scale: float, hidden: bool
+    module: Any, found: NativeAttention, call: ModuleCall, dtype: torch.dtype, scale: float, hidden: bool
 ) -> bool:
     """Whether both forwards give the same for a token after some others. hidden: it does not see some of them."""
     generator = torch.Generator().manual_seed(0)

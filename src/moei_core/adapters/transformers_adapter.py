@@ -14,17 +14,18 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
-from moei_core.adapters.base import ExpertsRuntime
+from moei_core.adapters.base import ExpertsRuntime, NothingResident
 from moei_core.adapters.checkpoint import check_shapes, read_tensors, take_apart
 from moei_core.adapters.dense_linear import use_native_linears
 from moei_core.adapters.early_router import EarlyRouters
 from moei_core.adapters.kept_blocks import find_kept, give_up_read_ones
 from moei_core.adapters.native_decode import (
-    AttentionCall,
+    ModuleCall,
     attention_modules,
     use_native_attention,
     use_native_norms,
 )
+from moei_core.adapters.native_layer import LayerTrial, layer_modules, use_native_layers, use_native_routers
 from moei_core.adapters.skeleton import (
     TORCH_DTYPES,
     build_skeleton,
@@ -130,7 +131,7 @@ class TransformersAdapter:
             check_shapes(self.model, parameters, self.experts)
         self._native_dense = native_dense
         self._kept = find_kept(self.model, self._dense, parameters) if native_dense else {}
-        self._attention_calls: dict[nn.Module, AttentionCall] = {}
+        self._calls: dict[nn.Module, ModuleCall] = {}
         self._spec = self._make_spec()
 
     def _make_spec(self) -> ModelSpec:
@@ -179,8 +180,8 @@ class TransformersAdapter:
         """Read the dense weights; the expert parameters are gone from the modules from here on."""
         load_dense_weights(self.model, self._dense, self.dtype, self._expert_parameters, self._kept)
         hooks = [
-            module.register_forward_pre_hook(_note_call(self._attention_calls), with_kwargs=True)
-            for module in attention_modules(self.model)
+            module.register_forward_pre_hook(_note_call(self._calls), with_kwargs=True)
+            for module in (*attention_modules(self.model), *layer_modules(self.model))
         ]
         try:
             top_k = max(self._probe().values())
@@ -193,11 +194,18 @@ class TransformersAdapter:
         self._spec = replace(self._spec, num_experts_per_tok=top_k)
 
     def compute_natively(self) -> None:
-        """From here on norms, attention and dense products of few tokens are the native kernels', in RAM."""
+        """From here on norms, routers, attention and dense products of few tokens are the native kernels', in RAM."""
         use_native_linears(self.model)
-        with torch.inference_mode():
-            use_native_norms(self.model)
-            use_native_attention(self.model, self._attention_calls, self.dtype)
+        trial = LayerTrial()
+        self.install(trial)
+        try:
+            with torch.inference_mode():
+                use_native_norms(self.model)
+                use_native_routers(self.model)
+                use_native_attention(self.model, self._calls, self.dtype)
+                use_native_layers(self.model, self._calls, _installed.get, trial)
+        finally:
+            self.uninstall()
 
     def _probe(self) -> dict[int, int]:
         """The top-k of each MoE layer, from one token through experts that only say that they ran.
@@ -261,16 +269,17 @@ class TransformersAdapter:
         )
 
 
-def _note_call(calls: dict[nn.Module, AttentionCall]) -> Callable[[nn.Module, Any, dict[str, Any]], None]:
+def _note_call(calls: dict[nn.Module, ModuleCall]) -> Callable[[nn.Module, Any, dict[str, Any]], None]:
     def note(module: nn.Module, given: Any, arguments: dict[str, Any]) -> None:
-        if not given:
+        # The hidden states are all that may come without a name.
+        if len(given) + ("hidden_states" in arguments) == 1:
             rest = {name: value for name, value in arguments.items() if name != "hidden_states"}
-            calls[module] = AttentionCall(rest)
+            calls[module] = ModuleCall(rest)
 
     return note
 
 
-class _Probe:
+class _Probe(NothingResident):
     """An ``ExpertsRuntime`` that notes what each layer that ran had chosen, and contributes nothing."""
 
     def __init__(self) -> None:

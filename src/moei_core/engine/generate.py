@@ -121,6 +121,7 @@ class Generator:
                     logits_to_keep=self._last,
                 )
         except BaseException:
+            self._runtime.settle()
             self._cache.roll_back()
             raise
         self._runtime.end_pass()

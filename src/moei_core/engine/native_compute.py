@@ -67,7 +67,7 @@ class NativeExperts:
         """The outputs for one token times their weights, summed in the order given: [1, hidden], as the input."""
         out = torch.empty_like(hidden_states)
         self.ffn.token(
-            [expert.native or self._parts(expert) for expert in experts],
+            [self.parts(expert) for expert in experts],
             weights,
             TYPES[hidden_states.dtype],
             hidden_states.data_ptr(),
@@ -75,8 +75,10 @@ class NativeExperts:
         )
         return out
 
-    def _parts(self, expert: HeldExpert) -> native.ExpertParts:
-        expert.native = native.ExpertParts(*(int(address) for address in self._addresses(expert)))
+    def parts(self, expert: HeldExpert) -> native.ExpertParts:
+        """Where the expert's parts lie."""
+        if expert.native is None:
+            expert.native = native.ExpertParts(*(int(address) for address in self._addresses(expert)))
         return expert.native
 
     def _addresses(self, expert: HeldExpert) -> NDArray[np.int64]:

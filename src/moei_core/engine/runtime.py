@@ -26,6 +26,7 @@ from moei_core.engine.forced_routing import ForcedRouting
 from moei_core.engine.hints import Hinter
 from moei_core.engine.layer_work import LayerWork, TokenWork
 from moei_core.engine.native_compute import NativeExperts, native_experts
+from moei_core.engine.resident_layers import ResidentLayers
 from moei_core.engine.slots import SlotPool
 from moei_core.engine.statistics import RuntimeStatistics
 from moei_core.engine.transfers import Load, Step, TransferQueue
@@ -40,7 +41,7 @@ from moei_core.trace.writer import TraceWriter
 from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase, ScoredExpert
 
 
-class ExpertRuntime:
+class ExpertRuntime(ResidentLayers):
     """An ``ExpertsRuntime`` over a store, a slot pool and a scheduler.
 
     before_access is called at the start of every access; it may raise to abandon the forward pass.
@@ -48,9 +49,6 @@ class ExpertRuntime:
     is asked before every access how many slots the system's memory allows. hinter tells the brain what later
     layers are likely to choose. sampler keeps layer inputs for training predictors.
     """
-
-    _short_tokens = True
-    """Whether one token alone takes the short way, ``TokenWork``."""
 
     def __init__(
         self,
@@ -76,6 +74,8 @@ class ExpertRuntime:
         self._kinds: dict[tuple[object, ...], int] = {}
         self._kind_of: dict[ExpertKey, int] = {}
         self._kernels: dict[tuple[int, int], NativeExperts | None] = {}
+        self._tables = {}
+        self._computed = []
         self._reorder = overlap.reorder
         self._transfers = TransferQueue(
             store, pool.view, chunk_nbytes=overlap.chunk_nbytes, preempt=overlap.preempt
@@ -105,6 +105,7 @@ class ExpertRuntime:
 
     def forward_pass(self, phase: Phase, tokens: int) -> None:
         """A forward pass of the model over ``tokens`` tokens starts."""
+        self.settle()
         self._phase = phase
         if torch.get_num_threads() != self._threads[phase]:
             torch.set_num_threads(self._threads[phase])
@@ -119,6 +120,7 @@ class ExpertRuntime:
 
     def end_pass(self) -> None:
         """The forward pass is complete; a pass that was abandoned ends without."""
+        self.settle()
         stall = self.statistics.stall_s - self._pass_stall
         took = time.perf_counter() - self._pass_started
         self._scheduler.pass_end(stall, took)
@@ -132,11 +134,9 @@ class ExpertRuntime:
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        if self.before_access is not None:
-            self.before_access()
+        self.settle()
+        self._before_access()
         spent, started = self.statistics, time.perf_counter()
-        if self.governor is not None and (slots := self.governor.poll()) is not None:
-            self.resize(slots)
         if self.routing is not None:
             top_k_index = self.routing.top_k_index(layer, top_k_index)
         self._settle_prefetches()
@@ -165,6 +165,12 @@ class ExpertRuntime:
         spent.move_s += (computed - decided) - (spent.expert_compute_s + spent.stall_s - known)
         spent.layers_s += ended - started
         return total
+
+    def _before_access(self) -> None:
+        if self.before_access is not None:
+            self.before_access()
+        if self.governor is not None and (slots := self.governor.poll()) is not None:
+            self.resize(slots)
 
     def _gather(
         self,
@@ -201,6 +207,7 @@ class ExpertRuntime:
 
         Between accesses only. What the pool no longer needs goes back to the system.
         """
+        self.settle()
         working = self._scheduler.working_slots
         capacity = residents(slots, working, self._prefetch_slots, self._total_experts)
         self._note(TraceEvent.RESIZE, capacity)
@@ -350,6 +357,7 @@ class ExpertRuntime:
             self.recorder.event(kind, a, b)
 
     def _forget(self, key: ExpertKey) -> None:
+        self._tables.clear()
         self._held.pop(key, None)
         self._pool.give_back(self._slots.pop(key))
 

@@ -86,6 +86,36 @@ class RmsNorm:
     def __init__(self, weight: list[float], eps: float, /) -> None: ...
     def __call__(self, type: str, x: int, rows: int, out: int, /) -> None: ...
 
+class Router:
+    def __init__(self, weights: Weights, top_k: int, normed: bool, rounded: bool, /) -> None: ...
+    def __call__(self, type: str, x: int, rows: int, logits: int, experts: int, weights: int, /) -> None: ...
+
+class ExpertTable:
+    def __init__(self, layout: FfnLayout, experts: list[ExpertParts], /) -> None: ...
+
+class Layer:
+    def __init__(
+        self, attention: Attention, input_norm: RmsNorm, behind_norm: RmsNorm, router: Router, /
+    ) -> None: ...
+    def __call__(
+        self,
+        type: str,
+        x: int,
+        cosine: int,
+        sine: int,
+        keys: int,
+        values: int,
+        capacity: int,
+        position: int,
+        mask: int,
+        out: int,
+        experts: int,
+        weights: int,
+        normed: int,
+        table: ExpertTable | None,
+        /,
+    ) -> int: ...
+
 def to_rows16(
     format: str, rows: int, cols: int, source: NDArray[Any], destination: NDArray[uint8]
 ) -> None: ...

@@ -194,7 +194,7 @@ class ExpertFfn:
     def __init__(self, layout: FfnLayout) -> None:
         isa()
         self.layout = layout
-        self._native = _native.FfnLayout(
+        self.native = _native.FfnLayout(
             layout.hidden_size,
             layout.intermediate_size,
             layout.gate_up_format,
@@ -224,7 +224,7 @@ class ExpertFfn:
         rows: [pairs], each the row of ``x`` that a pair reads. x: [tokens, hidden_size]. out: [pairs, hidden_size].
         ValueError if the shapes contradict each other. The memory at the addresses must stay until the call returns.
         """
-        _native.moe_ffn(self._native, parts, offsets, rows, x, out)
+        _native.moe_ffn(self.native, parts, offsets, rows, x, out)
 
     def token(self, experts: list[ExpertParts], weights: list[float], type: str, x: int, out: int) -> None:
         """One token: the experts' outputs times their weights, summed in the order given, rounded once to ``type``.
@@ -232,12 +232,12 @@ class ExpertFfn:
         The same bits as ``__call__`` and float32 sums of its rows. x, out: addresses of [hidden_size] of the float
         format ``type``. ValueError without experts, or if weights or addresses are missing.
         """
-        _native.moe_token(self._native, experts, weights, type, x, out)
+        _native.moe_token(self.native, experts, weights, type, x, out)
 
     def workspace_nbytes(self, tokens: int, pairs: int, threads: int | None = None) -> int:
         """Bytes that a call of this size works in. They are kept for the next call (``release_workspace``)."""
         return _native.workspace_nbytes(
-            self._native, tokens, pairs, num_threads() if threads is None else threads
+            self.native, tokens, pairs, num_threads() if threads is None else threads
         )
 
 
@@ -280,11 +280,11 @@ class RmsNorm:
 
     def __init__(self, weight: list[float], eps: float) -> None:
         _require_native()
-        self._native = _native.RmsNorm(weight, eps)
+        self.native = _native.RmsNorm(weight, eps)
 
     def __call__(self, type: str, x: int, rows: int, out: int) -> None:
         """type: the float format of x and out, which are addresses of contiguous [rows, len(weight)]."""
-        self._native(type, x, rows, out)
+        self.native(type, x, rows, out)
 
 
 class Attention:
@@ -311,7 +311,7 @@ class Attention:
         q, k, v, o = (one.native for one in projections)
         q_norm, k_norm = norms or ([], [])
         self._projections = projections
-        self._native = _native.Attention(q, k, v, o, *heads, scale, eps, q_norm, k_norm)
+        self.native = _native.Attention(q, k, v, o, *heads, scale, eps, q_norm, k_norm)
 
     def __call__(
         self, type: str, x: int, turn: tuple[int, int], cache: tuple[int, int, int, int], mask: int, out: int
@@ -323,7 +323,7 @@ class Attention:
         each token, this one included, that is 0 where it is not seen; 0: all are seen.
         ValueError if there is no room in the cache.
         """
-        self._native(type, x, *turn, *cache, mask, out)
+        self.native(type, x, *turn, *cache, mask, out)
 
 
 def to_rows16(

@@ -1,0 +1,66 @@
+// One token through a whole decoder layer: what the modules of a model compute one after the other, in one call.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "dense.h"
+#include "matmul.h"
+
+namespace moei {
+
+// A router: softmax over all experts, the largest `top_k` of them, divided by their sum if `normed`. The weights are
+// rounded to the activations' type if `rounded`.
+struct RouterLayout {
+    Weights weights;
+    int64_t top_k;
+    bool normed, rounded;
+};
+
+// Memory that the steps below pass results in. For one call at a time.
+struct LayerScratch {
+    std::vector<uint8_t> mixed, logits;
+    std::vector<float> wide, weight, outputs;
+    std::vector<ExpertParts> parts;
+    std::vector<int64_t> order, offsets, rows;
+    std::vector<std::pair<float, int64_t>> ranking;
+};
+
+// x: [hidden] of the float format `type`. logits: [experts] of `type`, rounded, and it is these that are compared, as
+// in the modules. experts, weights: [top_k], largest first; equal ones in torch.topk's order.
+void route(const RouterLayout& router, Format type, const uint8_t* x, uint8_t* logits, int64_t* experts, float* weights,
+           LayerScratch& scratch, ThreadPool& pool, Workspace& workspace);
+
+// out = the outputs of `count` experts times their weights, summed in the order given. x, out: [hidden] of `type`.
+void moe_token(const FfnLayout& layout, int64_t count, const ExpertParts* parts, const float* weights, Format type,
+               const uint8_t* x, uint8_t* out, LayerScratch& scratch, ThreadPool& pool, Workspace& workspace);
+
+struct Norm {
+    const float* weight;
+    float eps;
+};
+
+// sum = x + attention(norm(x)); then out = sum + experts(norm(sum)).
+struct LayerLayout {
+    Norm input, behind;
+    AttentionLayout attention;
+    RouterLayout router;
+};
+
+// The experts of a layer, by number, all of them in memory.
+struct ExpertTable {
+    FfnLayout layout;
+    std::vector<ExpertParts> parts;
+};
+
+// attention: its x is the layer's, its `out` is where `sum` goes. normed: [hidden], what router and experts are given.
+// experts, weights: of the router. Each result of a module is rounded to the type, as if the modules had been called.
+void route_token(const LayerLayout& layout, const AttentionCall& attention, uint8_t* normed, int64_t* experts, float* weights,
+                 LayerScratch& scratch, ThreadPool& pool, Workspace& workspace);
+
+// The rest of the layer, in place: sum += what the chosen experts make of `normed`, summed in ascending order of experts.
+void add_experts(const ExpertTable& table, int64_t top_k, const int64_t* experts, const float* weights, Format type,
+                 const uint8_t* normed, uint8_t* sum, LayerScratch& scratch, ThreadPool& pool, Workspace& workspace);
+
+}  // namespace moei

@@ -1,0 +1,264 @@
+"""Routers and whole decoder layers of single tokens as one native call each, where that computes the same.
+
+Python, torch and the model's weights share the processor's caches: beside large weights each step of Python around a
+layer takes several times as long as in a small model, so the steps are few here. As in ``native_decode`` a module is
+known by trying it; a layer must give the very bits that its modules give one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from moei_core.adapters.base import ExpertsRuntime, NothingResident
+from moei_core.adapters.dense_linear import FEW_ROWS, TYPES
+from moei_core.adapters.growing_layer import GrowingLayer
+from moei_core.adapters.native_decode import ModuleCall, NativeAttention, NativeNorm
+from moei_core.adapters.skeleton import experts_modules
+from moei_core.quant import native
+from moei_core.quant.native_layer import Layer, Router
+
+_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+_MIXTURE = {"gate", "experts"}
+_TRIAL_ROWS, _TRIAL_SCALES = 64, (1.0, 8.0)
+_TRIAL_TOKENS = 5
+
+Installed = Callable[[nn.Module], tuple[ExpertsRuntime, int] | None]
+"""The runtime of an experts module and its layer."""
+
+
+class NativeRouter:
+    """The forward of a router: native for few rows, else its own. Which way depends on the rows alone."""
+
+    def __init__(self, module: Any, normed: bool, rounded: bool) -> None:
+        weight = module.weight
+        self.top_k, self._own, self._weight = int(module.top_k), module.forward, weight
+        self._type, (self._experts, self._width) = TYPES[weight.dtype], weight.shape
+        matrix = native.Matrix(self._type, self._experts, self._width)
+        self.kernel = Router(native.Linear(matrix, weight.data_ptr()), self.top_k, normed, rounded)
+        self._scores = weight.dtype if rounded else torch.float32
+
+    def __call__(self, hidden_states: torch.Tensor) -> Any:
+        rows = hidden_states.numel() // self._width
+        if rows > FEW_ROWS or hidden_states.dtype != self._weight.dtype or not hidden_states.is_contiguous():
+            return self._own(hidden_states)
+        logits = hidden_states.new_empty((rows, self._experts))
+        experts = torch.empty((rows, self.top_k), dtype=torch.long)
+        weights = torch.empty((rows, self.top_k), dtype=torch.float32)
+        self.kernel(
+            self._type,
+            hidden_states.data_ptr(),
+            rows,
+            logits.data_ptr(),
+            experts.data_ptr(),
+            weights.data_ptr(),
+        )
+        return logits, weights.to(self._scores), experts
+
+
+def use_native_routers(model: nn.Module) -> None:
+    """Give every router of ``model`` that is a softmax of all experts the native forward."""
+    if not native.available():
+        return
+    for module in model.modules():
+        found = _router(module)
+        if found is not None:
+            module.forward = found
+
+
+def _router(module: Any) -> NativeRouter | None:
+    """The native forward of ``module``, or None if it is no router of this kind."""
+    parameters = dict(module.named_parameters())
+    weight: Any = parameters.get("weight")
+    if set(parameters) != {"weight"} or any(True for _ in module.buffers()) or weight.dim() != 2:
+        return None
+    top_k = getattr(module, "top_k", None)
+    if not isinstance(top_k, int) or weight.dtype not in TYPES or not weight.is_contiguous():
+        return None
+    generator = torch.Generator().manual_seed(0)
+    kinds = set()
+    for scale in _TRIAL_SCALES:
+        given = (torch.randn((_TRIAL_ROWS, weight.shape[1]), generator=generator) * scale).to(weight.dtype)
+        try:
+            logits, scores, experts = module(given)
+            kinds.add(_kind(given, weight, top_k, logits, scores, experts))
+        except Exception:
+            # It wants or returns something else.
+            return None
+    kind = kinds.pop()
+    return None if kinds or kind is None else NativeRouter(module, *kind)
+
+
+def _kind(
+    given: torch.Tensor,
+    weight: torch.Tensor,
+    top_k: int,
+    logits: torch.Tensor,
+    scores: torch.Tensor,
+    experts: Any,
+) -> tuple[bool, bool] | None:
+    """(normed, rounded) of what a router returned for ``given``, or None if it is computed otherwise."""
+    exact = nn.functional.linear(given.float(), weight.float())
+    error = (logits.float() - exact).square().mean().sqrt()
+    if (
+        logits.dtype != weight.dtype
+        or not error <= torch.finfo(weight.dtype).eps * exact.square().mean().sqrt()
+    ):
+        return None
+    best, index = torch.topk(torch.softmax(logits.float(), dim=-1), top_k, dim=-1)
+    if experts.dtype != torch.long or not torch.equal(index, experts):
+        return None
+    for normed in (True, False):
+        expected = best / best.sum(dim=-1, keepdim=True) if normed else best
+        if scores.dtype in (torch.float32, weight.dtype) and torch.equal(scores, expected.to(scores.dtype)):
+            return normed, scores.dtype == weight.dtype
+    return None
+
+
+class NativeLayer:
+    """The forward of a decoder layer: for one token of one sequence native up to its experts, or with them."""
+
+    def __init__(self, module: Any, installed: Installed) -> None:
+        """installed: gives the runtime of its experts. Raises: ValueError if the parts are of another kind."""
+        mixture = module.mlp
+        first, attention, behind = (
+            getattr(module, name).forward
+            for name in ("input_layernorm", "self_attn", "post_attention_layernorm")
+        )
+        router = mixture.gate.forward
+        if not isinstance(first, NativeNorm) or not isinstance(behind, NativeNorm):
+            raise ValueError("norms of another kind")
+        if not isinstance(attention, NativeAttention) or not isinstance(router, NativeRouter):
+            raise ValueError("attention or router of another kind")
+        self._own, self._installed, self._experts = module.forward, installed, mixture.experts
+        self._attention, self._width = attention, len(first.weight)
+        self._inner = [module.input_layernorm, module.self_attn, module.post_attention_layernorm]
+        self._inner += [mixture, mixture.gate, mixture.experts]
+        self._kernel = Layer(attention.kernel, first.kernel, behind.kernel, router.kernel)
+        self._chosen = torch.empty((1, router.top_k), dtype=torch.long)
+        self._weights = torch.empty((1, router.top_k), dtype=torch.float32)
+        self._places = self._chosen.data_ptr(), self._weights.data_ptr()
+
+    def __call__(self, hidden_states: torch.Tensor, *others: Any, **named: Any) -> Any:
+        if not others and hidden_states.numel() == self._width:
+            result = self._one_token(hidden_states, named)
+            if result is not None:
+                return result
+        return self._own(hidden_states, *others, **named)
+
+    def _one_token(self, hidden_states: torch.Tensor, named: Mapping[str, Any]) -> torch.Tensor | None:
+        """[1, 1, hidden], or None if it must be done module by module."""
+        installed = self._installed(self._experts)
+        if installed is None:
+            return None
+        for module in self._inner:
+            # Somebody wants to see what goes through it.
+            if module._forward_pre_hooks or module._forward_hooks:
+                return None
+        prepared = self._attention.prepare(
+            hidden_states,
+            named.get("position_embeddings"),
+            named.get("attention_mask"),
+            named.get("past_key_values"),
+        )
+        if prepared is None:
+            return None
+        cached, arguments = prepared
+        runtime, layer = installed
+        table = runtime.resident_experts(self._experts, layer)
+        out = torch.empty_like(hidden_states)
+        if table is not None:
+            spent = self._kernel.run(*arguments, out.data_ptr(), self._places, table)
+            cached.wrote_token()
+            runtime.computed(layer, self._chosen[0].tolist(), spent)
+            return out
+        normed = hidden_states.new_empty((1, self._width))
+        self._kernel.route(*arguments, out.data_ptr(), self._places, normed.data_ptr())
+        cached.wrote_token()
+        out += runtime.run_layer(self._experts, layer, normed, self._chosen, self._weights).view_as(out)
+        return out
+
+
+def layer_modules(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers that are two norms, attention and a mixture of a router and experts, by their names."""
+    mixtures = {id(module) for _, _, module in experts_modules(model)}
+    found = []
+    for module in model.modules():
+        if {name for name, _ in module.named_children()} != _PARTS:
+            continue
+        inner = dict(module.get_submodule("mlp").named_children())
+        if set(inner) == _MIXTURE and id(inner["experts"]) in mixtures:
+            found.append(module)
+    return found
+
+
+def use_native_layers(
+    model: PreTrainedModel, calls: Mapping[nn.Module, ModuleCall], installed: Installed, trial: LayerTrial
+) -> None:
+    """Give decoder layers the native forward. calls: what each was called with for one token.
+
+    ``trial`` must be installed as the model's runtime meanwhile.
+    """
+    if not native.available():
+        return
+    for module in layer_modules(model):
+        if module not in calls:
+            continue
+        try:
+            found = NativeLayer(module, installed)
+            agrees = trial.agrees(module, found, calls[module])
+        except Exception:
+            # Whatever a trial with arguments of our making raises: not the layer that we know.
+            continue
+        if agrees:
+            module.forward = found
+
+
+class LayerTrial(NothingResident):
+    """An ``ExpertsRuntime`` that notes what experts are given, and returns something that depends on all of it."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def run_layer(
+        self,
+        module: nn.Module,
+        layer: int,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        self._seen.append((hidden_states.clone(), top_k_index.clone(), top_k_weights.to(torch.float32)))
+        return hidden_states * 0.37
+
+    def agrees(self, module: Any, found: NativeLayer, call: ModuleCall) -> bool:
+        """Whether both forwards give the same bits for a token after some others."""
+        attention = module.self_attn
+        heads, generator = (
+            attention.k_proj.out_features // attention.head_dim,
+            torch.Generator().manual_seed(0),
+        )
+
+        def some(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(turn[0].dtype)
+
+        turn = call.arguments["position_embeddings"]
+        given, turns = some(1, 1, found._width), (some(*turn[0].shape), some(*turn[0].shape))
+        states = some(2, 1, heads, _TRIAL_TOKENS - 1, attention.head_dim)
+        results = []
+        for forward in (found._own, found):
+            cache = Cache(layers=[GrowingLayer() for _ in range(attention.layer_idx + 1)])
+            layer = cache.layers[attention.layer_idx]
+            layer.update(states[0], states[1])
+            self._seen.clear()
+            arguments = {**call.arguments, "past_key_values": cache, "position_embeddings": turns}
+            output = forward(given, **arguments)
+            if len(self._seen) != 1 or not isinstance(output, torch.Tensor):
+                return False
+            kept = (one[..., :_TRIAL_TOKENS, :].clone() for one in (layer.keys, layer.values))
+            results.append((output, *kept, *self._seen[0], torch.tensor(layer.get_seq_length())))
+        return all(torch.equal(theirs, ours) for theirs, ours in zip(*results, strict=True))

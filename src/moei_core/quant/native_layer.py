@@ -1,0 +1,90 @@
+"""A decoder layer of one token as one native call: what its modules compute one after the other.
+
+Each step rounds as the module's own native call does, so that both ways give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moei_core.quant import native
+
+if native.available():
+    from moei_core.quant import _native
+
+
+class Router:
+    """Softmax over all experts, the largest few of them, as torch computes it in float32 from rounded logits."""
+
+    def __init__(self, weight: native.Linear, top_k: int, normed: bool, rounded: bool) -> None:
+        """normed: the chosen weights are divided by their sum. rounded: they end in the type of the activations.
+
+        ValueError unless 0 < top_k <= experts.
+        """
+        self._weight = weight
+        self.native = _native.Router(weight.native, top_k, normed, rounded)
+
+    def __call__(self, type: str, x: int, rows: int, logits: int, experts: int, weights: int) -> None:
+        """type: the float format of x and logits. The others are addresses of contiguous rows.
+
+        x: [rows, hidden]. logits: [rows, experts]. experts: int64 [rows, top_k], most weight first, of equal ones those
+        that torch.topk chooses. weights: float32 [rows, top_k].
+        """
+        self.native(type, x, rows, logits, experts, weights)
+
+
+class ExpertTable:
+    """All experts of a layer, by number; their memory must stay as long as this is used."""
+
+    def __init__(self, ffn: native.ExpertFfn, experts: Sequence[native.ExpertParts]) -> None:
+        self.native = _native.ExpertTable(ffn.native, list(experts))
+
+
+class Layer:
+    """sum = x + attention(norm(x)), then sum + experts(norm(sum)), for one token."""
+
+    def __init__(
+        self,
+        attention: native.Attention,
+        input_norm: native.RmsNorm,
+        behind_norm: native.RmsNorm,
+        router: Router,
+    ) -> None:
+        """behind_norm: the one behind the attention. ValueError if the parts do not fit together."""
+        self._parts = attention, input_norm, behind_norm, router
+        self._native = _native.Layer(attention.native, input_norm.native, behind_norm.native, router.native)
+
+    def route(
+        self,
+        type: str,
+        x: int,
+        turn: tuple[int, int],
+        cache: tuple[int, int, int, int],
+        mask: int,
+        out: int,
+        chosen: tuple[int, int],
+        normed: int,
+    ) -> None:
+        """The layer up to its router. type, x, turn, cache, mask: see ``native.Attention``.
+
+        out, normed: where ``sum`` and its norm go, [hidden]. chosen: addresses of experts, int64 [top_k], and of their
+        weights, float32 [top_k]. ValueError if there is no room in the cache.
+        """
+        self._native(type, x, *turn, *cache, mask, out, *chosen, normed, None)
+
+    def run(
+        self,
+        type: str,
+        x: int,
+        turn: tuple[int, int],
+        cache: tuple[int, int, int, int],
+        mask: int,
+        out: int,
+        chosen: tuple[int, int],
+        table: ExpertTable,
+    ) -> int:
+        """The whole layer; ``out`` is its result. Returns the nanoseconds that the experts took.
+
+        The experts' outputs are summed in ascending order of experts. ValueError also if ``table`` does not fit.
+        """
+        return self._native(type, x, *turn, *cache, mask, out, *chosen, 0, table.native)
