@@ -93,7 +93,13 @@ def from_rows16(
     format: str, rows: int, cols: int, source: NDArray[Any], destination: NDArray[uint8]
 ) -> None: ...
 def join_mxfp4(
-    order: str, rows: int, cols: int, memory: NDArray[np.uint8], scales_at: int, blocks_at: int, destination: int
+    order: str,
+    rows: int,
+    cols: int,
+    memory: NDArray[uint8],
+    scales_at: int,
+    blocks_at: int,
+    destination: int,
 ) -> None: ...
 def decode(format: str, source: NDArray[uint8], out: NDArray[float32]) -> None: ...
 def all_finite(format: str, order: str, rows: int, cols: int, source: NDArray[uint8]) -> bool: ...

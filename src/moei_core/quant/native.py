@@ -329,7 +329,7 @@ class Attention:
 def to_rows16(
     format: str, rows: int, cols: int, source: NDArray[np.uint8], out: NDArray[np.uint8] | None = None
 ) -> NDArray[np.uint8]:
-    """The bytes of a ``rows`` matrix in ``rows16`` order; lossless. UsageError for other formats than ``ROWS16_FORMATS``.
+    """The bytes of a ``rows`` matrix in ``rows16`` order; lossless. UsageError if not of ``ROWS16_FORMATS``.
 
     source, out: bytes, one dimension, not overlapping; out is allocated if not given (``Matrix.nbytes``).
     """
