@@ -29,6 +29,7 @@ SHAPES = {
     "mixtral-8x7b": (4096, 14336, 8, 2),
     "deepseek-v2-lite": (2048, 1408, 64, 6),
     "qwen3-30b-a3b": (2048, 768, 128, 8),
+    "gpt-oss-20b": (2880, 2880, 32, 4),
 }
 """Hidden size, intermediate size, experts, experts of a token."""
 
@@ -79,6 +80,9 @@ def random_weights(matrix: native.Matrix) -> NDArray[np.uint8]:
     out = rng.integers(0, 256, matrix.nbytes, np.uint8)
     group = 16 if matrix.order == "rows16" else 1
     blocks = out.reshape(-1, native.Matrix(matrix.format, group, 32).nbytes)
+    if matrix.format == "MXFP4":
+        blocks[:, :group] = 127 - int(np.log2(matrix.cols))
+        return out
     scales = rng.uniform(0.5, 1.5, (len(blocks), group)) / matrix.cols
     blocks[:, : 2 * group] = scales.astype(np.float16).view(np.uint8)
     return out

@@ -14,7 +14,7 @@ SOURCE = PackedSource("folder", "a-model", "", "", {"model.safetensors": "1"})
 def plan(folder: Path, form: str = "Q8_0", layout: str = "plain") -> PackPlan:
     companions = [path for path in folder.iterdir() if path.suffix in (".json", ".jinja")]
     companions = [path for path in companions if path.name != "model.safetensors.index.json"]
-    return plan_packing(TransformersAdapter(folder).pack_source(SOURCE), form, "Q8_0", layout, companions)
+    return plan_packing(TransformersAdapter(folder).pack_source(SOURCE), form, "", layout, companions)
 
 
 def pack_folder(

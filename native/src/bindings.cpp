@@ -294,6 +294,18 @@ void call_convert(std::string_view format, int64_t rows, int64_t cols, Bytes sou
     convert(stored, rows, cols, source.data(), destination.data());
 }
 
+void call_join_mxfp4(std::string_view order, int64_t rows, int64_t cols, MutableBytes memory, int64_t scales_at, int64_t blocks_at, int64_t destination) {
+    const Order wanted = order_from_name(order);
+    const int64_t count = rows * (cols / kBlock), total = matrix_nbytes(Format::MXFP4, wanted, rows, cols), end = static_cast<int64_t>(memory.size());
+    require(rows > 0 && cols > 0 && cols % kBlock == 0 && (wanted == Order::Plain || (wanted == Order::Rows16 && rows % kTileRows == 0)), "no such matrix");
+    require(scales_at >= 0 && scales_at + count <= end && destination >= 0 && destination + total <= end && blocks_at + 16 * count <= end, "a part is outside of the memory");
+    require(blocks_at - destination >= count, "the blocks would be overwritten before they are read");
+    const nb::gil_scoped_release release;
+    // What is made may overwrite the scales too.
+    const std::vector<uint8_t> scales(memory.data() + scales_at, memory.data() + scales_at + count);
+    join_mxfp4(wanted, rows, cols, scales.data(), memory.data() + blocks_at, memory.data() + destination);
+}
+
 void call_decode(std::string_view format, Bytes source, Array<float, 1> out) {
     const Format stored = format_from_name(format);
     const auto count = static_cast<int64_t>(out.size());
@@ -355,6 +367,7 @@ NB_MODULE(_native, m) {
              nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
     m.def("to_rows16", &call_convert<to_rows16>, "format"_a, "rows"_a, "cols"_a, exact("source"), exact("destination"));
     m.def("from_rows16", &call_convert<from_rows16>, "format"_a, "rows"_a, "cols"_a, exact("source"), exact("destination"));
+    m.def("join_mxfp4", &call_join_mxfp4, "order"_a, "rows"_a, "cols"_a, exact("memory"), "scales_at"_a, "blocks_at"_a, "destination"_a);
     m.def("decode", &call_decode, "format"_a, exact("source"), exact("out"));
     m.def("all_finite", &call_all_finite, "format"_a, "order"_a, "rows"_a, "cols"_a, exact("source"));
     m.def("workspace_nbytes", [](const FfnLayout& layout, int64_t tokens, int64_t pairs, int threads) {

@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
+
+#include "kernels.h"
 
 namespace moei {
 namespace {
@@ -89,11 +91,12 @@ void decode_q6_k(const uint8_t* block, float* out) {
 // MXFP4 (OCP Microscaling Formats, 5.4): a power of two for 32 E2M1 values. Halves are kept as integers of twice
 // the value, so the scale is 2^(exponent - 128).
 void decode_mxfp4(const uint8_t* block, float* out) {
-    constexpr int8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-    const float scale = std::ldexp(1.0f, block[0] - 128);
+    const uint32_t bits = fp4_scale_bits(block[0]);
+    float scale;
+    std::memcpy(&scale, &bits, sizeof scale);
     for (int i = 0; i < 16; ++i) {
-        out[i] = scale * static_cast<float>(kTwice[block[1 + i] & 15]);
-        out[16 + i] = scale * static_cast<float>(kTwice[block[1 + i] >> 4]);
+        out[i] = scale * static_cast<float>(kFp4Doubled[block[1 + i] & 15]);
+        out[16 + i] = scale * static_cast<float>(kFp4Doubled[block[1 + i] >> 4]);
     }
 }
 
@@ -112,7 +115,7 @@ void transpose_4x4(const uint8_t* const* rows, int64_t at, uint8_t* out, int64_t
     for (int i = 0; i < 4; ++i) std::memcpy(out + i * stride, &columns[i], sizeof columns[i]);
 }
 
-template <int kBlockNbytes>
+template <int kBlockNbytes, int kScaleNbytes>
 void interleave_blocks(const uint8_t* const* rows, int64_t present, int64_t count, uint8_t* destination) {
     constexpr int64_t kTileNbytes = int64_t{kTileRows} * kBlockNbytes;
     constexpr int64_t kPieceNbytes = int64_t{kTileRows} * 4;  // the same four bytes of 16 rows
@@ -181,7 +184,11 @@ void interleave(Format format, int64_t cols, const uint8_t* source, int64_t rows
                 uint8_t* destination) {
     const uint8_t* starts[kTileRows] = {};
     for (int64_t row = 0; row < rows; ++row) starts[row] = source + row * row_nbytes(format, cols) + row_nbytes(format, first * kBlock);
-    (format == Format::Q8_0 ? interleave_blocks<34> : interleave_blocks<18>)(starts, rows, count, destination);
+    switch (format) {
+        case Format::Q8_0: return interleave_blocks<34, 2>(starts, rows, count, destination);
+        case Format::Q4_0: return interleave_blocks<18, 2>(starts, rows, count, destination);
+        default: return interleave_blocks<17, 1>(starts, rows, count, destination);
+    }
 }
 
 void to_rows16(Format format, int64_t rows, int64_t cols, const uint8_t* source, uint8_t* destination) {
@@ -193,15 +200,40 @@ void to_rows16(Format format, int64_t rows, int64_t cols, const uint8_t* source,
 }
 
 void from_rows16(Format format, int64_t rows, int64_t cols, const uint8_t* source, uint8_t* destination) {
-    const int64_t block_nbytes = format_info(format).block_nbytes, blocks = cols / kBlock;
+    const int64_t block_nbytes = format_info(format).block_nbytes, scale = scale_nbytes(format), blocks = cols / kBlock;
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t lane = row % kTileRows;
         const uint8_t* tile = source + (row - lane) * blocks * block_nbytes;
         for (int64_t b = 0; b < blocks; ++b, tile += kTileRows * block_nbytes, destination += block_nbytes) {
-            std::memcpy(destination, tile + kScaleNbytes * lane, kScaleNbytes);
-            for (int64_t at = kScaleNbytes; at < block_nbytes; at += 4) {
+            std::memcpy(destination, tile + scale * lane, static_cast<size_t>(scale));
+            for (int64_t at = scale; at < block_nbytes; at += 4) {
                 std::memcpy(destination + at, tile + kTileRows * at + 4 * lane, 4);
             }
+        }
+    }
+}
+
+void join_mxfp4(Order order, int64_t rows, int64_t cols, const uint8_t* scales, const uint8_t* blocks, uint8_t* destination) {
+    using Bytes16 = uint8_t __attribute__((vector_size(16)));
+    const int64_t count = cols / kBlock, stride = row_nbytes(Format::MXFP4, cols);
+    std::vector<uint8_t> group(static_cast<size_t>(kTileRows * stride));
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+        const int64_t present = std::min<int64_t>(kTileRows, rows - row);
+        uint8_t* out = group.data();
+        for (int64_t b = row * count; b < (row + present) * count; ++b, out += 17) {
+            Bytes16 pairs;
+            std::memcpy(&pairs, blocks + 16 * b, sizeof pairs);
+            const Bytes16 even = pairs & 15, odd = pairs >> 4;
+            const Bytes16 first = __builtin_shufflevector(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            const Bytes16 second = __builtin_shufflevector(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            const Bytes16 made = first | (second << 4);
+            out[0] = scales[b];
+            std::memcpy(out + 1, &made, sizeof made);
+        }
+        if (order == Order::Rows16) {
+            interleave(Format::MXFP4, cols, group.data(), present, 0, count, destination + row * stride);
+        } else {
+            std::memcpy(destination + row * stride, group.data(), static_cast<size_t>(present * stride));
         }
     }
 }
@@ -212,7 +244,8 @@ bool all_finite(Format format, Order order, int64_t rows, int64_t cols, const ui
     if (order == Order::Rows16) {
         const int64_t tile_nbytes = int64_t{kTileRows} * info.block_nbytes;
         for (int64_t i = 0; i < blocks; ++i) {
-            if (!half_is_finite(load<uint16_t>(source + i / kTileRows * tile_nbytes + kScaleNbytes * (i % kTileRows)))) return false;
+            const uint8_t* const scale = source + i / kTileRows * tile_nbytes + scale_nbytes(format) * (i % kTileRows);
+            if (format == Format::MXFP4 ? *scale == 255 : !half_is_finite(load<uint16_t>(scale))) return false;
         }
         return true;
     }

@@ -14,6 +14,15 @@ namespace moei {
 static inline int64_t quantized_row_nbytes(int64_t cols) { return (cols + cols / 32 * 8 + 63) / 64 * 64; }
 constexpr int kQ8Offset = 128;  // what turns Q8_0's signed weights into the unsigned ones that integer dots want
 constexpr int kQ4Offset = 8;    // Q4_0's own zero point
+constexpr int kFp4Offset = 12;  // what turns the doubled FP4 values, -12 to 12, into unsigned ones
+
+// The FP4 values (E2M1) doubled, by their four bits.
+constexpr int8_t kFp4Doubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+constexpr uint32_t kFp4Subnormal = 0x200000;  // 2^-128 as a float
+// The bits of 2^(exponent - 128), the scale of doubled FP4 values: a normal float but for the first two exponents.
+static inline uint32_t fp4_scale_bits(uint32_t exponent) {
+    return exponent < 2 ? kFp4Subnormal << exponent : (exponent - 1) << 23;
+}
 
 // Adds the products of one row of tiles, block columns [first, first + count), with n quantised activation rows of `cols`
 // values to sums[n][16]. `tiles` points at column `first`. In every kernel each sum is
@@ -37,7 +46,7 @@ struct FloatKernels {
 
 struct Kernels {
     const char* isa;
-    TileKernel q8_0, q4_0;
+    TileKernel q8_0, q4_0, mxfp4;
     FloatKernels rows, columns;
     ReadKernel read[3];  // one, two and four streams
 };

@@ -46,9 +46,10 @@ inline Bits flip_bits(Bits bits, const uint8_t* data) { return _mm256_xor_si256(
 // Four activations to every lane: each lane holds four weights of its row.
 inline __m256i four(const int8_t* x) { return _mm256_set1_epi32(static_cast<int>(load_u32(x))); }
 
-// Rows 0..7 are dot[0], rows 8..15 dot[1].
+// Rows 0..7 are scales.low and dot[0], rows 8..15 scales.high and dot[1].
 struct Q8 {
-    static constexpr int tile_nbytes = 16 * 34;
+    static constexpr int tile_nbytes = 16 * 34, scales_nbytes = 32;
+    static Lanes scales(const uint8_t* tile) { return load(F16{}, tile); }
     static constexpr bool corrected = false;
     static void dots(const uint8_t* quants, const int8_t* x, __m256i* dot) {
         const __m256i ones = _mm256_set1_epi16(1);
@@ -64,7 +65,8 @@ struct Q8 {
     }
 };
 struct Q4 {
-    static constexpr int tile_nbytes = 16 * 18;
+    static constexpr int tile_nbytes = 16 * 18, scales_nbytes = 32;
+    static Lanes scales(const uint8_t* tile) { return load(F16{}, tile); }
     static constexpr bool corrected = true;
     static void dots(const uint8_t* quants, const int8_t* x, __m256i* dot) {
         // A block's eight pair sums of at most 2 * 15 * 127 fit into 16 bits together.
@@ -84,6 +86,41 @@ struct Q4 {
     }
 };
 
+struct Fp4 {
+    static constexpr int tile_nbytes = 16 * 17, scales_nbytes = 16;
+    static constexpr bool corrected = true;
+    static __m256 scales_8(const uint8_t* from) {
+        const __m256i exponents = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+        const __m256i bits = _mm256_slli_epi32(_mm256_sub_epi32(exponents, _mm256_set1_epi32(1)), 23);
+        const __m256i small = _mm256_sllv_epi32(_mm256_set1_epi32(kFp4Subnormal), exponents);
+        return _mm256_castsi256_ps(_mm256_blendv_epi8(bits, small, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), exponents)));
+    }
+    static Lanes scales(const uint8_t* tile) { return {scales_8(tile), scales_8(tile + 8)}; }
+    static void dots(const uint8_t* quants, const int8_t* x, __m256i* dot) {
+        // Four pair sums of at most 2 * 24 * 127 fit into 16 bits together, eight do not.
+        const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kFp4Doubled));
+        const __m256i table = _mm256_add_epi8(_mm256_broadcastsi128_si256(values), _mm256_set1_epi8(kFp4Offset));
+        const __m256i nibble = _mm256_set1_epi8(15);
+        __m256i lows[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+        __m256i highs[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+        for (int k = 0; k < 4; ++k) {
+            const __m256i first = four(x + 4 * k), second = four(x + 16 + 4 * k);
+            for (int half = 0; half < 2; ++half) {
+                const __m256i packed = load_32(quants + 64 * k + 32 * half);
+                const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(packed, nibble));
+                const __m256i high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble));
+                lows[half] = _mm256_add_epi16(lows[half], _mm256_maddubs_epi16(low, first));
+                highs[half] = _mm256_add_epi16(highs[half], _mm256_maddubs_epi16(high, second));
+            }
+        }
+        const __m256i ones = _mm256_set1_epi16(1);
+        for (int half = 0; half < 2; ++half) {
+            const __m256i sums = _mm256_add_epi32(_mm256_madd_epi16(lows[half], ones), _mm256_madd_epi16(highs[half], ones));
+            dot[half] = _mm256_add_epi32(dot[half], sums);
+        }
+    }
+};
+
 template <typename Q, int N>
 void tile_tokens(const uint8_t* tiles, int64_t first, int64_t count, int64_t cols, const void* const* rows, float* out) {
     const int8_t* x[N];
@@ -92,11 +129,12 @@ void tile_tokens(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
     for (int t = 0; t < N; ++t)
         for (int half = 0; half < 2; ++half) sums[t][half] = _mm256_loadu_ps(out + 16 * t + 8 * half);
     for (int64_t b = first; b < first + count; ++b, tiles += Q::tile_nbytes) {
-        const __m256 scales[2] = {_mm256_cvtph_ps(load_16(tiles)), _mm256_cvtph_ps(load_16(tiles + 16))};
+        const Lanes loaded = Q::scales(tiles);
+        const __m256 scales[2] = {loaded.low, loaded.high};
         for (int t = 0; t < N; ++t) {
             const __m256i start = Q::corrected ? four(x[t] + cols + cols / 8 + 4 * b) : _mm256_setzero_si256();
             __m256i dot[2] = {start, start};
-            Q::dots(tiles + 32, x[t] + 32 * b, dot);
+            Q::dots(tiles + Q::scales_nbytes, x[t] + 32 * b, dot);
             const __m256 activation_scale = _mm256_set1_ps(load_f32(x[t] + cols + 4 * b));
             for (int half = 0; half < 2; ++half) {
                 const __m256 scale = _mm256_mul_ps(scales[half], activation_scale);
@@ -123,7 +161,7 @@ void tile_kernel(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
 
 namespace moei {
 
-const Kernels kAvx2{"avx2",       tile_kernel<Q8>, tile_kernel<Q4>, kRowsKernels, kColumnsKernels,
+const Kernels kAvx2{"avx2", tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, kRowsKernels, kColumnsKernels,
                     {read_streams<1>, read_streams<2>, read_streams<4>}};
 
 }  // namespace moei

@@ -35,8 +35,11 @@ inline Bits flip_bits(Bits bits, const uint8_t* data) { return _mm512_xor_si512(
 // Four activations to every lane: each lane holds four weights of its row.
 inline __m512i four(const int8_t* x) { return _mm512_set1_epi32(static_cast<int>(load_u32(x))); }
 
+inline Lanes half_scales(const uint8_t* tile) { return load(F16{}, tile); }
+
 struct Q8 {
-    static constexpr int tile_nbytes = 16 * 34;
+    static constexpr int tile_nbytes = 16 * 34, scales_nbytes = 32;
+    static Lanes scales(const uint8_t* tile) { return half_scales(tile); }
     template <int N>
     static void dots(const uint8_t* quants, const int8_t* const* x, int64_t at, __m512i* dot) {
         // Weights become unsigned by flipping the sign bit (adding 128); the correction is in `dot` already.
@@ -48,7 +51,8 @@ struct Q8 {
     }
 };
 struct Q4 {
-    static constexpr int tile_nbytes = 16 * 18;
+    static constexpr int tile_nbytes = 16 * 18, scales_nbytes = 32;
+    static Lanes scales(const uint8_t* tile) { return half_scales(tile); }
     template <int N>
     static void dots(const uint8_t* quants, const int8_t* const* x, int64_t at, __m512i* dot) {
         const __m512i nibble = _mm512_set1_epi8(15);
@@ -56,6 +60,31 @@ struct Q4 {
             const __m512i pairs = _mm512_loadu_si512(quants + 64 * k);
             const __m512i low = _mm512_and_si512(pairs, nibble);
             const __m512i high = _mm512_and_si512(_mm512_srli_epi16(pairs, 4), nibble);
+            for (int t = 0; t < N; ++t) {
+                dot[t] = _mm512_dpbusd_epi32(dot[t], low, four(x[t] + at + 4 * k));
+                dot[t] = _mm512_dpbusd_epi32(dot[t], high, four(x[t] + at + 16 + 4 * k));
+            }
+        }
+    }
+};
+
+struct Fp4 {
+    static constexpr int tile_nbytes = 16 * 17, scales_nbytes = 16;
+    static Lanes scales(const uint8_t* tile) {
+        const __m512i exponents = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(tile)));
+        const __m512i bits = _mm512_slli_epi32(_mm512_sub_epi32(exponents, _mm512_set1_epi32(1)), 23);
+        const __mmask16 small = _mm512_cmplt_epu32_mask(exponents, _mm512_set1_epi32(2));
+        return _mm512_castsi512_ps(_mm512_mask_sllv_epi32(bits, small, _mm512_set1_epi32(kFp4Subnormal), exponents));
+    }
+    template <int N>
+    static void dots(const uint8_t* quants, const int8_t* const* x, int64_t at, __m512i* dot) {
+        const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kFp4Doubled));
+        const __m512i table = _mm512_add_epi8(_mm512_broadcast_i32x4(values), _mm512_set1_epi8(kFp4Offset));
+        const __m512i nibble = _mm512_set1_epi8(15);
+        for (int k = 0; k < 4; ++k) {
+            const __m512i pairs = _mm512_loadu_si512(quants + 64 * k);
+            const __m512i low = _mm512_shuffle_epi8(table, _mm512_and_si512(pairs, nibble));
+            const __m512i high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(pairs, 4), nibble));
             for (int t = 0; t < N; ++t) {
                 dot[t] = _mm512_dpbusd_epi32(dot[t], low, four(x[t] + at + 4 * k));
                 dot[t] = _mm512_dpbusd_epi32(dot[t], high, four(x[t] + at + 16 + 4 * k));
@@ -80,11 +109,11 @@ void tile_tokens(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
                 _mm_prefetch(reinterpret_cast<const char*>(tiles) + kAhead + line, _MM_HINT_T0);
             }
         }
-        const __m512 scales = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tiles)));
+        const __m512 scales = Q::scales(tiles);
         const int64_t at_scale = cols + 4 * b, at_correction = cols + cols / 8 + 4 * b;
         __m512i dot[N];
         for (int t = 0; t < N; ++t) dot[t] = four(x[t] + at_correction);
-        Q::template dots<N>(tiles + 32, x, 32 * b, dot);
+        Q::template dots<N>(tiles + Q::scales_nbytes, x, 32 * b, dot);
         for (int t = 0; t < N; ++t) {
             const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(load_f32(x[t] + at_scale)));
             sums[t] = _mm512_add_ps(sums[t], _mm512_mul_ps(_mm512_cvtepi32_ps(dot[t]), scale));
@@ -110,7 +139,7 @@ void tile_kernel(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
 
 namespace moei {
 
-const Kernels kAvx512{"avx512",     tile_kernel<Q8>, tile_kernel<Q4>, kRowsKernels, kColumnsKernels,
+const Kernels kAvx512{"avx512", tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, kRowsKernels, kColumnsKernels,
                       {read_streams<1>, read_streams<2>, read_streams<4>}};
 
 }  // namespace moei

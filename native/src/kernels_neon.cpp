@@ -64,7 +64,8 @@ inline int8x16_t four(const int8_t* x) { return vreinterpretq_s8_u32(vdupq_n_u32
 
 // Rows 4 i .. 4 i + 3 are dot[i].
 struct Q8 {
-    static constexpr int tile_nbytes = 16 * 34;
+    static constexpr int tile_nbytes = 16 * 34, scales_nbytes = 32;
+    static Lanes scales(const uint8_t* tile) { return load(F16{}, tile); }
     static constexpr bool corrected = false;
     static void dots(const uint8_t* quants, const int8_t* x, int32x4_t* dot) {
         for (int k = 0; k < 8; ++k) {
@@ -76,7 +77,8 @@ struct Q8 {
     }
 };
 struct Q4 {
-    static constexpr int tile_nbytes = 16 * 18;
+    static constexpr int tile_nbytes = 16 * 18, scales_nbytes = 32;
+    static Lanes scales(const uint8_t* tile) { return load(F16{}, tile); }
     static constexpr bool corrected = true;
     static void dots(const uint8_t* quants, const int8_t* x, int32x4_t* dot) {
         for (int k = 0; k < 4; ++k) {
@@ -90,6 +92,34 @@ struct Q4 {
     }
 };
 
+struct Fp4 {
+    static constexpr int tile_nbytes = 16 * 17, scales_nbytes = 16;
+    static constexpr bool corrected = false;
+    static Lanes scales(const uint8_t* tile) {
+        const uint8x16_t exponents = vld1q_u8(tile);
+        const uint16x8_t halves[2] = {vmovl_u8(vget_low_u8(exponents)), vmovl_u8(vget_high_u8(exponents))};
+        Lanes lanes;
+        for (int i = 0; i < 4; ++i) {
+            const uint32x4_t e = vmovl_u16(i % 2 ? vget_high_u16(halves[i / 2]) : vget_low_u16(halves[i / 2]));
+            const uint32x4_t bits = vshlq_n_u32(vsubq_u32(e, vdupq_n_u32(1)), 23);
+            const uint32x4_t small = vshlq_u32(vdupq_n_u32(kFp4Subnormal), vreinterpretq_s32_u32(e));
+            lanes.v[i] = vreinterpretq_f32_u32(vbslq_u32(vcltq_u32(e, vdupq_n_u32(2)), small, bits));
+        }
+        return lanes;
+    }
+    static void dots(const uint8_t* quants, const int8_t* x, int32x4_t* dot) {
+        const int8x16_t table = vld1q_s8(kFp4Doubled);
+        for (int k = 0; k < 4; ++k) {
+            const int8x16_t first = four(x + 4 * k), second = four(x + 16 + 4 * k);
+            for (int i = 0; i < 4; ++i) {
+                const uint8x16_t packed = vld1q_u8(quants + 64 * k + 16 * i);
+                dot[i] = add_dots(dot[i], vqtbl1q_s8(table, vandq_u8(packed, vdupq_n_u8(15))), first);
+                dot[i] = add_dots(dot[i], vqtbl1q_s8(table, vshrq_n_u8(packed, 4)), second);
+            }
+        }
+    }
+};
+
 template <typename Q, int N>
 void tile_tokens(const uint8_t* tiles, int64_t first, int64_t count, int64_t cols, const void* const* rows, float* out) {
     const int8_t* x[N];
@@ -98,12 +128,12 @@ void tile_tokens(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
     for (int t = 0; t < N; ++t)
         for (int i = 0; i < 4; ++i) sums[t].v[i] = vld1q_f32(out + 16 * t + 4 * i);
     for (int64_t b = first; b < first + count; ++b, tiles += Q::tile_nbytes) {
-        const Lanes scales = load(F16{}, tiles);
+        const Lanes scales = Q::scales(tiles);
         for (int t = 0; t < N; ++t) {
             const int32_t start = Q::corrected ? static_cast<int32_t>(load_u32(x[t] + cols + cols / 8 + 4 * b)) : 0;
             int32x4_t dot[4];
             for (int32x4_t& part : dot) part = vdupq_n_s32(start);
-            Q::dots(tiles + 32, x[t] + 32 * b, dot);
+            Q::dots(tiles + Q::scales_nbytes, x[t] + 32 * b, dot);
             const float activation_scale = load_f32(x[t] + cols + 4 * b);
             for (int i = 0; i < 4; ++i) {
                 const float32x4_t scale = vmulq_n_f32(scales.v[i], activation_scale);
@@ -134,7 +164,7 @@ const Kernels kNeonDotprod{"neon-dotprod",
 #else
 const Kernels kNeon{"neon",
 #endif
-                  tile_kernel<Q8>, tile_kernel<Q4>, kRowsKernels, kColumnsKernels,
+                  tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, kRowsKernels, kColumnsKernels,
                   {read_streams<1>, read_streams<2>, read_streams<4>}};
 
 }  // namespace moei

@@ -71,8 +71,15 @@ namespace moei {
 namespace {
 
 // Four weights of one row, the unit that tiles are interleaved by, as signed values.
+inline float half_scale(const uint8_t* tile, int r) {
+    uint16_t half;
+    memcpy(&half, tile + 2 * r, sizeof half);
+    return half_to_float(half);
+}
+
 struct Q8 {
-    static constexpr int tile_nbytes = 16 * 34, offset = 0;
+    static constexpr int tile_nbytes = 16 * 34, scales_nbytes = 32;
+    static float scale(const uint8_t* tile, int r) { return half_scale(tile, r); }
     static void dots(const uint8_t* quants, const int8_t* x, int32_t* dot) {
         for (int k = 0; k < 8; ++k)
             for (int r = 0; r < 16; ++r)
@@ -81,7 +88,8 @@ struct Q8 {
     }
 };
 struct Q4 {
-    static constexpr int tile_nbytes = 16 * 18;
+    static constexpr int tile_nbytes = 16 * 18, scales_nbytes = 32;
+    static float scale(const uint8_t* tile, int r) { return half_scale(tile, r); }
     static void dots(const uint8_t* quants, const int8_t* x, int32_t* dot) {
         for (int k = 0; k < 4; ++k)
             for (int r = 0; r < 16; ++r)
@@ -92,20 +100,32 @@ struct Q4 {
     }
 };
 
+struct Fp4 {
+    static constexpr int tile_nbytes = 16 * 17, scales_nbytes = 16;
+    static float scale(const uint8_t* tile, int r) {
+        const uint32_t bits = fp4_scale_bits(tile[r]);
+        return load_f32(&bits);
+    }
+    static void dots(const uint8_t* quants, const int8_t* x, int32_t* dot) {
+        for (int k = 0; k < 4; ++k)
+            for (int r = 0; r < 16; ++r)
+                for (int i = 0; i < 4; ++i) {
+                    const int pair = quants[64 * k + 4 * r + i];
+                    dot[r] += kFp4Doubled[pair & 15] * x[4 * k + i] + kFp4Doubled[pair >> 4] * x[16 + 4 * k + i];
+                }
+    }
+};
+
 template <typename Q>
 void tile_kernel(const uint8_t* tiles, int64_t first, int64_t count, int64_t cols, const void* const* activations,
                  int64_t n, float* sums) {
     for (int64_t b = 0; b < count; ++b, tiles += Q::tile_nbytes) {
         float scales[16];
-        for (int r = 0; r < 16; ++r) {
-            uint16_t half;
-            memcpy(&half, tiles + 2 * r, sizeof half);
-            scales[r] = half_to_float(half);
-        }
+        for (int r = 0; r < 16; ++r) scales[r] = Q::scale(tiles, r);
         for (int64_t t = 0; t < n; ++t) {
             const auto* x = static_cast<const int8_t*>(activations[t]);
             int32_t dot[16] = {};
-            Q::dots(tiles + 32, x + 32 * (first + b), dot);
+            Q::dots(tiles + Q::scales_nbytes, x + 32 * (first + b), dot);
             const float scale = load_f32(x + cols + 4 * (first + b));
             for (int r = 0; r < 16; ++r) sums[16 * t + r] += static_cast<float>(dot[r]) * (scales[r] * scale);
         }
@@ -114,7 +134,7 @@ void tile_kernel(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
 
 }  // namespace
 
-const Kernels kPortable{"portable",   tile_kernel<Q8>, tile_kernel<Q4>, kRowsKernels, kColumnsKernels,
+const Kernels kPortable{"portable", tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, kRowsKernels, kColumnsKernels,
                         {read_streams<1>, read_streams<2>, read_streams<4>}};
 
 }  // namespace moei

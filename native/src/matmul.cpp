@@ -19,7 +19,7 @@ constexpr int64_t kDecodedRows = 4;
 constexpr int64_t kLargestTile = kTileRows * 34;
 
 TileKernel tile_kernel(const Kernels& kernels, Format format) {
-    return format == Format::Q8_0 ? kernels.q8_0 : kernels.q4_0;
+    return format == Format::Q8_0 ? kernels.q8_0 : format == Format::Q4_0 ? kernels.q4_0 : kernels.mxfp4;
 }
 FloatKernel float_kernel(const FloatKernels& kernels, Format format) {
     return format == Format::F16 ? kernels.f16 : format == Format::BF16 ? kernels.bf16 : kernels.f32;

@@ -23,7 +23,9 @@ inline int64_t strips_per_task(int64_t strip_nbytes) {
     return strips < 1 ? 1 : strips;
 }
 
-inline int zero_point(Format format) { return format == Format::Q8_0 ? kQ8Offset : kQ4Offset; }
+inline int zero_point(Format format) {
+    return format == Format::Q8_0 ? kQ8Offset : format == Format::Q4_0 ? kQ4Offset : kFp4Offset;
+}
 
 // Denormals and rounding must not depend on what the calling thread was set to (torch.set_flush_denormal).
 class DefaultFloatingPoint {

@@ -61,7 +61,7 @@ std::vector<uint8_t> stored_weights(Format format, int64_t rows, int64_t cols) {
             case Format::Q8_0:
             case Format::Q4_0: put(out, at, half()); break;
             case Format::Q6_K: put(out, at + 208, half()); break;
-            case Format::MXFP4: out[at] = static_cast<uint8_t>(integer(110, 130)); break;
+            case Format::MXFP4: out[at] = static_cast<uint8_t>(integer(0, 9) ? integer(110, 130) : integer(0, 3)); break;
         }
     }
     return out;

@@ -14,6 +14,7 @@ from moei_core.hub import packed
 from moei_core.hub.resolve import resolve_model
 from moei_core.quant import native
 from moei_core.quant.formats import ENCODABLE_FORMATS
+from moei_core.quant.mxfp4 import MXFP4
 from moei_core.store.packed_folder import JOURNAL_NAME, MANIFEST_NAME
 from moei_core.store.packed_manifest import read_manifest
 from tests.cli.conftest import Outcome
@@ -158,7 +159,8 @@ def test_a_synthetic_model_is_packed_dropped_and_measured(
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
-        (("quantize", "moei-demo", "q5_0"), 2, "Choose from: q8_0, q4_0"),
+        (("quantize", "moei-demo", "q5_0"), 2, "Choose from: q8_0, q4_0, mxfp4"),
+        (("quantize", "moei-demo", "mxfp4"), 1, "published in MXFP4"),
         (("quantize", "moei-demo:q4_0", "q4_0"), 2, "names a packed model"),
         (("quantize", "moei-demo", "q4_0", "--drop-source"), 2, "not moei's to drop"),
         (("quantize", "owner/absent", "q4_0"), 3, "not on this machine"),
@@ -176,4 +178,4 @@ def test_mistakes(moei: Moei, arguments: tuple[str, ...], code: int, sentence: s
 
 
 def test_the_names_of_formats_are_those_of_the_table() -> None:
-    assert tuple(name.lower() for name in ENCODABLE_FORMATS) == packed.PACKED_NAMES
+    assert (*(name.lower() for name in ENCODABLE_FORMATS), MXFP4.lower()) == packed.PACKED_NAMES

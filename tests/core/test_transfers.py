@@ -55,7 +55,7 @@ class ScriptedStore:
             bytes([key.expert + 1]) * extent.nbytes
         )
 
-    def verify(self, key: ExpertKey, slot: memoryview) -> None:
+    def complete(self, key: ExpertKey, slot: memoryview) -> None:
         if self.bad_sums.get(key, 0) > 0:
             self.bad_sums[key] -= 1
             raise ExpertReadError(f"The bytes of {key} are not those read before.")

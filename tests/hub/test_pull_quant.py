@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import constants, hf_hub_download
 
@@ -14,7 +15,10 @@ from moei_core.hub.packed import packed_root
 from moei_core.hub.pull import plan_pull, pull
 from moei_core.hub.resolve import resolve_model
 from moei_core.store.packed_manifest import read_manifest
+from moei_core.types import ExpertKey
+from tests.core.test_packed_exactness import stored_matrices
 from tests.hub.conftest import REPO, Place
+from tests.mxfp4_checkpoint import save_mxfp4
 
 
 @pytest.fixture
@@ -41,6 +45,21 @@ def test_pull_and_pack(place: Place, real: dict[str, bytes]) -> None:
     assert resolve_model(REPO).format == ""
     again = place.run("pull", f"{REPO}:q4_0")
     assert again.returncode == 0 and resolve_model(REPO).format == "q4_0"
+
+
+def test_what_is_published_in_mxfp4_is_packed_without_loss(place: Place, tmp_path: Path) -> None:
+    folder = save_mxfp4(tmp_path / "gpt-oss")
+    place.hub.add(REPO, {path.name: path.read_bytes() for path in folder.iterdir()})
+    assert place.run("pull", REPO, "--quant", "q4_0").returncode == 1, "it would lose accuracy"
+    done = place.run("pull", REPO, "--quant", "mxfp4", "--drop-source")
+    assert done.returncode == 0, done.stderr
+    files = resolve_model(REPO)
+    assert (files.name, files.format) == (f"{REPO}:mxfp4", "mxfp4")
+    key = ExpertKey(3, 15)
+    ours, theirs = stored_matrices(files.folder, key), stored_matrices(folder, key)
+    assert all(np.array_equal(ours[name], values) for name, values in theirs.items())
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert abs(read_manifest(files.folder).nbytes / weights - 1) < 0.5
 
 
 def test_a_dropped_source_is_not_needed_again(place: Place, real: dict[str, bytes]) -> None:

@@ -183,7 +183,7 @@ def _name(layout: native.FfnLayout) -> tuple[str, ...]:
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_the_bits_depend_on_nothing_but_the_expert_and_the_row(data: st.DataObject) -> None:
-    fmt = data.draw(st.sampled_from(["Q8_0", "Q4_0", "BF16", "F16"]), "format")
+    fmt = data.draw(st.sampled_from(["Q8_0", "Q4_0", "MXFP4", "BF16", "F16"]), "format")
     order = data.draw(st.sampled_from(orders(fmt)), "order")
     step = block_size(fmt)
     hidden, middle = (

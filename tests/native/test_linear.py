@@ -51,8 +51,11 @@ def test_a_product_is_within_its_bound_and_does_not_depend_on_the_batch(
 @pytest.mark.parametrize("fmt", INTEGER_FORMATS)
 def test_zero_blocks_and_extreme_scales(fmt: str) -> None:
     stored = stored_weights(np.random.default_rng(0), fmt, 16, 128).reshape(16, 4, -1)
-    for block, scale in enumerate([0.0, 65504.0, 6e-8, -65504.0]):
-        stored[:, block, :2] = np.array([scale], np.float16).view(np.uint8)
+    if fmt == "MXFP4":
+        stored[:, :, 0] = [0, 1, 2, 240]  # two subnormal scales, the smallest normal one, a huge one
+    else:
+        for block, scale in enumerate([0.0, 65504.0, 6e-8, -65504.0]):
+            stored[:, block, :2] = np.array([scale], np.float16).view(np.uint8)
     flat = stored.reshape(-1)
     x = np.random.default_rng(1).standard_normal((3, 128)).astype(np.float32)
     x[1] = 0
@@ -85,6 +88,7 @@ def test_decoding_equals_gguf(fmt: str) -> None:
 @given(st.sampled_from(INTEGER_FORMATS), st.integers(1, 40), st.integers(1, 5), st.integers(0, 99))
 def test_interleaving_is_lossless_and_as_documented(fmt: str, rows: int, blocks: int, seed: int) -> None:
     cols, nbytes = 32 * blocks, native.Matrix(fmt, 1, 32).nbytes
+    scale = 1 if fmt == "MXFP4" else 2
     stored = np.random.default_rng(seed).integers(0, 256, rows * blocks * nbytes, np.uint8)
     packed = native.to_rows16(fmt, rows, cols, stored)
     assert packed.nbytes == native.Matrix(fmt, rows, cols, "rows16").nbytes
@@ -93,9 +97,9 @@ def test_interleaving_is_lossless_and_as_documented(fmt: str, rows: int, blocks:
     for row in range(rows):
         tile, block = tiles[row // 16], stored.reshape(rows, blocks, nbytes)[row]
         lane = row % 16
-        assert np.array_equal(tile[:, 2 * lane : 2 * lane + 2], block[:, :2])
-        pieces = tile[:, 32:].reshape(blocks, -1, 16, 4)[:, :, lane]
-        assert np.array_equal(pieces.reshape(blocks, -1), block[:, 2:])
+        assert np.array_equal(tile[:, scale * lane : scale * (lane + 1)], block[:, :scale])
+        pieces = tile[:, 16 * scale :].reshape(blocks, -1, 16, 4)[:, :, lane]
+        assert np.array_equal(pieces.reshape(blocks, -1), block[:, scale:])
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -12,7 +12,7 @@ import pytest
 
 from moei_core.errors import UsageError
 from moei_core.quant import native
-from tests.native.weights import orders, run_linear, stored_weights
+from tests.native.weights import INTEGER_FORMATS, orders, run_linear, stored_weights
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.unavailable_reason())
 
@@ -57,8 +57,8 @@ def test_instruction_sets_agree_bit_for_bit() -> None:
         pytest.skip("this processor runs only the portable kernels")
     first, *others = [results[isa] for isa in results if isa != "portable"]
     assert all(lines == first for lines in others)
-    assert [line for line in first if line.startswith(("Q8_0", "Q4_0"))] == [
-        line for line in results["portable"] if line.startswith(("Q8_0", "Q4_0"))
+    assert [line for line in first if line.startswith(INTEGER_FORMATS)] == [
+        line for line in results["portable"] if line.startswith(INTEGER_FORMATS)
     ]
 
 

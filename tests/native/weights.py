@@ -15,7 +15,7 @@ UNIT = 2.0**-24
 """Half a unit in the last place of a float32 of size 1."""
 
 FORMATS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
-INTEGER_FORMATS = ("Q8_0", "Q4_0")
+INTEGER_FORMATS = ("Q8_0", "Q4_0", "MXFP4")
 
 
 def block_size(fmt: str) -> int:
@@ -32,7 +32,7 @@ def stored_weights(rng: np.random.Generator, fmt: str, rows: int, cols: int) -> 
         return values.astype(np.float16).view(np.uint8).reshape(-1)
     if fmt == "BF16":
         return np.ascontiguousarray(values.view(np.uint16)[:, 1::2]).view(np.uint8).reshape(-1)
-    if fmt in INTEGER_FORMATS:
+    if fmt in ("Q8_0", "Q4_0"):
         return quants.quantize(values, GGMLQuantizationType[fmt]).reshape(-1)
     nbytes = {"Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "MXFP4": 17}[fmt]
     blocks = rng.integers(0, 256, (rows * cols // block_size(fmt), nbytes), np.uint8)

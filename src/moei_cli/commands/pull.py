@@ -26,7 +26,8 @@ def pull(
         typer.Option("--dry-run", help="Say what would be downloaded and whether it fits; write nothing."),
     ] = False,
     quant: Annotated[
-        str | None, typer.Option(help="Pack it afterwards: q8_0 or q4_0; none: use it as published.")
+        str | None,
+        typer.Option(help="Pack it afterwards: q8_0, q4_0, mxfp4 (published so); none: use it as it is."),
     ] = None,
     keep_source: Annotated[
         bool,
@@ -51,7 +52,7 @@ def pull(
     form = check_format(wanted, UNPACKED) if wanted else None
     packs = form not in (None, UNPACKED)
     if not keep_source and not packs:
-        raise UsageError("--drop-source needs --quant q8_0 or q4_0: without it nothing would be left.")
+        raise UsageError("--drop-source needs --quant with a format: without it nothing would be left.")
     if name.kind != "hub":
         kinds = {
             "bundled": "part of moei",

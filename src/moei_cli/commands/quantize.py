@@ -12,8 +12,8 @@ def register(app: typer.Typer) -> None:
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model that is here in full precision.")],
-    form: Annotated[str, typer.Argument(metavar="FORMAT", help="q8_0 or q4_0.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model that is here as published.")],
+    form: Annotated[str, typer.Argument(metavar="FORMAT", help="q8_0, q4_0, or mxfp4 for models in MXFP4.")],
     keep_source: Annotated[
         bool,
         typer.Option(
@@ -23,7 +23,7 @@ def quantize(
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Report as one JSON object.")] = False,
 ) -> None:
-    """Pack a model into q8_0 or q4_0 blocks. Interrupted packing goes on where it stopped."""
+    """Pack a model into blocks of few bits. Interrupted packing goes on where it stopped."""
     from moei_cli.packing import drop_source, pack_model
     from moei_cli.render import PullBar, print_json
     from moei_core.errors import UsageError

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from moei_core.adapters.transformers_private import Source, UnknownConversionError, map_checkpoint
 from moei_core.errors import DamagedFileError, ModelNotFoundError, UnsupportedModelError
 from moei_core.quant.formats import FLOAT_FORMATS, FORMATS
-from moei_core.store.base import StoredTensor
+from moei_core.quant.layouts import PLAIN, ROWS16, can_interleave
+from moei_core.quant.mxfp4 import BLOCK, BLOCK_NBYTES, MXFP4
+from moei_core.store.base import FileRange, StoredTensor
 from moei_core.store.safetensors_header import TensorEntry, read_header
 from moei_core.types import ExpertKey
 
@@ -58,6 +60,31 @@ def read_tensors(folder: Path) -> dict[str, TensorEntry]:
     return tensors
 
 
+def join_mxfp4(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """``tensors`` with each ``X_blocks`` and ``X_scales`` of MXFP4, as gpt-oss publishes it, as one matrix ``X``.
+
+    Raises: DamagedFileError if the two do not fit together.
+    """
+    joined = dict(tensors)
+    for name, blocks in tensors.items():
+        stem = name.removesuffix("_blocks")
+        scales = tensors.get(f"{stem}_scales")
+        if stem == name or scales is None:
+            continue
+        *rows, count, nbytes = blocks.shape or (0, 0)
+        if (nbytes, blocks.dtype, scales.dtype) != (BLOCK_NBYTES, "U8", "U8") or scales.shape != (
+            *rows,
+            count,
+        ):
+            raise _mismatch(f"'{name}' and its scales have shapes {blocks.shape} and {scales.shape}.")
+        del joined[name], joined[f"{stem}_scales"]
+        shape = (*rows, count * BLOCK)
+        joined[stem] = TensorEntry(
+            blocks.file, MXFP4, shape, blocks.offset, blocks.nbytes + scales.nbytes, scales=scales
+        )
+    return joined
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint taken apart.
@@ -94,9 +121,17 @@ def take_apart(
         if source is None:
             raise _mismatch(f"There is no tensor for '{parameter}'.")
         shape = tuple(model.get_parameter(parameter).shape)
-        for expert, stored in enumerate(_per_expert(parameter, source, shape, tensors)):
+        turned = bool(model.get_submodule(parameter.rpartition(".")[0]).is_transposed)
+        for expert, stored in enumerate(_per_expert(parameter, source, shape, turned, tensors)):
             experts.setdefault(ExpertKey(layer, expert), []).extend(stored)
     check_shapes(model, expert_parameters, experts)
+    blocks = [name for name in mapped.dense if tensors[name].scales is not None]
+    if blocks:
+        raise UnsupportedModelError(
+            f"Dense weights of this checkpoint are stored as {MXFP4}, which moei reads for experts only.",
+            f"Found at '{blocks[0]}'.",
+            "Use a bf16 version of the model.",
+        )
     routers = _routers(model, expert_parameters, mapped.dense)
     return Checkpoint(experts, {name: tensors[name] for name in mapped.dense}, routers)
 
@@ -143,14 +178,17 @@ def _routers(
 
 
 def _per_expert(
-    parameter: str, source: Source, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry]
+    parameter: str, source: Source, shape: tuple[int, ...], turned: bool, tensors: Mapping[str, TensorEntry]
 ) -> list[list[StoredTensor]]:
-    """The stored tensors of each expert for one parameter of shape [num_experts, ...]."""
+    """The stored tensors of each expert for one parameter of shape [num_experts, ...].
+
+    turned: whether matrices of the parameter are [in, out]; blocks always are rows of outputs.
+    """
     num_experts, expected = shape[0], shape[1:]
     leaf = parameter.rpartition(".")[2]
     pieces: list[list[StoredTensor]] = []
     for index, names in enumerate(source.tensors):
-        entries = [_float_entry(name, tensors[name]) for name in names]
+        entries = [_known_entry(name, tensors[name]) for name in names]
         if source.merged:
             if len(entries) != num_experts:
                 raise _mismatch(f"'{parameter}' needs {num_experts} tensors, {len(entries)} are stored.")
@@ -160,6 +198,7 @@ def _per_expert(
             raise _mismatch(f"'{parameter}' does not hold {num_experts} experts.")
         entry, each = entries[0], entries[0].shape[1:]
         swapped = source.transpose == "always" or (source.transpose == "if-needed" and each != expected)
+        swapped = turned if entry.scales is not None else swapped
         pieces.append(
             [_stored(leaf, index, entry, each, expert, num_experts, swapped) for expert in range(num_experts)]
         )
@@ -170,8 +209,16 @@ def _stored(
     leaf: str, index: int, entry: TensorEntry, shape: tuple[int, ...], place: int, of: int, transposed: bool
 ) -> StoredTensor:
     nbytes = entry.nbytes // of
+    if entry.scales is None:
+        return StoredTensor(
+            leaf, index, entry.file, entry.offset + place * nbytes, nbytes, entry.dtype, shape, transposed
+        )
+    each = entry.scales.nbytes // of
+    scales = FileRange(entry.scales.file, entry.scales.offset + place * each, each)
+    layout = ROWS16 if can_interleave(entry.dtype, shape) else PLAIN
+    offset = entry.offset + place * (nbytes - each)
     return StoredTensor(
-        leaf, index, entry.file, entry.offset + place * nbytes, nbytes, entry.dtype, shape, transposed
+        leaf, index, entry.file, offset, nbytes, entry.dtype, shape, transposed, layout, scales
     )
 
 
@@ -185,11 +232,11 @@ def _joined_shape(pieces: list[StoredTensor]) -> tuple[int, ...]:
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
-def _float_entry(name: str, entry: TensorEntry) -> TensorEntry:
-    if entry.dtype not in FLOAT_FORMATS:
+def _known_entry(name: str, entry: TensorEntry) -> TensorEntry:
+    if entry.dtype not in FLOAT_FORMATS and entry.scales is None:
         raise UnsupportedModelError(
             f"The experts of this checkpoint are stored as {entry.dtype}, which moei does not read yet.",
-            f"Found at '{name}'; supported are {', '.join(FLOAT_FORMATS)}.",
+            f"Found at '{name}'; supported are {', '.join(FLOAT_FORMATS)}, and {MXFP4} as gpt-oss has it.",
             "Use a bf16 version of the model.",
         )
     if entry.nbytes != FORMATS[entry.dtype].nbytes(entry.shape):

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from moei_core.adapters.base import ExpertsRuntime, NothingResident
-from moei_core.adapters.checkpoint import check_shapes, read_tensors, take_apart
+from moei_core.adapters.checkpoint import check_shapes, join_mxfp4, read_tensors, take_apart
 from moei_core.adapters.dense_linear import use_native_linears
 from moei_core.adapters.early_router import EarlyRouters
 from moei_core.adapters.kept_blocks import find_kept, give_up_read_ones
@@ -82,14 +82,21 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise UnsupportedModelError(
             f"The configuration of '{model_type}' cannot be used.", first, "Check the model's config.json."
         ) from error
-    if getattr(config, "quantization_config", None):
-        method = config.quantization_config.get("quant_method", "an unknown method")
+    method = quantization(config)
+    if method not in ("", "mxfp4"):
         raise UnsupportedModelError(
             f"The weights are quantised with {method}, which moei does not read yet.",
-            hint="Use a bf16 version of the model.",
+            "It reads floats, MXFP4 as gpt-oss has it, and what `moei quantize` packs.",
+            "Use a bf16 version of the model.",
         )
     assert isinstance(config, PretrainedConfig)
     return config
+
+
+def quantization(config: PretrainedConfig) -> str:
+    """How the checkpoint's weights are quantised, as its configuration says; empty if they are not."""
+    found = getattr(config, "quantization_config", None)
+    return str(found.get("quant_method", "an unknown method")) if found else ""
 
 
 class TransformersAdapter:
@@ -108,6 +115,8 @@ class TransformersAdapter:
         self.config = read_config(folder)
         self.packed: Manifest | None = read_manifest(folder) if is_packed(folder) else None
         tensors = read_tensors(folder) if self.packed is None else self.packed.dense_entries(folder)
+        if self.packed is None and quantization(self.config) == "mxfp4":
+            tensors = join_mxfp4(tensors)
         stored = self.config.dtype if isinstance(self.config.dtype, torch.dtype) else _first_dtype(tensors)
         self.dtype = dtype or stored
         self.model = build_skeleton(self.config, self.dtype)

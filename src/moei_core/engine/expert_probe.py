@@ -85,7 +85,7 @@ class _Store(FileStore):
         )
         self._checksums: dict[ExpertKey, str] = {}
 
-    def verify(self, key: ExpertKey, slot: memoryview) -> None:
+    def _check(self, key: ExpertKey, slot: memoryview) -> None:
         found = checksum([slot[: self._layouts[key].nbytes]])
         if self._checksums.setdefault(key, found) != found:
             raise ExpertReadError(

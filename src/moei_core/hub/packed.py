@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from moei_core.store.packed_manifest import Manifest
 
 # Named here and not taken from the table of formats, which would import numpy into `moei --help`.
-PACKED_NAMES = ("q8_0", "q4_0")
+PACKED_NAMES = ("q8_0", "q4_0", "mxfp4")
 """What a person calls the formats that a model can be packed to."""
 UNPACKED = "none"
 """What a person calls the model's own format."""

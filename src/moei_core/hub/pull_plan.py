@@ -57,9 +57,12 @@ class PullPlan:
 
     @property
     def packed_nbytes(self) -> int:
-        """About what packing adds: nearly all of a model are experts, and the rest is packed to 8 bits."""
-        bits = {"": 0.0, "q8_0": 8.5, "q4_0": 4.5}[self.packed_as]
-        return 0 if self.is_packed else int(self.total_nbytes * bits / 16)
+        """About what packing adds: nearly all of a model are experts, and the rest is packed to 8 bits.
+
+        What is published as MXFP4 keeps its size.
+        """
+        share = {"": 0.0, "q8_0": 8.5 / 16, "q4_0": 4.5 / 16, "mxfp4": 1.0}[self.packed_as]
+        return 0 if self.is_packed else int(self.total_nbytes * share)
 
     @property
     def fits(self) -> bool:

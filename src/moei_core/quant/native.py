@@ -27,7 +27,7 @@ else:
     _reason = ""
 
 FLOAT_FORMATS = ("F32", "F16", "BF16")
-ROWS16_FORMATS = ("Q8_0", "Q4_0")
+ROWS16_FORMATS = ("Q8_0", "Q4_0", "MXFP4")
 ORDERS = ("plain", "transposed", "rows16")
 GATINGS = ("none", "separate", "concatenated", "interleaved")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu")
@@ -89,7 +89,7 @@ class Matrix:
 
     format: as in safetensors (F32, F16, BF16) or GGUF (Q8_0, Q4_0, Q4_K, Q5_K, Q6_K, MXFP4).
     order: ``plain`` ([rows, cols] as in safetensors and GGUF), ``transposed`` (floats only) or ``rows16`` (tiles of 16
-    interleaved rows, Q8_0 and Q4_0 only). UsageError for what no kernel computes.
+    interleaved rows, ``ROWS16_FORMATS`` only). UsageError for what no kernel computes.
     """
 
     format: str
@@ -329,7 +329,7 @@ class Attention:
 def to_rows16(
     format: str, rows: int, cols: int, source: NDArray[np.uint8], out: NDArray[np.uint8] | None = None
 ) -> NDArray[np.uint8]:
-    """The bytes of a ``rows`` matrix of Q8_0 or Q4_0 in ``rows16`` order; lossless. UsageError for other formats.
+    """The bytes of a ``rows`` matrix in ``rows16`` order; lossless. UsageError if not of ``ROWS16_FORMATS``.
 
     source, out: bytes, one dimension, not overlapping; out is allocated if not given (``Matrix.nbytes``).
     """
@@ -351,6 +351,14 @@ def _convert(
     convert = _native.to_rows16 if packing else _native.from_rows16
     convert(before.format, before.rows, before.cols, source, result)
     return result
+
+
+def join_mxfp4(
+    weight: Matrix, slot: NDArray[np.uint8], scales_at: int, blocks_at: int, destination: int
+) -> None:
+    """What ``moei_core.quant.mxfp4.join`` does, in C++. ValueError if the places do not suit each other."""
+    _require_native()
+    _native.join_mxfp4(weight.order, weight.rows, weight.cols, slot, scales_at, blocks_at, destination)
 
 
 def decode(format: str, source: NDArray[np.uint8], count: int) -> NDArray[np.float32]:

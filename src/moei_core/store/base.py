@@ -5,6 +5,9 @@ A *slot* is a page-aligned piece of memory that holds one expert. A store says w
 file) at a time. Data lands at the same offset modulo the page size as it has in its file, whether it was read
 with O_DIRECT or not: so the address alignment that a matrix product sees, and with it every bit of its
 result, depends on the expert alone and never on the slot or on how the bytes came.
+
+Scales that a file keeps apart from their blocks join them in the slot once all is read (``join_parts``): what computes
+knows only blocks with their scales.
 """
 
 from __future__ import annotations
@@ -14,11 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
+from moei_core.errors import ExpertReadError
+from moei_core.quant import mxfp4
 from moei_core.quant.layouts import PLAIN
 from moei_core.types import ExpertKey
 
 PAGE = 4096
 """Alignment of slots, and of file offsets and lengths in direct reads, in bytes."""
+_LINE = 64
 
 
 def align_down(value: int, unit: int = PAGE) -> int:
@@ -30,6 +38,15 @@ def align_up(value: int, unit: int = PAGE) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class FileRange:
+    """Some bytes of a file."""
+
+    file: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """One expert's share of one stored tensor.
 
@@ -37,7 +54,9 @@ class StoredTensor:
     index: its place among the tensors that are concatenated (along the output dimension) to that parameter.
     format: a name of ``moei_core.quant.formats.FORMATS``, such as ``BF16``. shape: as stored, in weights.
     transposed: stored with its two dimensions swapped, compared with the parameter.
-    layout: how its blocks follow each other, see ``moei_core.quant.layouts``.
+    layout: how its blocks follow each other in a slot, see ``moei_core.quant.layouts``.
+    scales: where its scales are if they are apart, as published MXFP4 has them: ``offset`` is then that of the blocks
+    without scales, and ``nbytes`` counts both.
     """
 
     param: str
@@ -49,14 +68,19 @@ class StoredTensor:
     shape: tuple[int, ...]
     transposed: bool = False
     layout: str = PLAIN
+    scales: FileRange | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stored tensor and the offset in the slot at which its first byte will lie."""
+    """A stored tensor and the offset in the slot at which its first byte will lie.
+
+    apart: where its scales and its blocks are read to, if they are stored apart.
+    """
 
     tensor: StoredTensor
     slot_offset: int
+    apart: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +112,28 @@ def lay_out(tensors: Iterable[StoredTensor]) -> ExpertLayout:
     parts: list[Part] = []
     extents: list[Extent] = []
     end = 0  # of the slot so far
+
+    def append(file: Path, offset: int, nbytes: int) -> int:
+        slot_offset = align_up(end) + offset % PAGE
+        extents.append(Extent(file, offset, nbytes, slot_offset))
+        return slot_offset
+
     for tensor in sorted(tensors, key=lambda tensor: (str(tensor.file), tensor.offset)):
+        if tensor.scales is not None:
+            # Scales first: joining then needs no room of its own (``moei_core.quant.mxfp4.join``).
+            scales = tensor.scales
+            scales_at = append(scales.file, scales.offset, scales.nbytes)
+            end = scales_at + scales.nbytes
+            blocks_at = append(tensor.file, tensor.offset, tensor.nbytes - scales.nbytes)
+            end = blocks_at + tensor.nbytes - scales.nbytes
+            parts.append(Part(tensor, align_down(blocks_at - scales.nbytes, _LINE), (scales_at, blocks_at)))
+            continue
         last = extents[-1] if extents else None
         if last is not None and last.file == tensor.file and last.offset + last.nbytes == tensor.offset:
             extents[-1] = Extent(last.file, last.offset, last.nbytes + tensor.nbytes, last.slot_offset)
             slot_offset = last.slot_offset + last.nbytes
         else:
-            slot_offset = align_up(end) + tensor.offset % PAGE
-            extents.append(Extent(tensor.file, tensor.offset, tensor.nbytes, slot_offset))
+            slot_offset = append(tensor.file, tensor.offset, tensor.nbytes)
         parts.append(Part(tensor, slot_offset))
         end = slot_offset + tensor.nbytes
     return ExpertLayout(tuple(parts), tuple(extents), align_up(end))
@@ -131,8 +169,8 @@ class ExpertStore(Protocol):
         expert and the file.
         """
 
-    def verify(self, key: ExpertKey, slot: memoryview) -> None:
-        """Compare what all extents brought into ``slot`` with what ``key`` should be.
+    def complete(self, key: ExpertKey, slot: memoryview) -> None:
+        """Compare what all extents brought into ``slot`` with what ``key`` should be, then ``join_parts``.
 
         Raises: ExpertReadError, naming the expert and the file.
         """
@@ -141,10 +179,30 @@ class ExpertStore(Protocol):
         """Release files; nothing can be read afterwards."""
 
 
+def join_parts(key: ExpertKey, layout: ExpertLayout, slot: memoryview) -> None:
+    """Bring scales that were read apart and their blocks together. Once after all extents of ``key`` were read.
+
+    Raises: ExpertReadError if a scale is no number.
+    """
+    memory = np.frombuffer(slot, np.uint8)
+    for part in layout.parts:
+        tensor = part.tensor
+        if part.apart is None or tensor.scales is None:
+            continue
+        scales = memory[part.apart[0] : part.apart[0] + tensor.scales.nbytes]
+        if (scales == mxfp4.NOT_A_NUMBER).any():
+            raise ExpertReadError(
+                f"The weights of {key} are not finite numbers.",
+                f"{tensor.scales.file}: among the scales of {tensor.param} is a NaN.",
+                "That means a damaged file or a failed training: pull the model again, or look for another one.",
+            )
+        mxfp4.join(memory, tensor.shape, tensor.layout, *part.apart, part.slot_offset)
+
+
 def read_expert(store: ExpertStore, key: ExpertKey, slot: memoryview) -> int:
     """Fill ``slot`` with the whole of ``key``, here and now. Returns the bytes read; raises as the store does."""
     layout = store.layout(key)
     for extent in layout.extents:
         store.read_extent(key, extent, slot)
-    store.verify(key, slot)
+    store.complete(key, slot)
     return layout.nbytes

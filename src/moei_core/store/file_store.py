@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from moei_core.errors import DamagedFileError, ExpertReadError
-from moei_core.store.base import ExpertLayout, Extent
+from moei_core.store.base import ExpertLayout, Extent, join_parts
 from moei_core.store.file_reader import FileReader
 from moei_core.types import ExpertKey
 
@@ -52,8 +52,12 @@ class FileStore(ABC):
                 "The conversation is as it was before this turn. Check the disk, then ask again.",
             ) from error
 
+    def complete(self, key: ExpertKey, slot: memoryview) -> None:
+        self._check(key, slot)
+        join_parts(key, self._layouts[key], slot)
+
     @abstractmethod
-    def verify(self, key: ExpertKey, slot: memoryview) -> None:
+    def _check(self, key: ExpertKey, slot: memoryview) -> None:
         """Raises: ExpertReadError if the bytes in ``slot`` are not those of ``key``."""
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ class PackedStore(FileStore):
         super().__init__({key: manifest.layout(folder, key) for key in manifest.experts}, direct)
         self._checksums = {key: expert.checksum for key, expert in manifest.experts.items()}
 
-    def verify(self, key: ExpertKey, slot: memoryview) -> None:
+    def _check(self, key: ExpertKey, slot: memoryview) -> None:
         (extent,) = self._layouts[key].extents
         if checksum([slot[: extent.nbytes]]) != self._checksums[key]:
             raise ExpertReadError(

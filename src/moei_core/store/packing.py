@@ -21,9 +21,10 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from moei_core.config import format_size
-from moei_core.errors import DoesNotFitError, MoeiError
-from moei_core.quant.formats import FORMATS, transcode
-from moei_core.quant.layouts import PLAIN, ROWS16, can_interleave, to_layout
+from moei_core.errors import DoesNotFitError, MoeiError, UnsupportedModelError
+from moei_core.quant.formats import ENCODABLE_FORMATS, FLOAT_FORMATS, FORMATS, transcode
+from moei_core.quant.layouts import PLAIN, ROWS16, can_interleave, from_layout, to_layout
+from moei_core.quant.mxfp4 import MXFP4
 from moei_core.store.base import ExpertLayout, StoredTensor, align_up, read_expert
 from moei_core.store.file_reader import FileReader
 from moei_core.store.pack_files import CHUNK, Journal, PackFile, write_synced
@@ -45,6 +46,9 @@ _LARGEST_FILE = 16 << 30
 _ALIGNMENT = 64
 Progress = Callable[[int], None]
 Bytes = NDArray[np.uint8]
+
+OWN_FORMAT = "none"
+"""Instead of a format to pack to: weights stay as they are stored."""
 
 USUAL_LAYOUT = ROWS16
 """In which blocks are packed unless a caller wants otherwise."""
@@ -90,11 +94,18 @@ class PackPlan:
 def plan_packing(
     source: PackSource,
     experts_format: str,
-    dense_format: str = "Q8_0",
+    dense_format: str = "",
     layout: str = USUAL_LAYOUT,
     companions: Iterable[Path] = (),
 ) -> PackPlan:
-    """Lay a store out. Tensors that are no matrices, or whose rows are no whole blocks, keep their own format."""
+    """Lay a store out. Tensors that are no matrices, or whose rows are no whole blocks, keep their own format.
+
+    experts_format: MXFP4 only reorders what is stored so, and loses nothing. dense_format: empty for the usual one,
+    ``OWN_FORMAT`` beside MXFP4 and Q8_0 beside the others. Raises: UnsupportedModelError for a model that is not to be
+    packed so.
+    """
+    _check_formats(source, experts_format)
+    dense_format = dense_format or (OWN_FORMAT if experts_format == MXFP4 else "Q8_0")
     files: dict[str, int] = {}
     kinds: dict[tuple[PackedPart, ...], int] = {}
     experts: dict[ExpertKey, PackedExpert] = {}
@@ -122,7 +133,28 @@ def plan_packing(
     return PackPlan(source, manifest, companions)
 
 
+def _check_formats(source: PackSource, wanted: str) -> None:
+    """Raises: UnsupportedModelError if blocks would be packed again, or MXFP4 made of what is not."""
+    name = source.source.name
+    blocks = {one.format for stored in source.experts.values() for one in stored} - set(FLOAT_FORMATS)
+    if blocks and blocks != {wanted}:
+        form = min(blocks)
+        raise UnsupportedModelError(
+            f"{name} cannot be packed as {wanted.lower()}.",
+            f"Its experts are stored as {form} already: packing again would lose accuracy and save nothing.",
+            f"`moei quantize MODEL {form.lower()}` keeps their values and lays them out for direct reads.",
+        )
+    if wanted == MXFP4 and not blocks:
+        raise UnsupportedModelError(
+            f"{name} cannot be packed as {wanted.lower()}.",
+            "Only experts that were published in MXFP4 are kept so; moei does not round to it.",
+            "Choose q8_0 or q4_0.",
+        )
+
+
 def _format_of(stored: str, shape: tuple[int, ...], wanted: str) -> str:
+    if wanted not in ENCODABLE_FORMATS:
+        return stored
     fits = stored in FORMATS and FORMATS[stored].is_float and len(shape) == 2 and FORMATS[wanted].holds(shape)
     return wanted if fits else stored
 
@@ -240,6 +272,11 @@ class _ExpertMaker:
             if _turns(tensor, transposed):
                 item = FORMATS[tensor.format].block_nbytes
                 raw = np.ascontiguousarray(raw.reshape(*tensor.shape, item).swapaxes(0, 1)).reshape(-1)
+            if (tensor.format, tensor.layout) == (part.format, part.layout):
+                yield raw
+                at = part.offset + part.nbytes
+                continue
+            raw = from_layout(tensor.layout, tensor.format, raw, tensor.shape)
             packed = transcode(tensor.format, raw, part.format, f"{tensor.param} of {key}")
             yield to_layout(part.layout, part.format, packed, part.shape)
             at = part.offset + part.nbytes

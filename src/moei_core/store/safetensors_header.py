@@ -26,6 +26,7 @@ class TensorEntry:
     """One tensor of one file: ``offset`` is absolute in the file, in bytes.
 
     dtype: safetensors' name, or a block format's in a packed store. checksum: xxh3 of its bytes, where known.
+    scales: of blocks whose scales are a tensor of their own, see ``StoredTensor``; ``nbytes`` then counts both.
     """
 
     file: Path
@@ -34,6 +35,7 @@ class TensorEntry:
     offset: int
     nbytes: int
     checksum: str = ""
+    scales: TensorEntry | None = None
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:

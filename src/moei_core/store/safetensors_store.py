@@ -31,11 +31,11 @@ class SafetensorsStore(FileStore):
             else None
         )
 
-    def verify(self, key: ExpertKey, slot: memoryview) -> None:
+    def _check(self, key: ExpertKey, slot: memoryview) -> None:
         if self._ledger is None:
             return
         layout = self._layouts[key]
-        pieces = (slot[p.slot_offset : p.slot_offset + p.tensor.nbytes] for p in layout.parts)
+        pieces = (slot[e.slot_offset : e.slot_offset + e.nbytes] for e in layout.extents)
         if not self._ledger.check(key, pieces):
             names = ", ".join(sorted({extent.file.name for extent in layout.extents}))
             raise ExpertReadError(
