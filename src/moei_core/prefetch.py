@@ -97,7 +97,7 @@ class PrefetchController:
     MARGIN = 0.02
     CERTAINTY = 3.0
     ABORT = 0.25
-    WAIT = 1024
+    WAIT = 4096
     RECHECK = 256
     LONGEST_WAIT = 1 << 16
 
@@ -195,7 +195,7 @@ class PrefetchController:
         if won:
             self.kept = challenger
             self._wait = {option: self.RECHECK if option is None else self.WAIT for option in self._wait}
-            self._next_trial = {option: self._passes + wait for option, wait in self._wait.items()}
+            self._next_trial = dict.fromkeys(self._wait, self._passes + self.RECHECK)
         else:
             self._next_trial[challenger] = self._passes + self._wait[challenger]
             self._wait[challenger] = min(2 * self._wait[challenger], self.LONGEST_WAIT)
