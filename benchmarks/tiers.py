@@ -23,7 +23,7 @@ import numpy as np
 
 from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES
-from moei_core.config import FULL_OVERLAP, PREFILL_CHUNK, ExpertBudget, GenerationSettings
+from moei_core.config import FULL_OVERLAP, ExpertBudget, GenerationSettings
 from moei_core.engine.forced_routing import ForcedRouting
 from moei_core.engine.generate import GenerationTimes, Generator
 from moei_core.engine.kv_cache import ConversationCache
@@ -210,23 +210,7 @@ class ReplyClock(Clock):
 
 def simulate(trace: Trace, policy: str, slots: int, machine: Hardware, nbytes: int) -> Costs:
     """What the clock says of the same two requests: costs of the second reply."""
-    assert WARM_UP <= PREFILL_CHUNK
-    lengths = [WARM_UP, 1, WARM_UP, *[1] * ARGS.tokens]
-    bounds = np.cumsum([0, *lengths])
-    phase = np.repeat([0, 1, 0, *[1] * ARGS.tokens], lengths).astype(np.uint8)
-    part = replace(
-        trace,
-        experts=trace.experts[np.arange(bounds[-1]) % trace.tokens],
-        phase=phase,
-        sequence_offsets=bounds[[0, 2, -1]],
-        pass_offsets=bounds,
-        request_offsets=None,
-        weights=None,
-        hints_experts=None,
-        hints_scores=None,
-        events=None,
-        sequence_tasks=(),
-    )
+    part = trace.as_requests([(WARM_UP, 1), (WARM_UP, ARGS.tokens)])
     made = POLICIES[policy](slots, part.experts_by_layer)
     brain = ExpertScheduler(
         ExpertCache(slots, made), part.num_experts_per_tok, num_experts=part.experts_by_layer

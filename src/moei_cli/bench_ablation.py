@@ -22,13 +22,15 @@ _WHOLE = 1 << 40
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One configuration. base: the row that it is compared with; empty: none."""
+    """One configuration. base: the row that it is compared with; empty: none. always: prefetch without asking whether
+    it pays, which takes a few hundred tokens to find out."""
 
     name: str
     base: str
     policy: str
     predictor: str | None
     overlap: Overlap
+    always: bool = False
 
 
 def ladder(predictor: str) -> list[Row]:
@@ -47,8 +49,13 @@ def ladder(predictor: str) -> list[Row]:
     add("+ reordering", overlap=replace(rows[-1].overlap, reorder=True))
     add("+ streaming of prompts", overlap=replace(rows[-1].overlap, stream=True))
     whole = rows[-1]
-    rows.append(replace(whole, name="without prefetch", base=whole.name, predictor=None))
-    rows.append(replace(whole, name="prefetch by noise", base="without prefetch", predictor="noise"))
+    without = replace(whole, name="without prefetch", base=whole.name, predictor=None)
+    rows += [
+        without,
+        replace(whole, name="prefetch by noise", base=without.name, predictor="noise"),
+        replace(whole, name="prefetch always", base=without.name, always=True),
+        replace(whole, name="noise always", base=without.name, predictor="noise", always=True),
+    ]
     return rows
 
 
@@ -96,7 +103,7 @@ def _measure(
         context,
         row.policy,
         predictor=row.predictor,
-        prefetch=PrefetchMode.ON,
+        prefetch=PrefetchMode.ON if row.always else PrefetchMode.AUTO,
         overlap=row.overlap,
     )
     with LoadedModel(files.folder, load) as model:

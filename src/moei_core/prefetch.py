@@ -76,36 +76,46 @@ def _power(base: NDArray[np.float64], exponent: int) -> NDArray[np.float64]:
 class PrefetchController:
     """Trials predictors in windows of decode passes and keeps the one that wins; nothing is one of them.
 
-    Prefetching is off for ``EVIDENCE`` passes: predictors know nothing before. Then each predictor in turn
-    challenges what is kept (at first: no prefetching) in a trial: windows kept, challenger, kept, ...; a
-    window of the challenger is compared with the mean of its neighbours, since texts drift. After ``PAIRS``
-    pairs the challenger is kept from then on if its mean gain, less ``CERTAINTY`` standard errors, exceeds
-    ``MARGIN``. That is the hysteresis: what is kept stays unless something is clearly better. One window that
-    is far slower ends the trial at once. A challenger that has lost waits twice as long before its next trial,
-    so a useless predictor costs less and less.
+    What counts is how long passes take: waiting, predicting, and what reading takes from computing are all in it. A
+    predictor that is not being tried or kept does not even observe. The first one learns for ``EVIDENCE`` passes, since
+    predictors know nothing before; later ones, and those tried again, for ``LEARN``. Then it challenges what is kept
+    (at first: no prefetching): windows kept, challenger, kept, ...; a window of the challenger is compared with the
+    mean of its neighbours, since texts drift. While what is kept is nothing, its windows compute no predictions.
+
+    A trial is lost as soon as the mean gain plus its standard error is below ``MARGIN``, or the first pair loses
+    more than ``ABORT``; it is won from ``LEAST_PAIRS`` pairs on when the mean gain less ``CERTAINTY`` standard errors
+    exceeds ``MARGIN``, and lost after ``MOST_PAIRS``. That is the hysteresis: what is kept stays unless something
+    is clearly better. So a trial takes at most ``MOST_PAIRS`` windows of the challenger, and one that harms few. Who
+    has lost waits twice as long before its next trial. What was kept must soon, and ever again, beat no prefetching.
     """
 
-    EVIDENCE = 1000
-    WINDOW = 16
-    PAIRS = 6
+    EVIDENCE = 256
+    LEARN = 32
+    WINDOW = 8
+    LEAST_PAIRS = 6
+    MOST_PAIRS = 20
     MARGIN = 0.02
     CERTAINTY = 3.0
-    ABORT = -0.05
-    WAIT = 1024
+    ABORT = 0.25
+    WAIT = 4096
+    RECHECK = 256
+    LONGEST_WAIT = 1 << 16
 
     def __init__(self, mode: PrefetchMode = PrefetchMode.AUTO, predictors: int = 1) -> None:
-        """predictors: how many there are to choose from; they are numbered from 0."""
+        """predictors: how many there are to choose from; they are numbered from 0, which observes for all others."""
         self.mode = mode
         self.kept: int | None = None
         self.trials = 0
         self._passes = 0
         # None, too, is a challenger: what was kept once must still beat no prefetching later.
         options: list[int | None] = [*range(predictors), None]
-        self._next_trial = dict.fromkeys(options, self.EVIDENCE)
-        self._wait = dict.fromkeys(options, self.WAIT)
-        self._challenger: int | None = None
+        self._next_trial = dict.fromkeys(options, 0)
+        self._wait = {option: self.RECHECK if option is None else self.WAIT for option in options}
+        self._challenger: int | None = 0 if predictors else None
+        # Passes that the challenger still learns before its trial begins.
+        self._learning = self.EVIDENCE
         # Total duration of each window of the trial that runs, kept and challenger in turn.
-        self._windows: list[float] | None = None
+        self._windows: list[float] = []
         self._left = 0
 
     @property
@@ -113,56 +123,79 @@ class PrefetchController:
         """The predictor that the next plan should prefetch by; None: do not prefetch."""
         if self.mode is not PrefetchMode.AUTO:
             return 0 if self.mode is PrefetchMode.ON else None
-        if self._windows is None or len(self._windows) % 2 == 1:
-            return self.kept
-        return self._challenger
+        return self._challenger if self._windows and len(self._windows) % 2 == 0 else self.kept
+
+    @property
+    def watching(self) -> tuple[int, ...]:
+        """The predictors that must observe the next pass: what is active, and what learns for its trial."""
+        wanted = {self.active}
+        if self.mode is PrefetchMode.AUTO and self._learning:
+            wanted.add(self._challenger)
+        found = sorted(option for option in wanted if option is not None)
+        return (0,) if 0 in found else tuple(found)
 
     def on_pass(self, duration: float) -> None:
         """A decode pass took ``duration``, in any unit."""
         self._passes += 1
         if self.mode is not PrefetchMode.AUTO:
             return
-        if self._windows is None:
-            due = [
-                option
-                for option, start in self._next_trial.items()
-                if option != self.kept and start <= self._passes
-            ]
-            if due:
-                self._challenger = due[0]
+        if self._learning:
+            self._learning -= 1
+            if not self._learning:
                 self._windows, self._left = [0.0], self.WINDOW
-            return
-        self._windows[-1] += duration
-        self._left -= 1
-        if not self._left:
-            self._close_window(self._windows)
+        elif self._windows:
+            self._windows[-1] += duration
+            self._left -= 1
+            if not self._left:
+                self._close_window(self._windows)
+        else:
+            self._begin_trial()
+
+    def _begin_trial(self) -> None:
+        due = [
+            option
+            for option, start in self._next_trial.items()
+            if option != self.kept and start <= self._passes
+        ]
+        if due:
+            self._challenger = due[0]
+            self._learning = 0 if due[0] is None else self.LEARN
+            if not self._learning:
+                self._windows, self._left = [0.0], self.WINDOW
 
     def _close_window(self, windows: list[float]) -> None:
+        # The window after the challenger's is needed to judge it, so a decision comes a window late but fairly.
         gains = [
             1 - windows[i] / ((windows[i - 1] + windows[i + 1]) / 2)
             for i in range(1, len(windows) - 1, 2)
             if windows[i - 1] + windows[i + 1] > 0
         ]
-        # The window after the challenger's is needed to judge it, so an abort comes a window late but fairly.
-        hopeless = bool(gains) and gains[-1] < self.ABORT
-        if len(windows) == 2 * self.PAIRS + 1 or hopeless:
-            self._decide(gains)
-        else:
+        won = self._verdict(gains) if len(windows) % 2 else None
+        if won is None:
             windows.append(0.0)
             self._left = self.WINDOW
-
-    def _decide(self, gains: list[float]) -> None:
-        gain = -1.0
-        if len(gains) > 1:
-            error = statistics.stdev(gains) / math.sqrt(len(gains))
-            gain = statistics.fmean(gains) - self.CERTAINTY * error
-        self.trials += 1
-        self._windows = None
-        challenger = self._challenger
-        if gain > self.MARGIN:
-            self.kept = challenger
-            self._wait = dict.fromkeys(self._wait, self.WAIT)
-            self._next_trial = dict.fromkeys(self._wait, self._passes + self.WAIT)
         else:
-            self._wait[challenger] *= 2
+            self._decide(won)
+
+    def _verdict(self, gains: list[float]) -> bool | None:
+        """Whether the challenger has won; None: not known yet."""
+        if len(gains) < 2:
+            return False if gains and gains[0] < -self.ABORT else None
+        gain, error = statistics.fmean(gains), statistics.stdev(gains) / math.sqrt(len(gains))
+        if gain + error < self.MARGIN:
+            return False
+        if len(gains) >= self.LEAST_PAIRS and gain - self.CERTAINTY * error > self.MARGIN:
+            return True
+        return False if len(gains) == self.MOST_PAIRS else None
+
+    def _decide(self, won: bool) -> None:
+        self.trials += 1
+        self._windows = []
+        challenger = self._challenger
+        if won:
+            self.kept = challenger
+            self._wait = {option: self.RECHECK if option is None else self.WAIT for option in self._wait}
+            self._next_trial = dict.fromkeys(self._wait, self._passes + self.RECHECK)
+        else:
             self._next_trial[challenger] = self._passes + self._wait[challenger]
+            self._wait[challenger] = min(2 * self._wait[challenger], self.LONGEST_WAIT)

@@ -82,6 +82,9 @@ class ExpertScheduler:
             PrefetchMode.OFF if predictor is None else mode, len(self._candidates)
         )
         self.prefetch_statistics = PrefetchStatistics()
+        # Predictors that observe this pass; the others are not worth their time now.
+        self._watching: tuple[ExpertPredictor, ...] = ()
+        self._watch()
         self._in_flight: dict[ExpertKey, float] = {}
         # Prefetched residents whose layer has not run yet, with their scores. They must survive until then.
         self._waiting: dict[ExpertKey, float] = {}
@@ -112,6 +115,11 @@ class ExpertScheduler:
         return None if kept is None else type(self._candidates[kept]).__name__
 
     @property
+    def wants_hints(self) -> bool:
+        """Whether hints for the accesses of this pass would be looked at."""
+        return any(predictor.needs_hints for predictor in self._watching)
+
+    @property
     def resident_count(self) -> int:
         return len(self._cache)
 
@@ -140,8 +148,9 @@ class ExpertScheduler:
         """A forward pass over ``tokens`` tokens starts; its accesses follow in layer order."""
         self._phase, self._tokens = phase, tokens
         self._cache.policy.on_pass()
-        if self._predictor is not None:
-            self._predictor.observe(PassEvent(phase))
+        self._watch()
+        for predictor in self._watching:
+            predictor.observe(PassEvent(phase))
 
     def pass_end(self, stall_seconds: float, seconds: float) -> None:
         """The pass is over: how long it waited for experts, and how long it took in all.
@@ -191,8 +200,9 @@ class ExpertScheduler:
         if self._stream is not None and self._tokens > 1:
             self._streamed = self._plan_stream(routed or access, self._stream)
         prefetch: tuple[ExpertKey, ...] = ()
-        if self._predictor is not None:
-            self._predictor.observe(routed or access)
+        if self._watching:
+            for predictor in self._watching:
+                predictor.observe(routed or access)
             active = self.controller.active
             if active is not None and not self._streamed:
                 prefetch = self._plan_prefetch(access, self._candidates[active])
@@ -240,6 +250,10 @@ class ExpertScheduler:
         """The person or the engine has switched prefetching off, on, or to deciding for itself."""
         if self._predictor is not None:
             self.controller.mode = mode
+            self._watch()
+
+    def _watch(self) -> None:
+        self._watching = tuple(self._candidates[at] for at in self.controller.watching)
 
     def _layer_keys(self, access: LayerAccess) -> tuple[ExpertKey, ...]:
         layer = access.layer

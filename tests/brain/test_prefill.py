@@ -64,14 +64,9 @@ def test_a_few_tokens_stream_nothing_but_what_nearly_every_prompt_used() -> None
 
 
 def prompts(trace: Trace, tokens: int) -> Trace:
-    """Each sequence's first ``tokens`` tokens as a prompt, in passes as the engine makes them."""
-    bounds, phase = [0], np.ones(trace.tokens, np.uint8)
-    for start, end in zip(trace.sequence_offsets, trace.sequence_offsets[1:], strict=False):
-        middle = min(int(start) + tokens, int(end))
-        phase[start:middle] = 0
-        cuts = [*range(int(start) + PREFILL_CHUNK, middle, PREFILL_CHUNK), middle]
-        bounds += [*cuts, *range(middle + 1, int(end) + 1)]
-    return replace(trace, phase=phase, pass_offsets=np.array(bounds, np.int64))
+    """Each sequence's first ``tokens`` tokens as a prompt, the rest as its reply."""
+    lengths = [int(length) for length in np.diff(trace.sequence_offsets)]
+    return trace.as_requests([(min(tokens, length), max(0, length - tokens)) for length in lengths])
 
 
 class Plans(Observer):
@@ -155,20 +150,8 @@ def test_a_prompt_does_not_flush_what_decoding_needs(name: str, share: float) ->
 
 
 def send(brain: ExpertScheduler, trace: Trace, start: int, end: int, phase: Phase) -> None:
-    bounds = np.array([0, end - start], np.int64)
-    part = replace(
-        trace,
-        experts=trace.experts[start:end],
-        phase=np.full(end - start, int(phase), np.uint8),
-        sequence_offsets=bounds,
-        pass_offsets=bounds,
-        request_offsets=None,
-        weights=None,
-        hints_experts=None,
-        hints_scores=None,
-        events=None,
-        sequence_tasks=(),
-    )
+    prompt = phase is Phase.PREFILL
+    part = trace.as_requests([(end - start, 0) if prompt else (0, end - start)], start)
     for one in passes(part):
         brain.forward_pass(phase, one.tokens)
         for event in one.accesses:

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from moei_core.config import PREFILL_CHUNK
 from moei_core.errors import DamagedFileError, ModelNotFoundError, MoeiError, UsageError
 from moei_core.sim.replay import passes
 from moei_core.trace import Trace, TraceEvent, TraceWriter, read_trace, write_trace
+from moei_core.trace.format import find_problem
 from moei_core.trace.summary import layer_summaries, overlap_by_lag, request_matrix
 from moei_core.types import ExpertKey, Phase, ScoredExpert
 
@@ -46,6 +48,21 @@ def test_subsets_are_traces_of_their_own() -> None:
     assert second.sequence_offsets.tolist() == [0, 8, 16]
     with pytest.raises(UsageError):
         TRACE.subset(2, 2)
+
+
+def test_other_requests_from_the_same_tokens() -> None:
+    """A prompt that is two passes of the engine's, a reply, and a reply alone; the tokens start over at the end."""
+    made = TRACE.as_requests([(PREFILL_CHUNK + 3, 2), (0, 3)], start=5)
+    assert made.tokens == PREFILL_CHUNK + 8
+    np.testing.assert_array_equal(
+        made.experts, TRACE.experts[(5 + np.arange(PREFILL_CHUNK + 8)) % TRACE.tokens]
+    )
+    assert made.sequence_offsets.tolist() == [0, PREFILL_CHUNK + 5, PREFILL_CHUNK + 8]
+    assert np.diff(made.passes).tolist() == [PREFILL_CHUNK, 3, 1, 1, 1, 1, 1]
+    assert made.phase is not None
+    assert made.phase.tolist() == [int(Phase.PREFILL)] * (PREFILL_CHUNK + 3) + [int(Phase.DECODE)] * 5
+    assert find_problem(made) is None
+    np.testing.assert_array_equal(TRACE.as_requests([(2, 4)], start=3).experts, TRACE.experts[3:9])
 
 
 def _rewrite(path: Path, metadata: dict[str, str] | None = None, **tensors: np.ndarray | None) -> None:

@@ -15,7 +15,7 @@ from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.engine.placement import device_tier
 from moei_core.hub.resolve import resolve_model
 from moei_core.predict import PREDICTORS
-from moei_core.prefetch import PrefetchMode
+from moei_core.prefetch import PrefetchController, PrefetchMode
 from moei_core.scheduler import ExpertScheduler
 from moei_core.sim.replay import Observer, replay
 from moei_core.tiers import LinkCosts, TieredScheduler
@@ -101,6 +101,22 @@ def test_with_prefetches_as_they_came(predictor: str, share: float, tmp_path: Pa
     expected, simulated = replayed(tmp_path / "t", model)
     assert expected == plans
     assert simulated.statistics == model.scheduler.statistics
+    assert simulated.prefetch_statistics == model.scheduler.prefetch_statistics
+    assert simulated.prefetch_statistics.started > 0
+
+
+def test_when_the_controller_decides_by_the_time_that_passes_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a few passes for each of its steps, some learn, some prefetch and most do neither."""
+    for name in ("EVIDENCE", "LEARN", "WINDOW", "WAIT"):
+        monkeypatch.setattr(PrefetchController, name, 2)
+    options = LoadOptions(experts=ExpertBudget(fraction=0.25), predictor="mixed", prefetch=PrefetchMode.AUTO)
+    plans, model = record(options, tmp_path / "t")
+    expected, simulated = replayed(tmp_path / "t", model)
+    assert expected == plans
+    assert simulated.controller.trials == model.scheduler.controller.trials > 0
+    assert simulated.controller.kept == model.scheduler.controller.kept
     assert simulated.prefetch_statistics == model.scheduler.prefetch_statistics
     assert simulated.prefetch_statistics.started > 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.sampling import Sampler
 from moei_core.engine.statistics import RuntimeStatistics
+from moei_core.engine.steady_shapes import SteadyShapes
 from moei_core.errors import InterruptedTurnError
 from moei_core.types import Phase
 
@@ -112,8 +114,9 @@ class Generator:
     def _forward(self, tokens: list[int], phase: Phase) -> torch.Tensor:
         """Logits [vocabulary] after ``tokens``."""
         self._runtime.forward_pass(phase, len(tokens))
+        shapes = SteadyShapes() if len(tokens) > 1 else nullcontext()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), shapes:
                 output = self._model(
                     input_ids=torch.tensor([tokens], device=self._place),
                     past_key_values=self._cache.cache,

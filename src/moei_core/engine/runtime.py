@@ -142,7 +142,9 @@ class ExpertRuntime(ResidentLayers):
         self._settle_prefetches()
         single = top_k_index.shape[0] == 1
         named = _named(top_k_index, int(module.num_experts)) if single else ()
-        hints = self.hinter.hints(layer, hidden_states, named) if self.hinter is not None and single else ()
+        hints: tuple[ScoredExpert, ...] = ()
+        if self.hinter is not None and single and (self._scheduler.wants_hints or self.recorder is not None):
+            hints = self.hinter.hints(layer, hidden_states, named)
         if self.recorder is not None:
             self.recorder.record(layer, top_k_index.numpy(), hints)
         if self.sampler is not None and self.sampler.wants:

@@ -29,6 +29,10 @@ Event = RequestEvent | PassEvent | LayerAccess
 class ExpertPredictor(Protocol):
     """Scores are estimates of the probability that the router chooses the expert when the layer runs next."""
 
+    @property
+    def needs_hints(self) -> bool:
+        """Whether it looks at the hints of accesses."""
+
     def observe(self, event: Event) -> None:
         """Something happened. The same events in the same order give the same predictions."""
 
@@ -44,6 +48,8 @@ class ExpertPredictor(Protocol):
 
 class LayerOrder:
     """The order in which MoE layers run; the common part of all predictors."""
+
+    needs_hints = False
 
     def __init__(self, num_experts: Mapping[int, int]) -> None:
         self.num_experts = dict(num_experts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -102,7 +103,8 @@ class ExpertActivationMatrixCollection:
         self._entries = np.zeros((*self._shape, capacity), np.float32)
         self._norms = np.zeros((self._shape[0] + 1, capacity), np.float32)
         self.size = 0
-        self.unsaved: list[Array] = []
+        # More than the collection holds would only replace each other when they are saved.
+        self.unsaved: deque[Array] = deque(maxlen=capacity)
 
     def matcher(self) -> Matcher:
         """A fresh query over what the collection holds now."""

@@ -19,6 +19,8 @@ class HintPredictor(LayerOrder):
     data; a later hint for a layer replaces an earlier one.
     """
 
+    needs_hints = True
+
     def __init__(self, num_experts: Mapping[int, int]) -> None:
         super().__init__(num_experts)
         self._hints: dict[int, list[ScoredExpert]] = {}
@@ -63,6 +65,7 @@ class MixedPredictor(LayerOrder):
                 PopularityPredictor(num_experts),
             ]
         )
+        self.needs_hints = any(part.needs_hints for part in self.parts)
         self._errors = np.full(len(self.parts), 0.5)
         self._pending: dict[int, list[Sequence[ScoredExpert]]] = {}
         self._pass = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from moei_core.config import PREFILL_CHUNK
 from moei_core.errors import DamagedFileError, ModelNotFoundError, UsageError
+from moei_core.types import Phase
 
 FORMAT = "moei-trace"
 VERSION = "1"
@@ -124,6 +126,34 @@ class Trace:
             hints_scores=tokens(self.hints_scores),
             events=None,
             sequence_tasks=self.sequence_tasks[start:stop],
+        )
+
+    def as_requests(self, requests: Sequence[tuple[int, int]], start: int = 0) -> Trace:
+        """The tokens from ``start`` on as other requests, each a sequence of its own; after the last token comes
+        the first again. requests: (tokens of the prompt, tokens of the reply).
+
+        Prompts are in passes as the engine makes them, replies one token each. Only the routing is kept.
+        """
+        bounds, phase, ends = [0], [], [0]
+        for prompt, reply in requests:
+            begin, middle = bounds[-1], bounds[-1] + prompt
+            bounds += [*range(begin + PREFILL_CHUNK, middle, PREFILL_CHUNK), *([middle] if prompt else [])]
+            bounds += range(middle + 1, middle + reply + 1)
+            phase += [Phase.PREFILL] * prompt + [Phase.DECODE] * reply
+            ends.append(bounds[-1])
+        rows = np.arange(start, start + ends[-1])
+        return Trace(
+            self.model,
+            self.num_experts,
+            self.num_experts_per_tok,
+            self.moe_layers,
+            self.experts[start : rows[-1] + 1]
+            if rows[-1] < self.tokens
+            else self.experts[rows % self.tokens],
+            np.array(ends, np.int64),
+            pass_offsets=np.array(bounds, np.int64),
+            phase=np.array(phase, np.uint8),
+            source=self.source,
         )
 
     def halves(self) -> tuple[Trace, Trace]:
