@@ -11,9 +11,6 @@ from moei_cli import render
 from moei_core.config import ExpertBudget, format_size
 from moei_core.errors import DoesNotFitError
 from moei_core.forecast.forecast import (
-    BOTTLENECKS,
-    DISK,
-    EXPERTS,
     Change,
     Forecast,
     corrected,
@@ -23,6 +20,7 @@ from moei_core.forecast.forecast import (
 )
 from moei_core.forecast.formats import FORMATS, QUANTISED, StorageFormat
 from moei_core.forecast.ledger import Entry, correction, entries
+from moei_core.forecast.limits import DISK, EXPERTS, REST, in_words
 from moei_core.forecast.routing import Range
 from moei_core.forecast.shape import ModelShape, bundled_configs, bundled_shape
 from moei_core.forecast.speed import Speeds
@@ -61,7 +59,7 @@ class Candidate:
                 "hit_rate": asdict(one.hit),
                 "tokens_per_s": asdict(one.tokens_per_s),
                 "ttft_s": asdict(one.ttft_s),
-                "bottleneck": one.bottleneck,
+                "limits": one.limits,
                 "decode_parts_s": asdict(one.decode),
                 "prefill_parts_s": asdict(one.prefill),
             }
@@ -234,7 +232,7 @@ def _speed(candidate: Candidate) -> float:
 
 
 HEADINGS = ("model", "format", "size", "experts in RAM", "hits", "tokens/s", "first token", "limit")
-_LIMITS = {DISK: "disk", EXPERTS: "experts", "rest": "dense, framework"}
+_LIMITS = {DISK: "disk", EXPERTS: "experts", REST: "dense + framework"}
 
 
 def _row(candidate: Candidate) -> tuple[str, ...]:
@@ -249,7 +247,7 @@ def _row(candidate: Candidate) -> tuple[str, ...]:
         f"{one.hit.value:.0%}",
         _span(one.tokens_per_s),
         f"{_span(one.ttft_s)} s",
-        candidate.disk_problem or _LIMITS[one.bottleneck],
+        candidate.disk_problem or ", ".join(_LIMITS[name] for name in one.limits),
     )
 
 
@@ -308,7 +306,7 @@ def _print_chosen(plan: Plan, one: Forecast) -> None:
     print()
     render.print_facts(
         [
-            ("tokens/s", f"{_span(one.tokens_per_s)}, limited by {BOTTLENECKS[one.bottleneck]}"),
+            ("tokens/s", f"{_span(one.tokens_per_s)}, limited by {in_words(one.limits)}"),
             ("a token", parts_text(one)),
             ("first token", f"{_span(one.ttft_s)} s for a new prompt of {plan.prompt_tokens} tokens "
              f"({_span(one.warm_ttft_s)} s once the cache is warm)"),
