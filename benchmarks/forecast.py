@@ -165,8 +165,11 @@ def row(case: Case, report: dict[str, Any]) -> dict[str, Any]:
     stall, experts = (changing[f"decode_{name}_share"]["median"] for name in ("stall", "expert"))
     sizes = {"disk": stall, "experts": experts, "rest": 1 - stall - experts}
     a_token = 1 / changing["decode_tokens_per_s"]["median"]
-    first = {name: cold[f"prefill_{name}_s"]["median"] for name in ("disk", "experts")}
+    first, later = (
+        {name: one[f"prefill_{name}_s"]["median"] for name in ("disk", "experts")} for one in (cold, changing)
+    )
     first["rest"] = cold["ttft_s"]["median"] - sum(first.values())
+    later["rest"] = changing["ttft_s"]["median"] - sum(later.values())
     return asdict(case) | {
         "came_tokens_per_s": changing["decode_tokens_per_s"]["median"],
         "came_ttft_s": cold["ttft_s"]["median"],
@@ -175,6 +178,7 @@ def row(case: Case, report: dict[str, Any]) -> dict[str, Any]:
         "came_shares": sizes,
         "came_decode_parts_s": {name: share * a_token for name, share in sizes.items()},
         "came_prefill_parts_s": first,
+        "came_warm_prefill_parts_s": later,
         "peak": report["peak"],
         "capped": report["capped"],
         "limit_hits": report["limit_hits"],

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from moei_cli import render
+from moei_cli.settings import DEFAULT_CONTEXT
 from moei_core.config import ExpertBudget, format_size
-from moei_core.errors import DoesNotFitError
+from moei_core.errors import DoesNotFitError, UsageError
 from moei_core.forecast.forecast import (
     Change,
     Forecast,
@@ -29,6 +30,8 @@ from moei_core.hardware.profile import HardwareProfile
 from moei_core.hardware.system import read_memory
 
 _BAR = 48
+_PROMPT = 1024
+"""Tokens of the prompt whose first token is forecast."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +200,13 @@ class Planner:
         ]
         if self.profile.framework is None:
             notes.append("What the framework costs was not measured here: values of a similar machine.")
-        if any(not gpu.note for gpu in self.profile.gpus):
-            notes.append("There is a GPU; this version computes on the processor, and so does the forecast.")
+        if self.profile.gpus:
+            notes.append(
+                "There is a GPU, which a chat uses if the dense part fits on it. What it would take there is missing "
+                "here, since experts were not timed on it: this is the forecast of --device cpu."
+            )
+        if self.ram is not None and chosen.one is not None and (taken := _taken(chosen.one)) > self.usable:
+            notes.append(f"It would take {format_size(taken)}; {format_size(self.usable)} are free now.")
         if self.profile.disk_of(self.folder) is None:
             notes.append("No disk was measured: reckoned with 0.5 GB/s, in a wide range.")
         if chosen.disk_problem:
@@ -222,9 +230,35 @@ class Planner:
         return sorted(fits, key=_speed, reverse=True) + rest
 
 
+def lengths(shape: ModelShape, context: int | None, prompt: int | None) -> tuple[int, int]:
+    """(tokens of context, of the prompt): as asked, else the usual ones as far as the model and the other allow.
+
+    Raises: UsageError for what a chat would refuse.
+    """
+    longest = shape.config.get("max_position_embeddings")
+    most = longest if isinstance(longest, int) and longest > 0 else None
+    for flag, asked in (("--context", context), ("--prompt-tokens", prompt)):
+        if asked is not None and most is not None and asked > most:
+            raise UsageError(
+                f"{flag} {asked} is out of range.", f"{shape.name} was made for up to {most} tokens."
+            )
+    if context is not None and prompt is not None and prompt > context:
+        raise UsageError(
+            f"A prompt of {prompt} tokens does not fit --context {context}.",
+            hint="Ask for a longer context, or for a shorter prompt with --prompt-tokens.",
+        )
+    context = context or max(prompt or 0, min(DEFAULT_CONTEXT, most or DEFAULT_CONTEXT))
+    return context, prompt or min(_PROMPT, context)
+
+
 def formats_of(shape: ModelShape) -> list[StorageFormat]:
     """What the model is stored as, and what it could be packed to."""
     return [shape.format] + [FORMATS[name] for name in QUANTISED if FORMATS[name].bits < shape.format.bits]
+
+
+def _taken(one: Forecast) -> int:
+    """Bytes that the whole process would hold."""
+    return sum(line.nbytes for line in one.budget.lines)
 
 
 def _speed(candidate: Candidate) -> float:
