@@ -36,6 +36,7 @@ from moei_cli.measured_machine import stored_profile
 from moei_core.config import ExpertBudget
 from moei_core.forecast.forecast import forecast, plan_budget
 from moei_core.forecast.formats import FORMATS
+from moei_core.forecast.limits import agree, limits
 from moei_core.forecast.shape import shape_of_config
 from moei_core.forecast.speed import Speeds
 from moei_core.hardware.probe import processor_seconds
@@ -69,7 +70,7 @@ class Case:
     tokens_per_s: float
     ttft_s: float
     hit_rate: float
-    bottleneck: str
+    limits: tuple[str, ...]
     decode_parts_s: dict[str, float]
     prefill_parts_s: dict[str, float]
 
@@ -97,7 +98,7 @@ def predict(geometry: str, form: str, experts: str, speeds: Speeds, options: arg
         one.tokens_per_s.value,
         one.ttft_s.value,
         one.hit.value,
-        one.bottleneck,
+        one.limits,
         asdict(one.decode),
         asdict(one.prefill),
     )
@@ -163,12 +164,21 @@ def row(case: Case, report: dict[str, Any]) -> dict[str, Any]:
     changing, cold = report["conditions"]["changing"], report["conditions"]["cold"]
     stall, experts = (changing[f"decode_{name}_share"]["median"] for name in ("stall", "expert"))
     sizes = {"disk": stall, "experts": experts, "rest": 1 - stall - experts}
+    a_token = 1 / changing["decode_tokens_per_s"]["median"]
+    first, later = (
+        {name: one[f"prefill_{name}_s"]["median"] for name in ("disk", "experts")} for one in (cold, changing)
+    )
+    first["rest"] = cold["ttft_s"]["median"] - sum(first.values())
+    later["rest"] = changing["ttft_s"]["median"] - sum(later.values())
     return asdict(case) | {
         "came_tokens_per_s": changing["decode_tokens_per_s"]["median"],
         "came_ttft_s": cold["ttft_s"]["median"],
         "came_hit_rate": changing["decode_hit_rate"]["median"],
-        "came_bottleneck": max(sizes, key=lambda name: sizes[name]),
+        "came_limits": limits(sizes),
         "came_shares": sizes,
+        "came_decode_parts_s": {name: share * a_token for name, share in sizes.items()},
+        "came_prefill_parts_s": first,
+        "came_warm_prefill_parts_s": later,
         "peak": report["peak"],
         "capped": report["capped"],
         "limit_hits": report["limit_hits"],
@@ -197,8 +207,26 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{one[f'came_{quantity}']:.3g}",
                 f"{error(one, quantity):+.0%}",
             ]
-        cells += [one["bottleneck"], one["came_bottleneck"], f"{one['peak'] / one['ram']:.0%}"]
+        cells += [", ".join(one["limits"]), ", ".join(one["came_limits"]), f"{one['peak'] / one['ram']:.0%}"]
         lines.append(f"| {' | '.join([*cells, format(one['others'], '.1f')])} |")
+    return "\n".join(lines)
+
+
+def parts_table(rows: list[dict[str, Any]]) -> str:
+    """Where the time of a token and of the first one was expected to go, and went, in Markdown."""
+    lines = [
+        "| case | of | disk: forecast | came | experts: forecast | came | rest: forecast (dense, framework) | came |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in rows:
+        for what, name in (("a token, ms", "decode"), ("first token, ms", "prefill")):
+            expected = {part: seconds * 1e3 for part, seconds in one[f"{name}_parts_s"].items()}
+            came = {part: f"{seconds * 1e3:.1f}" for part, seconds in one[f"came_{name}_parts_s"].items()}
+            dense, framework = expected["dense"], expected["framework"]
+            cells = [f"{one['geometry']}:{one['form']}:{one['experts']}", what]
+            cells += [f"{expected['disk']:.1f}", came["disk"], f"{expected['experts']:.1f}", came["experts"]]
+            cells += [f"{dense + framework:.1f} ({dense:.1f}, {framework:.1f})", came["rest"]]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -211,8 +239,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "median_error": round(statistics.median(errors), 4),
             "worst_error": round(max(errors), 4),
         }
-    found["bottleneck_right"] = sum(one["bottleneck"] == one["came_bottleneck"] for one in rows)
-    found["compute_bound"] = sum(one["came_bottleneck"] != "disk" for one in rows)
+    found["bottleneck_right"] = sum(agree(one["limits"], one["came_limits"]) for one in rows)
+    found["two_limits_named"] = sum(len(one["limits"]) > 1 for one in rows)
+    found["compute_bound"] = sum(one["came_limits"][0] != "disk" for one in rows)
     found["peak_over_ram"] = round(max(one["peak"] / one["ram"] for one in rows), 4)
     return found
 
@@ -223,7 +252,8 @@ def in_words(found: dict[str, Any]) -> str:
         f"{found['runs']} runs, {found['compute_bound']} of them bound by computing. Tokens/s: median error "
         f"{speed['median_error']:.0%}, worst {speed['worst_error']:.0%}. Time to first token: median error "
         f"{first['median_error']:.0%}, worst {first['worst_error']:.0%}. The limit was right in "
-        f"{found['bottleneck_right']}. The highest peak was {found['peak_over_ram']:.1%} of --ram."
+        f"{found['bottleneck_right']}, and two were named in {found['two_limits_named']}. "
+        f"The highest peak was {found['peak_over_ram']:.1%} of --ram."
     )
 
 
@@ -236,6 +266,12 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument(
+        "--parts", action="store_true", help="also print where the time went, beside the forecast"
+    )
+    parser.add_argument(
+        "--cases", type=Path, help="other cases: JSON [[model@layers, format, [shares]], ...]"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the models")
     parser.add_argument(
         "--predictions", type=Path, default=Path(tempfile.gettempdir(), "moei-predictions.json")
@@ -248,7 +284,7 @@ def main() -> None:
     speeds = Speeds.of(profile, profile.disk_of(None))
     predicted = [
         predict(geometry, form, share, speeds, options)
-        for geometry, form, shares in CASES
+        for geometry, form, shares in (json.loads(options.cases.read_text()) if options.cases else CASES)
         for share in shares
     ]
     cases = [one for one in predicted if any(one.name.startswith(name) for name in options.only)]
@@ -259,7 +295,7 @@ def main() -> None:
     if options.list:
         for one in cases:
             print(
-                f"{one.name}: {one.tokens_per_s:.3g} tokens/s, first after {one.ttft_s:.3g} s, {one.bottleneck}"
+                f"{one.name}: {one.tokens_per_s:.3g} tokens/s, first after {one.ttft_s:.3g} s, {', '.join(one.limits)}"
             )
         return
     rows, failures = [], []
@@ -279,6 +315,8 @@ def main() -> None:
                 subprocess.run(moei("rm", "--yes", name), capture_output=True, check=False)
     if rows:
         text = f"{table(rows)}\n\n{in_words(summary(rows))}"
+        if options.parts:
+            text += f"\n\n{parts_table(rows)}"
         print(text)
         if options.output:
             options.output.write_text(text + "\n")

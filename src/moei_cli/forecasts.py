@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moei_core.errors import DoesNotFitError, MoeiError
-from moei_core.forecast.forecast import BOTTLENECKS, Forecast, corrected, forecast, plan_budget
+from moei_core.forecast.forecast import Forecast, corrected, forecast, plan_budget
 from moei_core.forecast.ledger import Actual, correction, write_actual, write_prediction
+from moei_core.forecast.limits import agree, in_words
 from moei_core.forecast.shape import ModelShape, bundled_shape, shape_of_folder, shape_of_repo
 from moei_core.forecast.speed import Speeds
 from moei_core.hardware.profile import HardwareProfile
@@ -67,17 +68,17 @@ class Prediction:
         return (
             f"expected {speed.low:.2g} to {speed.high:.2g} tokens/s, first token of a new "
             f"{self.one.prompt_tokens}-token prompt after {first.low:.2g} to {first.high:.2g} s; "
-            f"the limit is {BOTTLENECKS[self.one.bottleneck]}"
+            f"the limit is {in_words(self.one.limits)}"
         )
 
     @property
     def beside(self) -> str:
         """Predicted and actual speed in one line."""
         came = self.actual.tokens_per_s if self.actual is not None else None
-        text = f"forecast {self.shown.tokens_per_s.value:.3g} tokens/s, limited by {self.one.bottleneck}"
+        text = f"forecast {self.shown.tokens_per_s.value:.3g} tokens/s, limited by {_names(self.one.limits)}"
         if came is None or self.actual is None:
             return text
-        return f"{text}; came {came:.3g}, limited by {self.actual.bottleneck}"
+        return f"{text}; came {came:.3g}, limited by {_names(self.actual.limits)}"
 
     def settle(self, actual: Actual) -> None:
         """Set what came beside it."""
@@ -90,7 +91,7 @@ class Prediction:
             "tokens_per_s": asdict(self.one.tokens_per_s),
             "ttft_s": asdict(self.one.ttft_s),
             "hit_rate": self.one.hit.value,
-            "bottleneck": self.one.bottleneck,
+            "limits": self.one.limits,
             "decode_parts_s": asdict(self.one.decode),
             "prefill_parts_s": asdict(self.one.prefill),
             "corrected": {
@@ -100,7 +101,7 @@ class Prediction:
             },
         }
         if (actual := self.actual) is not None:
-            found["actual"] = asdict(actual) | {"bottleneck": actual.bottleneck}
+            found["actual"] = asdict(actual) | {"limits": actual.limits}
             found["error"] = {
                 name: predicted.value / came - 1
                 for name, predicted, came in (
@@ -184,6 +185,10 @@ def actual_of(report: TurnReport, model: LoadedModel, *, cold: bool = True) -> A
     )
 
 
+def _names(limits: Sequence[str]) -> str:
+    return ", ".join(limits) or "?"
+
+
 def print_beside(prediction: Prediction) -> None:
     """Predicted and actual, on standard output."""
     from moei_cli import render
@@ -201,7 +206,9 @@ def print_beside(prediction: Prediction) -> None:
             span = f"{predicted.value:.3g} ({predicted.low:.3g} - {predicted.high:.3g})"
             error = f"{predicted.value / came - 1:+.0%}"
             rows.append((name, span, f"{learned.value:.3g}", f"{came:.3g}", error))
-    rows.append(("limited by", one.bottleneck, one.bottleneck, actual.bottleneck or "?", ""))
+    expected, came_by = _names(one.limits), _names(actual.limits)
+    right = "" if not actual.limits else "right" if agree(one.limits, actual.limits) else "wrong"
+    rows.append(("limited by", expected, expected, came_by, right))
     print()
     headings = ("forecast", "before the run", f"with {prediction.runs} runs learned", "came", "error")
     render.print_table(headings, rows, right=headings[1:])

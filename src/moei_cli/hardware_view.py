@@ -49,9 +49,19 @@ def rows(profile: HardwareProfile) -> list[Row]:
         found += _gpu_rows(gpu)
     cost = profile.framework
     if cost is not None:
-        layer = "Python beside the experts; 48 layers pay it 48 times a token"
+        layer = (
+            "Python beside the experts when so many weights have passed the caches; 48 layers pay it 48 times"
+        )
         found += [
-            ("framework, a layer", f"{cost.layer * 1e3:.2f} ms", "", layer),
+            (
+                f"framework, a layer of {format_size(one.nbytes)}",
+                f"{one.native * 1e3:.2f} ms",
+                "",
+                f"{layer} ({one.torch * 1e3:.2f} ms with transformers' attention)",
+            )
+            for one in cost.layers
+        ]
+        found += [
             ("framework, an expert", f"{cost.expert * 1e6:.0f} us", "", "calling one, whatever its size"),
             (
                 "first pass",
@@ -131,8 +141,8 @@ def _disk_rows(disk: DiskProfile) -> list[Row]:
         found.append(
             (
                 "  into fresh memory",
-                _rate(disk.fresh),
-                _spread(disk.fresh),
+                _rate(disk.fresh.bandwidth),
+                _spread(disk.fresh.bandwidth),
                 "a cold prompt fills slots that were never used",
             )
         )

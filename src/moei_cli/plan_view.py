@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from moei_cli import render
+from moei_cli.settings import DEFAULT_CONTEXT
 from moei_core.config import ExpertBudget, format_size
-from moei_core.errors import DoesNotFitError
+from moei_core.errors import DoesNotFitError, UsageError
 from moei_core.forecast.forecast import (
-    BOTTLENECKS,
-    DISK,
-    EXPERTS,
     Change,
     Forecast,
     corrected,
@@ -23,6 +21,7 @@ from moei_core.forecast.forecast import (
 )
 from moei_core.forecast.formats import FORMATS, QUANTISED, StorageFormat
 from moei_core.forecast.ledger import Entry, correction, entries
+from moei_core.forecast.limits import DISK, EXPERTS, REST, in_words
 from moei_core.forecast.routing import Range
 from moei_core.forecast.shape import ModelShape, bundled_configs, bundled_shape
 from moei_core.forecast.speed import Speeds
@@ -31,6 +30,8 @@ from moei_core.hardware.profile import HardwareProfile
 from moei_core.hardware.system import read_memory
 
 _BAR = 48
+_PROMPT = 1024
+"""Tokens of the prompt whose first token is forecast."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Candidate:
                 "hit_rate": asdict(one.hit),
                 "tokens_per_s": asdict(one.tokens_per_s),
                 "ttft_s": asdict(one.ttft_s),
-                "bottleneck": one.bottleneck,
+                "limits": one.limits,
                 "decode_parts_s": asdict(one.decode),
                 "prefill_parts_s": asdict(one.prefill),
             }
@@ -199,8 +200,13 @@ class Planner:
         ]
         if self.profile.framework is None:
             notes.append("What the framework costs was not measured here: values of a similar machine.")
-        if any(not gpu.note for gpu in self.profile.gpus):
-            notes.append("There is a GPU; this version computes on the processor, and so does the forecast.")
+        if self.profile.gpus:
+            notes.append(
+                "There is a GPU, which a chat uses if the dense part fits on it. What it would take there is missing "
+                "here, since experts were not timed on it: this is the forecast of --device cpu."
+            )
+        if self.ram is not None and chosen.one is not None and (taken := _taken(chosen.one)) > self.usable:
+            notes.append(f"It would take {format_size(taken)}; {format_size(self.usable)} are free now.")
         if self.profile.disk_of(self.folder) is None:
             notes.append("No disk was measured: reckoned with 0.5 GB/s, in a wide range.")
         if chosen.disk_problem:
@@ -224,9 +230,35 @@ class Planner:
         return sorted(fits, key=_speed, reverse=True) + rest
 
 
+def lengths(shape: ModelShape, context: int | None, prompt: int | None) -> tuple[int, int]:
+    """(tokens of context, of the prompt): as asked, else the usual ones as far as the model and the other allow.
+
+    Raises: UsageError for what a chat would refuse.
+    """
+    longest = shape.config.get("max_position_embeddings")
+    most = longest if isinstance(longest, int) and longest > 0 else None
+    for flag, asked in (("--context", context), ("--prompt-tokens", prompt)):
+        if asked is not None and most is not None and asked > most:
+            raise UsageError(
+                f"{flag} {asked} is out of range.", f"{shape.name} was made for up to {most} tokens."
+            )
+    if context is not None and prompt is not None and prompt > context:
+        raise UsageError(
+            f"A prompt of {prompt} tokens does not fit --context {context}.",
+            hint="Ask for a longer context, or for a shorter prompt with --prompt-tokens.",
+        )
+    context = context or max(prompt or 0, min(DEFAULT_CONTEXT, most or DEFAULT_CONTEXT))
+    return context, prompt or min(_PROMPT, context)
+
+
 def formats_of(shape: ModelShape) -> list[StorageFormat]:
     """What the model is stored as, and what it could be packed to."""
     return [shape.format] + [FORMATS[name] for name in QUANTISED if FORMATS[name].bits < shape.format.bits]
+
+
+def _taken(one: Forecast) -> int:
+    """Bytes that the whole process would hold."""
+    return sum(line.nbytes for line in one.budget.lines)
 
 
 def _speed(candidate: Candidate) -> float:
@@ -234,7 +266,7 @@ def _speed(candidate: Candidate) -> float:
 
 
 HEADINGS = ("model", "format", "size", "experts in RAM", "hits", "tokens/s", "first token", "limit")
-_LIMITS = {DISK: "disk", EXPERTS: "experts", "rest": "dense, framework"}
+_LIMITS = {DISK: "disk", EXPERTS: "experts", REST: "dense + framework"}
 
 
 def _row(candidate: Candidate) -> tuple[str, ...]:
@@ -249,7 +281,7 @@ def _row(candidate: Candidate) -> tuple[str, ...]:
         f"{one.hit.value:.0%}",
         _span(one.tokens_per_s),
         f"{_span(one.ttft_s)} s",
-        candidate.disk_problem or _LIMITS[one.bottleneck],
+        candidate.disk_problem or ", ".join(_LIMITS[name] for name in one.limits),
     )
 
 
@@ -308,7 +340,7 @@ def _print_chosen(plan: Plan, one: Forecast) -> None:
     print()
     render.print_facts(
         [
-            ("tokens/s", f"{_span(one.tokens_per_s)}, limited by {BOTTLENECKS[one.bottleneck]}"),
+            ("tokens/s", f"{_span(one.tokens_per_s)}, limited by {in_words(one.limits)}"),
             ("a token", parts_text(one)),
             ("first token", f"{_span(one.ttft_s)} s for a new prompt of {plan.prompt_tokens} tokens "
              f"({_span(one.warm_ttft_s)} s once the cache is warm)"),

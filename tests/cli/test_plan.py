@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moei_cli import measured_machine
 from moei_core.forecast.ledger import entries
+from moei_core.hardware.gpus import GpuFacts
+from moei_core.hardware.probe.gpu import probe_gpu
 from moei_core.hub.aliases import aliases
 from tests.cli.conftest import Outcome
-from tests.hardware.fakes import made_profile
+from tests.hardware.fakes import FakeGpu, made_profile
 
 Moei = Callable[..., Outcome]
+GPU = GpuFacts(0, "A Board", "GPU-1", 8 << 30, 6 << 30, 0, (8, 6), 4, 16, False)
 SMALL = ("--prompt-tokens", "8", "--new-tokens", "10", "--repeats", "1")
 
 
@@ -55,7 +59,7 @@ def test_every_alias_is_planned_without_a_network(
             speed, first = one["tokens_per_s"], one["ttft_s"]
             assert 0 < speed["low"] < speed["value"] < speed["high"]
             assert 0 < first["low"] < first["value"] < first["high"]
-            assert one["bottleneck"] in ("disk", "experts", "rest")
+            assert {"disk", "experts", "rest"} >= set(one["limits"])
         else:
             assert len(one["problem"]) in (2, 3)
     shown = moei("plan", name)
@@ -87,6 +91,39 @@ def test_flags_win_and_too_small_is_a_row_with_its_reason(moei: Moei, measured: 
     assert moei("plan", "mixtral-8x7b", "--ram", "3GiB").code == 0
 
 
+def test_lengths_follow_each_other_and_the_model(moei: Moei, measured: None) -> None:
+    for arguments, context, prompt in (
+        ([], 4096, 1024),
+        (["--context", "64"], 64, 64),
+        (["--prompt-tokens", "8000"], 8000, 8000),
+        (["--context", "20000", "--prompt-tokens", "10"], 20000, 10),
+    ):
+        report = json.loads(moei("plan", "mixtral-8x7b", *arguments, "--json").out)
+        assert report["prompt_tokens"] == prompt
+        assert {line["name"]: line["reason"] for line in report["budget"]}["context"].endswith(
+            f" {context} tokens"
+        )
+
+
+def test_more_ram_than_there_is_is_told(moei: Moei, measured: None) -> None:
+    assert "are free now" not in moei("plan", "mixtral-8x7b", "--ram", "12GiB").err
+    assert "are free now" in moei("plan", "mixtral-8x7b", "--ram", "100GiB").err
+    assert "--experts 0.8% of" in moei("plan", "mixtral-8x7b", "--experts", "0.8%").out
+
+
+def test_with_a_gpu_the_plan_says_what_is_missing(
+    moei: Moei, measured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "GPU" not in moei("plan", "mixtral-8x7b").err
+    profile = measured_machine.stored_profile()
+    assert profile is not None
+    with_gpu = replace(profile, gpus=(probe_gpu(GPU, lambda index: FakeGpu()),))
+    monkeypatch.setattr(measured_machine, "stored_profile", lambda folders=(): with_gpu)
+    shown = moei("plan", "mixtral-8x7b").err
+    assert "There is a GPU" in shown
+    assert "forecast of --device cpu" in shown
+
+
 def test_comparing_ranks_by_speed_and_marks_the_model(moei: Moei, measured: None) -> None:
     report = json.loads(moei("plan", "qwen3-30b-a3b", "--compare", "--json").out)
     speeds = [one["tokens_per_s"]["value"] for one in report["ranking"] if one["fits"]]
@@ -102,6 +139,13 @@ def test_comparing_ranks_by_speed_and_marks_the_model(moei: Moei, measured: None
         (["plan", "mixtrall"], 3, "Did you mean"),
         (["plan", "mixtral-8x7b", "--format", "q3_x"], 2, "There are: f32"),
         (["plan", "mixtral-8x7b", "--ram", "much"], 2, "--ram"),
+        (["plan", "mixtral-8x7b", "--context", "99999999"], 2, "up to 32768 tokens"),
+        (["plan", "mixtral-8x7b", "--prompt-tokens", "40000"], 2, "up to 32768 tokens"),
+        (
+            ["plan", "mixtral-8x7b", "--context", "100", "--prompt-tokens", "200"],
+            2,
+            "does not fit --context 100",
+        ),
         (["show", "mixtral-8x7b", "--ram", "8GiB"], 2, "belong to --settings"),
         (["show", "mixtral-8x7b", "--settings", "--ram", "2GiB"], 4, "smallest that works"),
     ],
@@ -145,7 +189,7 @@ def test_a_bench_sets_its_prediction_beside_what_came(
     assert prediction["actual"]["tokens_per_s"] == came == entry.actual["tokens_per_s"]
     expected = prediction["tokens_per_s"]["value"]
     assert prediction["error"]["tokens_per_s"] == pytest.approx(expected / came - 1)
-    assert prediction["actual"]["bottleneck"] in ("disk", "experts", "rest")
+    assert 1 <= len(prediction["actual"]["limits"]) <= 2
     shares = prediction["actual"]["stall_share"] + prediction["actual"]["expert_share"]
     assert 0 < shares < 1
     shown = moei("bench", folder, "--experts", "50%", *SMALL)

@@ -18,6 +18,7 @@ from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.config import ExpertBudget
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
+from moei_core.forecast.shape import NATIVE_ATTENTION
 from moei_core.quant import native
 from moei_core.types import Phase
 from tests.packed import pack_folder
@@ -154,6 +155,10 @@ def test_which_families_are_computed_natively(chat_folder: Callable[..., Path]) 
     found = {family: natively(load(chat_folder(family, "bfloat16"))) for family in FAMILIES}
     # Two norms a layer and the last one, qwen3_moe's heads, deepseek_v2's latent; no latent attention, no sinks.
     assert found == {"mixtral": (7, 3), "qwen3_moe": (13, 3), "deepseek_v2": (10, 0), "gpt_oss": (9, 0)}
+    # Forecasts have no model to try, so they know it by name.
+    assert {family for family, (_, attention) in found.items() if attention} == NATIVE_ATTENTION & set(
+        FAMILIES
+    )
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

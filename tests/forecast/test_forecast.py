@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from moei_core.config import ExpertBudget
 from moei_core.errors import DoesNotFitError
+from moei_core.forecast import limits as named
 from moei_core.forecast.forecast import Forecast, forecast, plan_budget, what_would_help
 from moei_core.forecast.formats import FORMATS, stored_format
 from moei_core.forecast.routing import Recording, Routing, recordings, routing_of
 from moei_core.forecast.shape import ModelShape, bundled_configs, bundled_shape
 from moei_core.forecast.speed import Speeds
-from moei_core.hardware.profile import ExpertSpeed
+from moei_core.hardware.profile import ExpertSpeed, FrameworkCost, LayerCost, ReadSpeed
 from moei_core.quant import native
 from tests.hardware.fakes import GIB, exactly, made_profile
 
@@ -48,7 +49,7 @@ def test_a_resident_mixtral_is_bound_by_reading_its_active_weights() -> None:
     assert one.decode.framework == pytest.approx(32 * 1e-3 + 1e-3 + 2e-8 * 32000)
     attention = 64 * shape.kv_nbytes_per_token / 20e9
     assert one.decode.dense == pytest.approx(shape.active_weights * 2 / bandwidth + attention, rel=1e-6)
-    assert one.bottleneck == "experts"
+    assert one.limits == ("experts",)
     assert one.tokens_per_s.value == pytest.approx(1 / one.decode.total)
 
 
@@ -61,7 +62,7 @@ def test_misses_cost_what_computing_does_not_hide() -> None:
     read = shape.expert_nbytes(BF16) / 1e9
     waits = 2 * hit * (1 - hit) * (read - compute) + (1 - hit) ** 2 * (2 * read - compute)
     assert one.decode.disk == pytest.approx(32 * waits)
-    assert one.bottleneck == "disk"
+    assert one.limits == ("disk",)
     fast = Speeds.of(made_profile(disk_bandwidth=1e12), made_profile(disk_bandwidth=1e12).disks[0])
     assert made("qwen3-30b-a3b", 0.9, fast).decode.disk < 1e-3 * one.decode.disk
 
@@ -103,6 +104,79 @@ def test_experts_take_what_the_engine_took_for_them() -> None:
     assert speeds.expert(BF16, 10, 16, arriving=False) == 1e-4
 
 
+def with_framework(**changes: object) -> Speeds:
+    assert PROFILE.framework is not None
+    return Speeds.of(replace(PROFILE, framework=replace(PROFILE.framework, **changes)), PROFILE.disks[0])  # type: ignore[arg-type]
+
+
+def test_weights_that_pass_the_caches_make_the_framework_slower() -> None:
+    """A layer's bytes between those measured, level beyond; attention that is not native costs more."""
+    layers = (LayerCost(0, 1e-3, 2e-3), LayerCost(100 << 20, 2e-3, 4e-3), LayerCost(200 << 20, 4e-3, 8e-3))
+    cost = FrameworkCost(layers, 0, 0, 0, 0, 0, 0, 0, "")
+    for mib, expected in ((0, 1e-3), (50, 1.5e-3), (100, 2e-3), (150, 3e-3), (200, 4e-3), (900, 4e-3)):
+        assert cost.layer(mib << 20) == pytest.approx(expected)
+        assert cost.layer(mib << 20, native=False) == pytest.approx(2 * expected)
+    speeds = with_framework(layers=layers, token=0.0, sampling=0.0)
+    shape = shape_of("qwen3-30b-a3b")
+    for form in ("bf16", "q4_0"):
+        nbytes = 8 * shape.expert_nbytes(FORMATS[form]) + shape.dense_in(FORMATS[form]).nbytes(
+            (shape.active_weights - shape.head_weights) // 48
+        )
+        one = made("qwen3-30b-a3b", 1.0, speeds, form)
+        assert one.decode.framework == pytest.approx(48 * cost.layer(nbytes), rel=1e-3)
+    torch = replace(shape, model_type="olmoe")
+    budget = plan_budget(torch, BF16, speeds, 1 << 50, 4096, experts=ExpertBudget(fraction=1.0))
+    assert forecast(torch, BF16, speeds, budget, 64).decode.framework == pytest.approx(
+        2 * made("qwen3-30b-a3b", 1.0, speeds).decode.framework
+    )
+
+
+def test_an_expert_that_arrives_is_handled() -> None:
+    cells = expert_cells(0.05, 0.08)
+    quick = made_profile(experts=cells)
+    slow = made_profile(experts=tuple(replace(one, handling=0.01 * one.nbytes / 1e9) for one in cells))
+    for share in (0.5, 1.0):
+        one, other = (made("mixtral-8x7b", share, Speeds.of(p, p.disks[0])) for p in (quick, slow))
+        missing = 2 * (1 - one.hit.value)
+        gb = shape_of("mixtral-8x7b").expert_nbytes(BF16) / 1e9
+        assert other.decode.framework - one.decode.framework == pytest.approx(32 * missing * 0.01 * gb)
+
+
+def test_latent_attention_expands_its_cache_at_every_token() -> None:
+    """One product with as many rows as there are tokens, in steps of 64; of float weights on one of two threads."""
+    shape = shape_of("deepseek-v2-lite")
+    assert shape.expansion_weights == 512 * 16 * (128 + 128)
+    assert shape_of("qwen3-30b-a3b").expansion_weights == 0
+    for form, threads in (("bf16", 2), ("q4_0", 1)):
+        short, long = (made("deepseek-v2-lite", 1.0, form=form, prompt=prompt) for prompt in (100, 1000))
+        stored = shape.dense_in(FORMATS[form])
+        rows = [SPEEDS.product(stored, shape.expansion_weights, count) for count in (128, 1024)]
+        attention = 900 * shape.kv_nbytes_per_token / SPEEDS.memory_bandwidth
+        more = shape.layers * (threads if stored == BF16 else 1) * (rows[1] - rows[0]) + attention
+        assert long.decode.dense - short.decode.dense == pytest.approx(more)
+
+
+def test_two_limits_are_named_where_neither_is_clear() -> None:
+    def limits(disk: float, experts: float, rest: float, *others: dict[str, float]) -> tuple[str, ...]:
+        return named.limits({"disk": disk, "experts": experts, "rest": rest}, others)
+
+    assert limits(10, 3, 5) == ("disk",)
+    assert limits(10, 3, 7.8) == ("disk",)
+    assert limits(10, 3, 7.9) == ("disk", "rest")
+    # Never three, and a part that is nothing is no limit.
+    assert limits(9, 9.5, 10) == ("rest", "experts")
+    assert limits(0, 0, 0) == ("disk",)
+    # At one end of the disk's range the second is ahead.
+    assert limits(10, 3, 7, {"disk": 6, "experts": 3, "rest": 7}) == ("disk", "rest")
+    assert limits(10, 3, 7, {"disk": 8, "experts": 3, "rest": 7}) == ("disk",)
+    assert named.agree(("disk",), ("disk", "rest"))
+    assert named.agree(("rest", "disk"), ("disk",))
+    assert not named.agree(("rest",), ("disk",))
+    # That the run was nearly a tie does not make right whoever names anything.
+    assert not named.agree(("experts", "rest"), ("disk", "rest"))
+    assert made("mixtral-8x7b", 0.5).limits == ("disk",)
+
+
 def test_between_measured_tokens_the_time_is_between() -> None:
     profile = made_profile(experts=expert_cells(0.05, 0.08, per_token=1.0))
     speeds = Speeds.of(profile, profile.disks[0])
@@ -116,7 +190,7 @@ def test_between_measured_tokens_the_time_is_between() -> None:
 
 def test_only_slots_that_were_never_used_are_filled_slowly() -> None:
     """Reading 1 GB/s, half as fast into fresh memory; a cold prompt of 256 tokens touches all 8 x 32 experts."""
-    slow = replace(PROFILE.disks[0], fresh=exactly(0.5e9))
+    slow = replace(PROFILE.disks[0], fresh=ReadSpeed(16 << 20, 4, exactly(0.5e9), exactly(1.0)))
     for share, fresh in ((1.0, 256), (0.5, 128), (0.25, 64)):
         quick, one = (
             made("mixtral-8x7b", share, prompt=256),

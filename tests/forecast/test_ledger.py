@@ -53,7 +53,7 @@ def test_a_prediction_is_there_before_its_actual() -> None:
     write_actual(identity, Actual(1.0, 2.0, 0.5, 0.7, 0.2))
     (entry,) = entries()
     assert entry.actual is not None
-    assert (entry.actual["tokens_per_s"], entry.actual["bottleneck"]) == (1.0, "disk")
+    assert (entry.actual["tokens_per_s"], entry.actual["limits"]) == (1.0, ["disk"])
     # A killed run leaves a prediction alone, which teaches nothing.
     write_prediction("this", shape(), one, "bench")
     assert len(entries()) == 2
@@ -61,11 +61,14 @@ def test_a_prediction_is_there_before_its_actual() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stall", "experts", "expected"), [(0.6, 0.3, "disk"), (0.1, 0.6, "experts"), (0.2, 0.3, "rest")]
+    ("stall", "experts", "expected"),
+    [(0.6, 0.3, ("disk",)), (0.1, 0.6, ("experts",)), (0.2, 0.3, ("rest",)), (0.45, 0.14, ("disk", "rest"))],
 )
-def test_the_actual_bottleneck_is_the_largest_part(stall: float, experts: float, expected: str) -> None:
-    assert Actual(1.0, 1.0, 0.5, stall, experts).bottleneck == expected
-    assert Actual(1.0, None).bottleneck is None
+def test_the_actual_bottleneck_is_the_largest_part(
+    stall: float, experts: float, expected: tuple[str, ...]
+) -> None:
+    assert Actual(1.0, 1.0, 0.5, stall, experts).limits == expected
+    assert Actual(1.0, None).limits == ()
 
 
 def test_nothing_is_learned_from_nothing() -> None:
@@ -94,7 +97,7 @@ def test_a_machine_that_is_always_slower_is_learned() -> None:
 
 def test_other_bottlenecks_and_scales_teach_little() -> None:
     disk, resident = made(0.25), made(1.0)
-    assert (disk.bottleneck, resident.bottleneck) == ("disk", "experts")
+    assert (disk.decode.bottleneck, resident.decode.bottleneck) == ("disk", "experts")
     run(disk, 0.5, 1.0)
     assert correction("this", resident).decode == 1.0
     far = replace(disk, tokens_per_s=replace(disk.tokens_per_s, value=disk.tokens_per_s.value * 100))

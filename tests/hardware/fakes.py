@@ -15,6 +15,7 @@ from moei_core.hardware.profile import (
     FrameworkCost,
     HardwareProfile,
     KernelSpeed,
+    LayerCost,
     ReadSpeed,
 )
 from moei_core.hardware.system import CpuFacts, MemoryFacts
@@ -168,5 +169,7 @@ def made_profile(
         (),
         kernels,
         experts,
-        FrameworkCost(layer, 1e-3, 5e-5, layer, 1e-4, 2e-8, 0.0, 400 << 20, "a test"),
+        FrameworkCost(
+            (LayerCost(0, layer, 2 * layer),), 1e-3, 5e-5, layer, 1e-4, 2e-8, 0.0, 400 << 20, "a test"
+        ),
     )

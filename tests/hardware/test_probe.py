@@ -40,7 +40,7 @@ def test_a_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
     assert [(read.nbytes, read.depth) for read in profile.reads] == [
         (size, depth) for size in QUICK.blocks for depth in QUICK.depths
     ]
-    assert len(steps) == QUICK.settings == 6
+    assert len(steps) == QUICK.settings == 4
     assert [read.nbytes for read in profile.experts] == list(QUICK.blocks)
     for read in profile.reads:
         assert 0 < read.bandwidth.low <= read.bandwidth.value <= read.bandwidth.high
@@ -259,10 +259,7 @@ def test_between_measured_sizes_the_bandwidth_is_between() -> None:
     assert disk.expert_bandwidth(100 * MIB) == exactly(3e9)
 
 
-@pytest.mark.parametrize("touched", [True, False])
-def test_experts_are_read_in_chunks_and_hashed_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, touched: bool
-) -> None:
+def test_experts_are_read_in_chunks_and_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = bytes(range(256)) * (16 * MIB // 256)
     file = tmp_path / "m.safetensors"
     file.write_bytes(content)
@@ -283,16 +280,44 @@ def test_experts_are_read_in_chunks_and_hashed_once(
     descriptor = os.open(file, os.O_RDONLY)
     with disk_probe._target(16 * MIB) as target:
         source = disk_probe._Source(descriptor, 16 * MIB, False, "a file")
-        speed = disk_probe._measure_experts(source, 4 * MIB, 0.0, target if touched else None)
-        assert not touched or sorted(bytes(target[::MIB])) == sorted(content[::MIB])
+        experts = disk_probe._ExpertReads(source, target, [4 * MIB])
+        for _ in range(3):
+            experts.sample(0.0)
+            assert sorted(bytes(target[::MIB])) == sorted(content[::MIB])
     os.close(descriptor)
-    assert speed.nbytes == 4 * MIB
+    (speed,), fresh = experts.speeds()
+    assert fresh is not None
+    assert speed.nbytes == fresh.nbytes == 4 * MIB
     assert speed.latency.value == pytest.approx(4 * MIB / speed.bandwidth.value, rel=0.5)
-    # Four experts of two chunks a round, three rounds at least; every round reads all of the file once.
-    assert len(places) % 8 == 0
-    assert len(places) >= 24
-    assert all(places.count(place * 2 * MIB) == len(places) // 8 for place in range(8))
-    assert hashed == [4 * MIB] * (len(places) // 2)
+    # Three rounds, each once into the target and once into fresh memory: four experts of two chunks, all of the file.
+    assert all(places.count(place * 2 * MIB) == 6 for place in range(8))
+    assert len(places) == 48
+    assert hashed == [4 * MIB] * 24
+
+
+def test_every_size_is_read_all_through_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no size is judged by one moment of a disk whose speed changes."""
+    order: list[str] = []
+    sample, measure_one = disk_probe._ExpertReads.sample, disk_probe._measure
+
+    def sampled(self: disk_probe._ExpertReads, seconds: float) -> None:
+        order.append("experts")
+        before = {kind: len(samples) for kind, samples in self._samples.items()}
+        sample(self, seconds)
+        assert all(len(samples) > before[kind] for kind, samples in self._samples.items())
+
+    def measured(*arguments: object) -> object:
+        order.append("blocks")
+        return measure_one(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(disk_probe._ExpertReads, "sample", sampled)
+    monkeypatch.setattr(disk_probe, "_measure", measured)
+    profile = probe_disk(read_disk(tmp_path), (), QUICK)
+    assert order == ["blocks", "experts"] * 4 + ["blocks"]
+    assert profile.fresh is not None
+    assert profile.fresh.nbytes == max(QUICK.blocks)
 
 
 def test_the_command_shows_what_is_stored(

@@ -31,8 +31,8 @@ def plan(
         int | None, typer.Option(help="Tokens that a conversation may have; 4096.", min=16)
     ] = None,
     prompt_tokens: Annotated[
-        int, typer.Option(help="Length of the prompt whose first token is forecast.", min=1)
-    ] = 1024,
+        int | None, typer.Option(help="Length of the prompt whose first token is forecast; 1024.", min=1)
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Rank formats and well-known models that fit.")
     ] = False,
@@ -42,8 +42,8 @@ def plan(
     from moei_cli import render
     from moei_cli.forecasts import shape_of
     from moei_cli.measured_machine import measure_now, model_folders, stored_profile
-    from moei_cli.plan_view import Planner, print_comparison, print_plan
-    from moei_cli.settings import DEFAULT_CONTEXT, resolve
+    from moei_cli.plan_view import Planner, lengths, print_comparison, print_plan
+    from moei_cli.settings import resolve
     from moei_core.config import ExpertBudget, parse_size
     from moei_core.errors import UsageError
     from moei_core.forecast.formats import FORMATS
@@ -54,20 +54,21 @@ def plan(
     limit = parse_size(chosen["ram"], "--ram") if chosen["ram"] else None
     budget = ExpertBudget.parse(chosen["experts"]) if chosen["experts"] else None
     shape, folder = shape_of(model)
+    asked = int(chosen["context"]) if chosen["context"] else None
+    tokens, prompt = lengths(shape, asked, prompt_tokens)
     profile = stored_profile()
     if profile is None:
         render.note("This machine has not been measured yet: that takes less than a minute, once.")
         profile, problem = measure_now(model_folders())
         if problem:
             render.note(problem)
-    tokens = int(chosen["context"] or DEFAULT_CONTEXT)
-    planner = Planner(profile, folder, tokens, prompt_tokens, limit, budget)
+    planner = Planner(profile, folder, tokens, prompt, limit, budget)
     if compare:
         ranking = planner.ranking(shape)
         if as_json:
             render.print_json({"model": shape.name, "ranking": [one.report() for one in ranking]})
         else:
-            print_comparison(ranking, shape, prompt_tokens)
+            print_comparison(ranking, shape, prompt)
         return
     made = planner.plan(shape, FORMATS[form] if form else shape.format)
     if as_json:

@@ -7,6 +7,7 @@ want the same cores, and resident ones together. Here the runtime does both, as 
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ def _measure(file: Path, geometry: Geometry, form: str, effort: ProbeEffort) -> 
     count = min(_MOST_EXPERTS, effort.nbytes // align_up(nbytes + PAGE))
     if count < geometry.top_k:
         return []
-    found: dict[bool, list[float]] = {}
+    found: dict[bool, list[tuple[float, float]]] = {}
     rows = (1, *effort.tokens)
     for resident in (True, False):
         layer = _Layer(file, geometry, form, count, resident)
@@ -159,8 +160,8 @@ def _measure(file: Path, geometry: Geometry, form: str, effort: ProbeEffort) -> 
         finally:
             layer.close()
     return [
-        ExpertSpeed(form.lower(), nbytes, tokens, here, arriving)
-        for tokens, here, arriving in zip(rows, found[True], found[False], strict=True)
+        ExpertSpeed(form.lower(), nbytes, tokens, here, arriving, max(0.0, more - less))
+        for tokens, (here, less), (arriving, more) in zip(rows, found[True], found[False], strict=True)
     ]
 
 
@@ -186,20 +187,20 @@ class _Layer:
         self._random = torch.Generator().manual_seed(0)
         self._access(list(range(slots)), 1, Phase.PREFILL)  # brings what stays, and pays for first touches
 
-    def expert_seconds(self, tokens: int, seconds: float) -> float:
-        """Of one expert with so many tokens: calling and computing it, not waiting for it."""
+    def expert_seconds(self, tokens: int, seconds: float) -> tuple[float, float]:
+        """Of one expert with so many tokens: (computing it, all else that the layer does but waiting for it)."""
         phase = Phase.DECODE if tokens == 1 else Phase.PREFILL
         chosen = self._geometry.top_k if tokens == 1 else min(_IN_A_PROMPT, self._count)
         chosen -= chosen % self._geometry.top_k
         self._access(self._choose(chosen), tokens, phase)  # the first of a kind pays for set-up
-        samples: list[float] = []
+        samples: list[tuple[float, float]] = []
         end = time.perf_counter() + seconds
-        while len(samples) < 2 or time.perf_counter() < end:
+        while len(samples) < 3 or time.perf_counter() < end:
             spent = self._access(self._choose(chosen), tokens, phase)
-            own = spent.layers_s - spent.stall_s - spent.decide_s - spent.combine_s
-            samples.append(own / chosen)
-        # Other programs only ever add to it.
-        return min(samples)
+            beside = spent.layers_s - spent.stall_s - spent.expert_compute_s
+            samples.append((spent.expert_compute_s / chosen, beside / chosen))
+        computing, beside = (statistics.median(one) for one in zip(*samples, strict=True))
+        return computing, beside
 
     def _choose(self, count: int) -> list[int]:
         return sorted(torch.randperm(self._count, generator=self._random)[:count].tolist())

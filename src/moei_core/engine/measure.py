@@ -24,7 +24,8 @@ from moei_core.types import ModelSpec
 
 @dataclass(slots=True)
 class Request:
-    """One measured request. Times in seconds, sizes in bytes. Shares are of the time after the first token.
+    """One measured request. Times in seconds, sizes in bytes. Shares are of the time after the first token; prefill_*
+    are of the time before it.
 
     hits, misses: of lookups in RAM, to which a GPU (gpu_*) leaves only what it does not hold.
     """
@@ -40,6 +41,8 @@ class Request:
     decode_stall_share: float
     decode_expert_share: float
     decode_hit_rate: float
+    prefill_disk_s: float
+    prefill_experts_s: float
     dense_s: float
     experts_s: float
     disk_s: float
@@ -116,6 +119,8 @@ def _request(model: LoadedModel, prompt: list[int], new_tokens: int, seed: int =
         if spent
         else 0.0,
         decode_hit_rate=decode_hit_rate(counts.misses, len(times.token_s), times, model.spec),
+        prefill_disk_s=times.prefill_work.stall_s,
+        prefill_experts_s=times.prefill_work.expert_compute_s,
         token_s=times.token_s,
         gpu_hit_rate=device.minus(device_before).hit_rate if device and device_before else 0.0,
         bytes_copied=work.bytes_copied,

@@ -13,21 +13,18 @@ from dataclasses import dataclass, replace
 
 from moei_core.config import PREFILL_CHUNK, ExpertBudget, format_size
 from moei_core.errors import DoesNotFitError
-from moei_core.forecast.formats import StorageFormat
+from moei_core.forecast.formats import QUANTISED, StorageFormat
+from moei_core.forecast.limits import DISK, EXPERTS, MODEL_ERROR, REST, limits
 from moei_core.forecast.routing import Range, Routing, routing_of
 from moei_core.forecast.shape import ModelShape
 from moei_core.forecast.speed import Speeds
 from moei_core.hardware.budget import MemoryUse, SlotBudget, plan_slots, workspace_nbytes
 from moei_core.prefetch import PrefillStream
 
-_MODEL_ERROR = 0.12
-"""How far the closed form itself may be off, beside what is uncertain in its inputs."""
 _DENSE_MATRICES = 6
 """Matrices of a layer's dense part: four of attention, two or three of a shared expert. Only their size counts."""
 _SLOT_SLACK = 8192
 """What page alignment costs a slot, in bytes."""
-
-DISK, EXPERTS, REST = "disk", "experts", "rest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +46,14 @@ class Parts:
         return self.disk + self.experts + self.rest
 
     @property
+    def sizes(self) -> dict[str, float]:
+        """By the names of ``limits``."""
+        return {DISK: self.disk, EXPERTS: self.experts, REST: self.rest}
+
+    @property
     def bottleneck(self) -> str:
         """The largest part: ``disk``, ``experts`` or ``rest``."""
-        sizes = {DISK: self.disk, EXPERTS: self.experts, REST: self.rest}
-        return max(sizes, key=lambda name: sizes[name])
-
-
-BOTTLENECKS = {
-    DISK: "waiting for missing experts from disk",
-    EXPERTS: "computing the active experts from memory",
-    REST: "the dense layers and the framework around them",
-}
+        return limits(self.sizes)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +61,7 @@ class Forecast:
     """What to expect. residency: share of each layer's experts that stays. hit: of decode lookups.
 
     tokens_per_s, ttft_s (seconds of a cold prompt of ``prompt_tokens``) and warm_ttft_s are ranges; decode and
-    prefill split their expected times.
+    prefill split their expected times. limits: what takes most of a token's, one name or two that may be as large.
     """
 
     form: StorageFormat
@@ -80,10 +74,7 @@ class Forecast:
     warm_ttft_s: Range
     decode: Parts
     prefill: Parts
-
-    @property
-    def bottleneck(self) -> str:
-        return self.decode.bottleneck
+    limits: tuple[str, ...]
 
 
 def plan_budget(
@@ -140,7 +131,7 @@ def forecast(
         }
         for is_cold in (True, False)
     )
-    error = 1 + _MODEL_ERROR
+    error = 1 + MODEL_ERROR
     return Forecast(
         form,
         budget,
@@ -152,11 +143,12 @@ def forecast(
         _seconds(warm),
         decode["value"],
         cold["value"],
+        limits(decode["value"].sizes, (decode["low"].sizes, decode["high"].sizes)),
     )
 
 
 def _seconds(parts: dict[str, Parts]) -> Range:
-    error = 1 + _MODEL_ERROR
+    error = 1 + MODEL_ERROR
     return Range(parts["low"].total / error, parts["value"].total, parts["high"].total * error)
 
 
@@ -167,31 +159,37 @@ def _decode(
     cost, layers, lookups = speeds.framework, shape.moe_layers, shape.top_k
     times = ExpertTimes.of(shape, form, speeds, 1)
     attention = position * shape.kv_nbytes_per_token / speeds.memory_bandwidth
-    framework = shape.layers * cost.layer + cost.token + cost.sampling * shape.vocab_size
-    wait = computing = 0.0
+    through = shape.layer_nbytes(form)
+    framework = shape.layers * cost.layer(through, native=shape.native_attention)
+    framework += cost.token + cost.sampling * shape.vocab_size
+    wait = computing = handling = 0.0
     for missing in range(lookups + 1):
         chance = math.comb(lookups, missing) * (1 - hit) ** missing * hit ** (lookups - missing)
         reading = speeds.read(shape.expert_nbytes(form), missing)
         wait += chance * times.wait(lookups - missing, missing, getattr(reading, bound))
         computing += chance * times.computing(lookups - missing, missing)
-    return Parts(layers * wait, layers * computing, _dense(shape, form, speeds, 1, 1) + attention, framework)
+        handling += chance * missing * times.handling
+    dense = _dense(shape, form, speeds, 1, 1) + _expansion(shape, form, speeds, position) + attention
+    return Parts(layers * wait, layers * computing, dense, framework + layers * handling)
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertTimes:
-    """Seconds of computing one expert: one of several that are ``resident``, and one that has just arrived."""
+    """Seconds of computing one expert: one of several that are ``resident``, and one that has just arrived. handling:
+    what the engine does for one that arrives beside that."""
 
     resident: float
     arriving: float
+    handling: float
 
     @classmethod
     def of(cls, shape: ModelShape, form: StorageFormat, speeds: Speeds, tokens: float) -> ExpertTimes:
         """Of a shape's experts with ``tokens`` tokens each."""
+        weights = shape.expert_weights
         return cls(
-            *(
-                speeds.expert(form, shape.expert_weights, tokens, arriving=arrives)
-                for arrives in (False, True)
-            )
+            speeds.expert(form, weights, tokens, arriving=False),
+            speeds.expert(form, weights, tokens, arriving=True),
+            speeds.handling(form, weights, tokens),
         )
 
     def computing(self, resident: float, missing: float) -> float:
@@ -214,6 +212,19 @@ def _dense(shape: ModelShape, form: StorageFormat, speeds: Speeds, rows: int, he
     matrix = weights / (shape.layers * _DENSE_MATRICES)
     body = shape.layers * _DENSE_MATRICES * speeds.product(stored, matrix, rows)
     return body + speeds.product(stored, shape.head_weights, heads)
+
+
+_STEADY_ROWS = 64
+
+
+def _expansion(shape: ModelShape, form: StorageFormat, speeds: Speeds, position: int) -> float:
+    """Seconds for one token of the keys and values of all tokens before it, where attention keeps them compressed:
+    transformers expands them anew each time, float weights on one thread."""
+    weights = shape.expansion_weights
+    stored = shape.dense_in(form)
+    rows = -(-position // _STEADY_ROWS) * _STEADY_ROWS
+    threads = 1 if stored.name in QUANTISED else speeds.cores
+    return shape.layers * threads * speeds.product(stored, weights, rows) if weights else 0.0
 
 
 def _prefill(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moei_core.forecast.forecast import Forecast
+from moei_core.forecast.limits import DISK, EXPERTS, REST, limits
 from moei_core.forecast.shape import ModelShape
 from moei_core.paths import state_dir
 
@@ -44,13 +45,12 @@ class Actual:
     expert_share: float | None = None
 
     @property
-    def bottleneck(self) -> str | None:
-        """As ``Parts.bottleneck``."""
+    def limits(self) -> tuple[str, ...]:
+        """As ``Forecast.limits``; empty where nothing was measured."""
         if self.stall_share is None or self.expert_share is None:
-            return None
+            return ()
         rest = 1 - self.stall_share - self.expert_share
-        sizes = {"disk": self.stall_share, "experts": self.expert_share, "rest": rest}
-        return max(sizes, key=lambda name: sizes[name])
+        return limits({DISK: self.stall_share, EXPERTS: self.expert_share, REST: rest})
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,7 @@ def write_prediction(
             "ttft_s": ttft.value,
             "ttft_s_range": [ttft.low, ttft.high],
             "bottleneck": one.decode.bottleneck,
+            "limits": one.limits,
             "ttft_bottleneck": one.prefill.bottleneck,
             "decode_parts_s": asdict(one.decode),
             "prefill_parts_s": asdict(one.prefill),
@@ -116,7 +117,7 @@ def write_prediction(
 
 def write_actual(identity: str, actual: Actual) -> None:
     """Set what came beside the prediction ``identity``."""
-    _append({"actual": identity, **asdict(actual), "bottleneck": actual.bottleneck})
+    _append({"actual": identity, **asdict(actual), "limits": actual.limits})
 
 
 def _append(line: dict[str, Any]) -> None:

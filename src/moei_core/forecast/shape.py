@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 
+NATIVE_ATTENTION = frozenset({"ernie4_5_moe", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe"})
+"""Kinds of models whose attention the engine computes natively. It finds out by trying (``adapters/native_decode.py``);
+a test compares."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -76,6 +80,25 @@ class ModelShape:
     @property
     def total_experts(self) -> int:
         return self.moe_layers * self.experts
+
+    @property
+    def native_attention(self) -> bool:
+        """Whether the engine computes a token's attention as one native call."""
+        return self.model_type in NATIVE_ATTENTION and native.available()
+
+    @property
+    def expansion_weights(self) -> int:
+        """Weights of a layer's matrix that expands compressed keys and values; 0 where they are kept as they are."""
+        text = self.config
+        if not text.get("kv_lora_rank"):
+            return 0
+        width = text["qk_nope_head_dim"] + text["v_head_dim"]
+        return int(text["kv_lora_rank"] * text["num_attention_heads"] * width)
+
+    def layer_nbytes(self, form: StorageFormat) -> float:
+        """Bytes of weights that a token reads in a layer, on average."""
+        dense = self.dense_in(form).bits / 8 * (self.active_weights - self.head_weights)
+        return (dense + self.moe_layers * self.top_k * self.expert_nbytes(form)) / self.layers
 
     def dense_in(self, form: StorageFormat) -> StorageFormat:
         """What the dense part is in memory when the experts are in ``form``.

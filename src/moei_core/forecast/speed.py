@@ -10,13 +10,16 @@ from itertools import pairwise
 
 from moei_core.forecast.formats import FORMATS, StorageFormat
 from moei_core.forecast.routing import Range
-from moei_core.hardware.profile import DiskProfile, Figure, FrameworkCost, HardwareProfile
+from moei_core.hardware.profile import DiskProfile, Figure, FrameworkCost, HardwareProfile, LayerCost
 
-ASSUMED_FRAMEWORK = FrameworkCost(0.7e-3, 1.5e-3, 60e-6, 1.2e-3, 150e-6, 1.5e-8, 0.2, 400 << 20, "assumed")
+ASSUMED_FRAMEWORK = FrameworkCost(
+    (LayerCost(0, 0.7e-3, 0.9e-3),), 1.5e-3, 60e-6, 1.2e-3, 150e-6, 1.5e-8, 0.2, 400 << 20, "assumed"
+)
 """Where no small model could be run: what was measured on a laptop-class processor."""
 ASSUMED_DISK_BANDWIDTH = 0.5e9
 """Where no disk could be measured: a SATA solid-state disk, in a range from a spinning to a fast one."""
 _ASSUMED_FLOPS = 50e9
+_BURST = 0.7
 
 Point = tuple[float, float]
 Table = dict[int, list[Point]]
@@ -36,6 +39,8 @@ class Speeds:
     _products: dict[str, Table] = field(default_factory=dict)
     _resident: dict[str, Table] = field(default_factory=dict)
     _arriving: dict[str, Table] = field(default_factory=dict)
+    _handling: dict[str, Table] = field(default_factory=dict)
+    cores: int = 1
 
     @classmethod
     def of(cls, profile: HardwareProfile, disk: DiskProfile | None) -> Speeds:
@@ -44,9 +49,13 @@ class Speeds:
             profile.best_memory_bandwidth.value,
             profile.framework or ASSUMED_FRAMEWORK,
             disk,
-            _tables((one.format, one.rows, one.nbytes, one.seconds.low) for one in profile.kernels),
+            _tables((one.format, one.rows, one.nbytes, one.seconds.value) for one in profile.kernels),
             _tables((one.format, one.tokens, one.nbytes, one.resident) for one in profile.experts),
             _tables((one.format, one.tokens, one.nbytes, one.arriving) for one in profile.experts),
+            _tables(
+                (one.format, one.tokens, one.nbytes, one.handling) for one in profile.experts if one.handling
+            ),
+            max((one.threads for one in profile.kernels), default=1),
         )
 
     def with_disk_bandwidth(self, bandwidth: float) -> Speeds:
@@ -72,6 +81,14 @@ class Speeds:
         if table is not None:
             return max(call, nbytes * math.exp(_surface(table, nbytes, tokens)))
         return 3 * self.product(form, weights / 3, tokens) + call
+
+    def handling(self, form: StorageFormat, weights: float, tokens: float) -> float:
+        """Seconds that the engine spends on an expert that arrives, beside waiting for it and computing it."""
+        table = self._handling.get(form.name) or next(iter(self._handling.values()), None)
+        if table is None:
+            return 0.0
+        nbytes = weights * form.bits / 8
+        return nbytes * math.exp(_surface(table, nbytes, tokens))
 
     def product(self, form: StorageFormat, weights: float, rows: float) -> float:
         """Seconds of ``rows`` inputs times one matrix of so many weights."""
@@ -116,23 +133,25 @@ class Speeds:
         figure = self.disk.expert_bandwidth(nbytes)
         steady = _steady(self.disk)
         total, value = nbytes * count, figure.value * steady
-        if fresh and self.disk.fresh is not None:
-            value = min(value, self.disk.fresh.value)
-        slow = max(figure.low * steady, 0.7 * value)
-        fast = max(value, min(figure.high * steady, 1.3 * value))
-        return Range(total / fast, total / value, total / min(slow, value))
+        if fresh and (slow := self.disk.fresh) is not None:
+            value *= min(1.0, slow.bandwidth.value / self.disk.expert_bandwidth(slow.nbytes).value)
+        least = max(figure.low * steady, 0.7 * value)
+        most = max(value, min(figure.high * steady, 1.3 * value))
+        return Range(total / most, total / value, total / min(least, value))
 
 
 def _steady(disk: DiskProfile) -> float:
     """Which share of its speed a disk keeps up: a burst is over after the first seconds.
 
-    The best of many settings is partly luck, so the others of its size are what the sustained run is compared with.
+    The best of many settings is partly luck, so the others of its size are what the sustained run is compared with,
+    and a little less is only what disks vary by.
     """
     if disk.sustained is None:
         return 1.0
     best = max(disk.reads, key=lambda read: read.bandwidth.value)
     usual = statistics.median(read.bandwidth.value for read in disk.reads if read.nbytes == best.nbytes)
-    return min(1.0, disk.sustained.value / usual)
+    share = disk.sustained.value / usual
+    return share if share < _BURST else 1.0
 
 
 def _tables(cells: Iterable[tuple[str, int, int, float]]) -> dict[str, Table]:

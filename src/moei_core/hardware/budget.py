@@ -148,7 +148,9 @@ def plan_slots(
     if experts is not None:
         slots = experts.slots(total, slot_nbytes)
         asked = (
-            f"{experts.fraction:.0%}" if experts.fraction is not None else format_size(experts.nbytes or 0)
+            f"{experts.fraction * 100:.3g}%"
+            if experts.fraction is not None
+            else format_size(experts.nbytes or 0)
         )
         if slots < working:
             smallest = f"{working / total * 100 + 0.05:.1f}%"

@@ -19,6 +19,8 @@ _PRESSURE_INTERVAL = 0.1
 _RESERVE_SHARE = 32
 _LEAST_RESERVE = 256 << 20
 _LARGEST_RESERVE = 1 << 30
+_AHEAD = 4
+"""Looks ahead: whoever takes memory goes on, and a layer that reads many experts delays the next look so much."""
 _STALL = 0.10
 """Share of time lost to memory from which the system counts as short of it, whatever it says is available."""
 _FAULTS = 50
@@ -91,8 +93,7 @@ class MemoryGovernor:
         if memory.cgroup is not None:
             # A limit of a few hundred megabytes cannot leave so much unused.
             reserve = min(reserve, memory.cgroup.limit // _RESERVE_SHARE)
-        # Whoever takes memory goes on taking it until the next look, which may come late.
-        short = reserve + min(2 * taken, reserve) - memory.usable
+        short = reserve + min(_AHEAD * taken, reserve) - memory.usable
         reason = "other programs took memory"
         # PSI looks back ten seconds: with plenty free again it is the past, and the slots are not the cause.
         if short <= 0 and now - self._counted >= _PRESSURE_INTERVAL:

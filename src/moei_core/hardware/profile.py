@@ -15,6 +15,7 @@ import typing
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from moei_core.hardware.gpus import GpuFacts
 from moei_core.hardware.system import CpuFacts, MemoryFacts
 from moei_core.paths import state_dir
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,9 @@ class DiskProfile:
     """A disk and its reads. direct: with O_DIRECT. source: what was read. note: why something is missing.
 
     reads: whole blocks. experts: blocks as the engine reads experts of that size, in chunks that ``depth`` readers
-    take in turn, and hashed. fresh: experts read into memory that was never used, bytes a second. sustained: the
-    best setting kept up for seconds, bytes a second; None if it was not reached.
+    take in turn, and hashed; fresh: one size of them read into memory that was never used. Their samples are spread
+    over the whole measurement. sustained: the best setting kept up for seconds, bytes a second; None if it was not
+    reached.
     """
 
     facts: DiskFacts
@@ -73,7 +75,7 @@ class DiskProfile:
     experts: tuple[ReadSpeed, ...]
     sustained: Figure | None
     note: str = ""
-    fresh: Figure | None = None
+    fresh: ReadSpeed | None = None
 
     def expert_bandwidth(self, nbytes: int) -> Figure:
         """Bytes a second at which experts of ``nbytes`` are read: between the measured sizes, level beyond them.
@@ -136,7 +138,8 @@ class KernelSpeed:
 class ExpertSpeed:
     """One expert of ``nbytes`` in ``format`` with ``tokens`` tokens, as the engine computes it.
 
-    resident: seconds of one among others that are resident. arriving: of one that others are read beside.
+    resident: seconds of one among others that are resident. arriving: of one that others are read beside. handling:
+    what one that arrives costs the engine more than a resident one beside reading and computing it.
     """
 
     format: str
@@ -144,18 +147,32 @@ class ExpertSpeed:
     tokens: int
     resident: float
     arriving: float
+    handling: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """Seconds of what Python, torch and the engine do around a layer of one token, experts' products left out.
+
+    nbytes: of weights that went through the processor's caches in the meantime and pushed out what that work needs.
+    native: with attention as one native call; torch: with the attention of transformers.
+    """
+
+    nbytes: int
+    native: float
+    torch: float
 
 
 @dataclass(frozen=True, slots=True)
 class FrameworkCost:
     """What a token costs beside reading weights, measured on a model whose weights are next to nothing.
 
-    Seconds. layer, token: of one decode step, by layer and once. expert: calling one expert in a decode step.
+    Seconds. layers, token: of one decode step, by layer (least bytes first) and once. expert: calling one expert in it.
     prefill_*: the same of a prefill pass. sampling: of one token, by vocabulary entry. first_pass: what the first
     pass of a process takes longer than later ones. process_nbytes: memory of the process without any weights.
     """
 
-    layer: float
+    layers: tuple[LayerCost, ...]
     token: float
     expert: float
     prefill_layer: float
@@ -164,6 +181,16 @@ class FrameworkCost:
     first_pass: float
     process_nbytes: int
     source: str
+
+    def layer(self, nbytes: float, *, native: bool = True) -> float:
+        """Seconds around a layer of one token with ``nbytes`` of weights: between those measured, level beyond."""
+        known = [(one.nbytes, one.native if native else one.torch) for one in self.layers]
+        if nbytes <= known[0][0]:
+            return known[0][1]
+        for (less, low), (more, high) in pairwise(known):
+            if nbytes <= more:
+                return low + (high - low) * (nbytes - less) / (more - less)
+        return known[-1][1]
 
 
 @dataclass(frozen=True, slots=True)

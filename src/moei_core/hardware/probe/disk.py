@@ -32,8 +32,8 @@ _LARGEST_FILE = 1 << 30
 _SMALLEST_FILE = 8 << 20
 _TARGET = 128 << 20
 _FRESH_NBYTES = 16 << 20
-_TOGETHER, _LEAST = 4, 3
-"""Experts that a layer lacks at once; samples."""
+_TOGETHER = 4
+"""Experts that a layer lacks at once."""
 _FREE_SHARE = 10
 """A file of ours takes at most a tenth of what the disk has free."""
 
@@ -50,7 +50,7 @@ class DiskEffort:
     @property
     def settings(self) -> int:
         """How many settings are measured, besides the sustained run."""
-        return len(self.blocks) * (len(self.depths) + 1)
+        return len(self.blocks) * len(self.depths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,24 +74,21 @@ def probe_disk(
     effort = effort or DiskEffort()
     try:
         with _source(facts, files, effort) as source, _target(max(*effort.blocks, _TARGET)) as target:
+            experts = _ExpertReads(source, target, [one for one in effort.blocks if one <= source.nbytes])
             reads = []
             # A fifth of the time is for the sustained run at the end.
-            share = 0.8 * effort.seconds / effort.settings
+            share = 0.4 * effort.seconds / (len(effort.blocks) * len(effort.depths))
             for nbytes in effort.blocks:
                 for depth in effort.depths:
                     if nbytes <= source.nbytes:
                         reads.append(_measure(source, target, nbytes, depth, share))
+                    experts.sample(share)
                     progress()
-            experts = []
-            for nbytes in effort.blocks:
-                if nbytes <= source.nbytes:
-                    experts.append(_measure_experts(source, nbytes, share, target))
-                progress()
-            fresh = _measure_experts(source, min(_FRESH_NBYTES, source.nbytes), share).bandwidth
             best = max(reads, key=lambda read: read.bandwidth.value)
             sustained = _measure(source, target, best.nbytes, best.depth, 0.2 * effort.seconds).bandwidth
+            speeds, fresh = experts.speeds()
             return DiskProfile(
-                facts, source.direct, source.name, tuple(reads), tuple(experts), sustained, fresh=fresh
+                facts, source.direct, source.name, tuple(reads), speeds, sustained, fresh=fresh
             )
     except OSError as error:
         return DiskProfile(facts, False, "", (), (), None, _why_not(facts, error))
@@ -207,45 +204,67 @@ def _target(nbytes: int) -> Iterator[memoryview]:
         yield view
 
 
-def _measure_experts(
-    source: _Source, nbytes: int, seconds: float, target: memoryview | None = None
-) -> ReadSpeed:
-    """Read experts of ``nbytes`` as the engine does for one layer: some at once, in chunks that readers take in
-    turn, each hashed when its last chunk is there, until all of them are.
+class _ExpertReads:
+    """Reads experts as the engine does for one layer: some at once, in chunks that readers take in turn, each hashed
+    when its last chunk is there, until all of them are.
 
-    target: None for memory that nobody has touched: whoever writes to a page first waits for the kernel.
+    A disk's speed changes from second to second, so each size is read a little at a time, all through the
+    measurement, and one size also into memory that nobody has touched: whoever writes to a page first waits for the
+    kernel.
     """
-    chunk = min(nbytes, CHUNK_NBYTES)
-    together = max(1, min(_TOGETHER, _TARGET // nbytes, source.nbytes // nbytes))
-    places = list(range(source.nbytes // nbytes))
-    random.Random(nbytes).shuffle(places)
-    samples: list[float] = []
-    at = 0
-    end = time.perf_counter() + seconds
-    with ThreadPoolExecutor(READERS) as pool:
-        while len(samples) < _LEAST or time.perf_counter() < end:
-            chosen = [places[(at + number) % len(places)] for number in range(together)]
-            at += together
-            with (
-                mmap(-1, together * nbytes) if target is None else nullcontext(target) as room,
-                memoryview(room) as into,
-            ):
-                started = time.perf_counter()
-                reads = [
-                    pool.submit(
-                        _read_chunk, source, place * nbytes + start, into, number * nbytes, start, nbytes
-                    )
-                    for number, place in enumerate(chosen)
-                    for start in range(0, nbytes, chunk)
-                ]
-                wait(reads)  # all, since the memory is about to go
-                samples.append(time.perf_counter() - started)
-            for one in reads:
-                one.result()
-    total = together * nbytes
-    latency = Figure.of([one / together for one in samples])
-    rates = Figure.of([total / one for one in samples])
-    return ReadSpeed(nbytes, READERS, rates, latency)
+
+    def __init__(self, source: _Source, target: memoryview, sizes: Sequence[int]) -> None:
+        self._source, self._target = source, target
+        self._samples: dict[tuple[int, bool], list[float]] = {(nbytes, False): [] for nbytes in sizes}
+        self._fresh = max((nbytes for nbytes in sizes if nbytes <= _FRESH_NBYTES), default=None)
+        if self._fresh is not None:
+            self._samples[self._fresh, True] = []
+        self._random = random.Random(0)
+
+    def sample(self, seconds: float) -> None:
+        """Read each size at least once, for about ``seconds`` in all."""
+        with ThreadPoolExecutor(READERS) as pool:
+            for (nbytes, fresh), samples in self._samples.items():
+                end = time.perf_counter() + seconds / len(self._samples)
+                samples.append(self._read(pool, nbytes, fresh))
+                while time.perf_counter() < end:
+                    samples.append(self._read(pool, nbytes, fresh))
+
+    def speeds(self) -> tuple[tuple[ReadSpeed, ...], ReadSpeed | None]:
+        """(by size, into fresh memory)."""
+        found = {kind: self._speed(kind[0], samples) for kind, samples in self._samples.items()}
+        fresh = None if self._fresh is None else found[self._fresh, True]
+        return tuple(speed for (_, is_fresh), speed in found.items() if not is_fresh), fresh
+
+    def _speed(self, nbytes: int, samples: list[float]) -> ReadSpeed:
+        together = self._together(nbytes)
+        rates = Figure.of([together * nbytes / one for one in samples])
+        return ReadSpeed(nbytes, READERS, rates, Figure.of([one / together for one in samples]))
+
+    def _together(self, nbytes: int) -> int:
+        return max(1, min(_TOGETHER, _TARGET // nbytes, self._source.nbytes // nbytes))
+
+    def _read(self, pool: ThreadPoolExecutor, nbytes: int, fresh: bool) -> float:
+        """Seconds of reading some experts at once."""
+        together = self._together(nbytes)
+        places = self._random.sample(range(self._source.nbytes // nbytes), together)
+        with (
+            mmap(-1, together * nbytes) if fresh else nullcontext(self._target) as room,
+            memoryview(room) as into,
+        ):
+            started = time.perf_counter()
+            reads = [
+                pool.submit(
+                    _read_chunk, self._source, place * nbytes + start, into, number * nbytes, start, nbytes
+                )
+                for number, place in enumerate(places)
+                for start in range(0, nbytes, min(nbytes, CHUNK_NBYTES))
+            ]
+            wait(reads)  # all, since the memory is about to go
+            elapsed = time.perf_counter() - started
+        for one in reads:
+            one.result()
+        return elapsed
 
 
 def _read_chunk(source: _Source, offset: int, into: memoryview, base: int, start: int, nbytes: int) -> None:

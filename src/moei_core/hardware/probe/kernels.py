@@ -23,6 +23,9 @@ _NATIVE = {"q8_0": "rows16", "q4_0": "rows16", "mxfp4": "plain"}
 """Formats that the native kernels compute, and the order in which a slot holds them."""
 _NATIVE_ROWS = (1, 16, 128)
 
+_BETWEEN_S = 150e-6
+"""Seconds between two products, as Python needs in a model: the other threads have gone to sleep and must be woken."""
+
 Product = Callable[[int], None]
 """Multiplies once with the matrix at the given number; numbers count round the buffer."""
 
@@ -126,6 +129,9 @@ def _timed(product: Product, seconds: float) -> Figure:
     samples: list[float] = []
     end = time.perf_counter() + seconds
     while len(samples) < _LEAST or time.perf_counter() < end:
+        rested = time.perf_counter() + _BETWEEN_S
+        while time.perf_counter() < rested:
+            pass
         started = time.perf_counter()
         product(len(samples) + 1)
         samples.append(time.perf_counter() - started)
