@@ -122,8 +122,14 @@ def statistics(session: ChatSession) -> None:
         rows["on the GPU"] = (
             f"{model.device_budget.resident} experts ({format_size(model.device_budget.nbytes)}); "
             f"{there.hit_rate:.1%} hits ({there.hits} of {there.hits + there.misses}), {there.evictions} evicted; "
-            f"{work.copies} copied ({format_size(work.bytes_copied)}), {work.promotions} of them ahead"
+            f"{work.copies} copied ({format_size(work.bytes_copied)}), {work.promotions} of them promoted"
         )
+    for tier, resizes in model.resizes.items():
+        if resizes:
+            last = resizes[-1]
+            rows[f"{tier} slots"] = (
+                f"{last.after} now, resized {len(resizes)} times; last from {last.before}: {last.reason}"
+            )
     if report is not None:
         times, run = report.times, report.runtime
         parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.time_split.items())
@@ -143,6 +149,12 @@ def statistics(session: ChatSession) -> None:
                 f"{'on' if model.scheduler.controller.active else 'off'} now; last turn: {done.started} begun, "
                 f"{done.useful} useful, {done.late} late, {done.wasted} wasted, {done.cancelled} cancelled"
             )
+            if report.device is not None:
+                there = report.device_prefetch
+                rows["to the GPU"] = (
+                    f"{there.started} begun, {there.useful} useful ({report.device_coverage:.0%} of what it lacked), "
+                    f"{run.copies_late} of them late, {there.wasted} wasted"
+                )
     key_values(rows)
 
 

@@ -8,6 +8,10 @@ For each expert that the device does not hold, one rule decides: with many token
 device, with few it is computed where it lies (Fiddler, arXiv 2402.07033). Beside those computed in RAM, as many are
 *promoted* - copied for the next time - as the link carries meanwhile, if the policy wants them.
 
+What is predicted for the next layers, and in RAM, is *prefetched* into slots beside the residents': copied behind all
+that is wanted now, computed on the device if its router chooses it, forgotten otherwise. A plan says what is
+prefetched; when the bytes really move is the engine's matter and changes no plan and no result.
+
 So *where* an expert is computed follows from what the device holds, and the two places round differently. With
 ``copy_from`` 1 everything is computed on the device, and results do not depend on any budget.
 """
@@ -15,13 +19,13 @@ So *where* an expert is computed follows from what the device holds, and the two
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from moei_core.cache.expert_cache import CacheStatistics, ExpertCache
 from moei_core.predict.base import ExpertPredictor
-from moei_core.prefetch import PrefetchMode
-from moei_core.scheduler import ExpertScheduler
+from moei_core.prefetch import PrefetchController, PrefetchMode
+from moei_core.scheduler import ExpertScheduler, PrefetchStatistics
 from moei_core.types import DevicePlan, ExpertKey, FetchPlan, LayerAccess, Phase, layer_keys
 
 
@@ -64,12 +68,19 @@ class DeviceTier:
         num_experts: Mapping[int, int],
         copy_from: Mapping[int, int],
         promote_share: Mapping[int, float],
+        prefetch_slots: int = 0,
     ) -> None:
-        """All by layer. copy_from: tokens from which an absent expert is copied and computed on the device; 1: always.
-
+        """By layer: copy_from: tokens from which an absent expert is copied and computed on the device; 1: always.
         promote_share: experts that the link carries while RAM computes one.
+
+        prefetch_slots: device slots beside the residents', for experts that no router has asked for yet.
         """
         self.cache = cache
+        self.prefetch_slots = prefetch_slots
+        # Prefetched experts whose layer has not run yet.
+        self.ahead: dict[ExpertKey, None] = {}
+        # started = useful + wasted + those still ahead: whether the bytes came in time is the engine's knowledge.
+        self.prefetch_statistics = PrefetchStatistics()
         self._num_experts = num_experts
         self._copy_from, self._promote_share = copy_from, promote_share
         self._credit = 0.0
@@ -79,23 +90,31 @@ class DeviceTier:
         layer = access.layer
         keys = layer_keys(layer, self._num_experts[layer])
         hits, misses = self.cache.touch(access, keys)
+        foreseen, cancel = self._gate_spoke(layer, misses)
         counts = dict(zip(access.experts, access.token_counts, strict=True))
         least = self._copy_from[layer]
         copy = [key for key in misses if counts[key.expert] >= least]
         in_ram = [key for key in misses if counts[key.expert] < least]
-        excluded: set[ExpertKey] = {*hits, *copy}
+        excluded: set[ExpertKey] = {*hits, *foreseen, *copy}
         evict: list[ExpertKey] = []
         release: list[ExpertKey] = []
-        for key in copy:
+        for key in (*foreseen, *copy):
             stays, evicted = self.cache.place(key, excluded)
             evict += evicted
             if not stays:
                 release.append(key)
-        plan = DevicePlan(tuple(hits), tuple(evict), tuple(copy), tuple(release))
+        plan = DevicePlan(
+            tuple(hits),
+            tuple(evict),
+            tuple(copy),
+            tuple(release),
+            foreseen=tuple(foreseen),
+            cancel=tuple(cancel),
+        )
         if in_ram:
             plan = self._promote(plan, access, in_ram, excluded)
         absent = {key.expert for key in misses}
-        if not hits:
+        if len(absent) == len(access.experts):
             return plan, access
         rest = [expert for expert in access.experts if expert in absent]
         return plan, replace(
@@ -104,6 +123,33 @@ class DeviceTier:
             token_counts=tuple(counts[expert] for expert in rest),
             order=tuple(expert for expert in access.order if expert in absent),
         )
+
+    def prefetch(self, keys: Iterable[ExpertKey]) -> tuple[ExpertKey, ...]:
+        """Those of ``keys``, likeliest first, that are to be copied ahead: what is absent, while there are slots."""
+        found: list[ExpertKey] = []
+        for key in keys:
+            if len(self.ahead) >= self.prefetch_slots:
+                break
+            if key not in self.cache and key not in self.ahead:
+                self.ahead[key] = None
+                found.append(key)
+        self.prefetch_statistics.started += len(found)
+        return tuple(found)
+
+    def _gate_spoke(self, layer: int, misses: list[ExpertKey]) -> tuple[list[ExpertKey], list[ExpertKey]]:
+        """Settle the prefetches for ``layer``: (those chosen, which are no ``misses`` any more; the others)."""
+        foreseen: list[ExpertKey] = []
+        cancel: list[ExpertKey] = []
+        for key in [key for key in self.ahead if key.layer == layer]:
+            del self.ahead[key]
+            (foreseen if key in misses else cancel).append(key)
+        for key in foreseen:
+            misses.remove(key)
+        self.cache.statistics.hits += len(foreseen)
+        self.cache.statistics.misses -= len(foreseen)
+        self.prefetch_statistics.useful += len(foreseen)
+        self.prefetch_statistics.wasted += len(cancel)
+        return foreseen, cancel
 
     def _promote(
         self, plan: DevicePlan, access: LayerAccess, in_ram: list[ExpertKey], excluded: set[ExpertKey]
@@ -148,6 +194,12 @@ class TieredScheduler(ExpertScheduler):
         super().__init__(cache, working_slots, predictor, mode, num_experts=num_experts)
         self.device = device
         self._nearer = device.cache
+        self._to_device: tuple[ExpertKey, ...] = ()
+        self._both = len(self._candidates)
+        if predictor is not None and device.prefetch_slots:
+            # Two ways to follow each predictor: into both tiers, or into RAM alone. The controller keeps what pays.
+            self._candidates *= 2
+            self.controller = PrefetchController(mode, len(self._candidates))
 
     @property
     def device_statistics(self) -> CacheStatistics:
@@ -168,10 +220,24 @@ class TieredScheduler(ExpertScheduler):
 
     def access(self, access: LayerAccess, routed: LayerAccess | None = None) -> FetchPlan:
         front, rest = self.device.plan(access)
-        return replace(super().access(rest, access), device=front)
+        self._to_device = ()
+        plan = super().access(rest, access)
+        return replace(plan, device=replace(front, prefetch=self._to_device))
+
+    def resize_device(self, capacity: int) -> tuple[ExpertKey, ...]:
+        """The device's residents may now be ``capacity``. Returns who must go before anything else is copied."""
+        return tuple(self.device.cache.resize(capacity))
+
+    def _plan_prefetch(self, access: LayerAccess, predictor: ExpertPredictor) -> tuple[ExpertKey, ...]:
+        found = super()._plan_prefetch(access, predictor)
+        active = self.controller.active
+        if active is not None and active < self._both:
+            self._to_device = self.device.prefetch(key for key in self._predicted if key in self._cache)
+        return found
 
     def cancel_load(self, key: ExpertKey) -> None:
         """The planned bytes of ``key`` did not arrive: no tier holds it."""
         if key in self.device.cache:
             self.device.cache.drop(key)
+        self.device.ahead.pop(key, None)
         super().cancel_load(key)

@@ -84,10 +84,14 @@ class DevicePlan:
     """What a device with memory of its own does in one access, beside what RAM does.
 
     hits: experts that it holds, computed there.
+    foreseen: experts that an earlier plan prefetched and the router has chosen; computed there.
+    cancel: those that it has not chosen; their device slots are free.
     evict: residents whose device slots are given up before anything is copied.
     copy: experts that are copied from RAM, once they are there, and computed on the device.
-    release: those of ``copy`` that do not stay.
+    release: those of ``copy`` and ``foreseen`` that do not stay.
     promote: experts that are computed in RAM and copied meanwhile; residents from the next access on.
+    prefetch: experts of later layers that RAM holds, to be copied in this order behind all that is wanted now. Each
+        has a device slot until its router speaks.
     """
 
     hits: tuple[ExpertKey, ...]
@@ -95,6 +99,9 @@ class DevicePlan:
     copy: tuple[ExpertKey, ...] = ()
     release: tuple[ExpertKey, ...] = ()
     promote: tuple[ExpertKey, ...] = ()
+    foreseen: tuple[ExpertKey, ...] = ()
+    cancel: tuple[ExpertKey, ...] = ()
+    prefetch: tuple[ExpertKey, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

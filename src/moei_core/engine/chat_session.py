@@ -24,7 +24,8 @@ from moei_core.scheduler import PrefetchStatistics
 class TurnReport:
     """What one turn was and cost; complete once the turn has ended, valid so far while it runs.
 
-    cache: lookups in RAM; device: those in a device's memory before, if there is one.
+    cache: lookups in RAM; device: those in a device's memory before, if there is one. prefetch: into RAM;
+    device_prefetch: into a device's memory.
     finish_reason: ``stop`` (the model ended it), ``stop-string``, ``length``, ``context`` or ``interrupted``.
     """
 
@@ -39,6 +40,7 @@ class TurnReport:
     runtime: RuntimeStatistics = field(default_factory=RuntimeStatistics)
     prefetch: PrefetchStatistics = field(default_factory=PrefetchStatistics)
     device: CacheStatistics | None = None
+    device_prefetch: PrefetchStatistics = field(default_factory=PrefetchStatistics)
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -56,6 +58,13 @@ class TurnReport:
     def time_split(self) -> dict[str, float]:
         """Seconds by what they were spent on."""
         return time_split(self.times, self.runtime, self.total_s)
+
+    @property
+    def device_coverage(self) -> float:
+        """Share of what a device lacked that had been prefetched to it."""
+        useful = self.device_prefetch.useful
+        lacked = useful + (self.device.misses if self.device is not None else 0)
+        return useful / lacked if lacked else 0.0
 
     @property
     def decode_shares(self) -> tuple[float, float]:
@@ -100,6 +109,14 @@ class TurnReport:
                 "promotions": self.runtime.promotions,
                 "bytes_copied": self.runtime.bytes_copied,
                 "wait_s": round(self.runtime.device_wait_s, 4),
+                "prefetch": {
+                    "started": self.device_prefetch.started,
+                    "useful": self.device_prefetch.useful,
+                    "wasted": self.device_prefetch.wasted,
+                    "copied": self.runtime.copies_ahead,
+                    "late": self.runtime.copies_late,
+                    "coverage": round(self.device_coverage, 4),
+                },
             },
             "memory_bytes": resident_memory(),
             "peak_memory_bytes": peak_memory(),
@@ -156,6 +173,7 @@ class ChatSession:
         prefetch_before = replace(self.model.scheduler.prefetch_statistics)
         device = self.model.device_statistics
         device_before = None if device is None else replace(device)
+        ahead_before = replace(self.model.device_prefetch_statistics)
 
         def account() -> None:
             report.total_s += time.perf_counter() - started
@@ -164,6 +182,7 @@ class ChatSession:
             report.prefetch = self.model.scheduler.prefetch_statistics.minus(prefetch_before)
             if device is not None and device_before is not None:
                 report.device = device.minus(device_before)
+                report.device_prefetch = self.model.device_prefetch_statistics.minus(ahead_before)
 
         answer: list[str] = []
         self.model.scheduler.request_start()

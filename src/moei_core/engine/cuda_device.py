@@ -28,29 +28,47 @@ class _CudaEvent:
 
 
 class CudaDevice:
-    """One GPU of torch. Never synchronises the whole device: the host waits for single events."""
+    """One GPU of torch. Never synchronises the whole device: the host waits for single events.
+
+    note: what a person should know about it, if anything.
+    """
 
     def __init__(self, index: int = 0) -> None:
-        """Raises: what torch raises for a GPU that does not work."""
+        """index: among those that torch sees. Raises: what torch raises for a GPU that does not work."""
         self.place = torch.device("cuda", index)
-        torch.cuda.set_device(self.place)
+        self.make_current()
+        # A product that is split over its columns is put together in float32: float16 could overflow there, and
+        # bfloat16 would round once more than transformers' own products on a processor.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self._copies = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]
-        self.kernels = _kernels()
         self._cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        self.kernels, self.note = _kernels(self.place)
 
     @property
     def _computes(self) -> torch.cuda.Stream:
         """The stream of the model: experts are computed between its layers."""
         return torch.cuda.current_stream(self.place)
 
+    def make_current(self) -> None:
+        # Triton launches on the thread's device, whatever its arguments are on; so do events and page-locking.
+        torch.cuda.set_device(self.place)
+
     def free_nbytes(self) -> int:
         free, _ = torch.cuda.mem_get_info(self.place)
         held = torch.cuda.memory_reserved(self.place) - torch.cuda.memory_allocated(self.place)
         return max(0, free + held - _RETAINED)
 
+    def held_nbytes(self) -> int:
+        return torch.cuda.memory_allocated(self.place)
+
     def allocate(self, nbytes: int) -> torch.Tensor:
-        # CUDA aligns to 512 bytes and more; slots begin at pages relative to this.
+        # CUDA aligns to 512 bytes and more, and slots have whole pages: an expert's parts lie alike in every slot.
         return torch.empty(nbytes, dtype=torch.uint8, device=self.place)
+
+    def release(self, nbytes: int) -> None:
+        """Waits for the device, as the driver does whenever it takes memory back."""
+        torch.cuda.empty_cache()
 
     def register(self, address: int, nbytes: int) -> bool:
         # Our own mapping is locked in place: torch's pinned allocator would round its size up to a power of two.
@@ -91,18 +109,36 @@ class CudaDevice:
         return found
 
     def bring(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.place, non_blocking=True)
+        # From page-locked memory: the driver may wait for the whole stream before it copies from any other. torch
+        # keeps these few bytes until the copy is done.
+        return tensor.contiguous().pin_memory().to(self.place, non_blocking=True)
 
     def finish(self) -> None:
         """Nothing to do: the model computes on the same stream."""
 
     def close(self) -> None:
         self._copies.synchronize()
+        self._computes.synchronize()
 
 
-def _kernels() -> Any:
-    """The fused kernels, or None where triton is missing: then torch decodes and multiplies."""
+def _kernels(place: torch.device) -> tuple[Any, str]:
+    """(the fused kernels, or None where they do not run: then torch decodes and multiplies; why they do not).
+
+    They are tried: triton compiles when a kernel is first used, which needs a C compiler, and a GPU that it knows.
+    """
     try:
-        return importlib.import_module("moei_core.quant.triton_kernels")
+        kernels = importlib.import_module("moei_core.quant.triton_kernels")
+        raw = torch.zeros(16 * 18, dtype=torch.uint8, device=place)
+        found = kernels.decode("Q4_0", "plain", (16, 32), raw, torch.ones((16, 32), device=place))
+        works = not bool(found.any())
     except ImportError:
-        return None
+        return None, ""
+    except Exception as error:
+        # What stops a compiler has any type and many lines.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        return None, f"Fused GPU kernels do not run here, so torch decodes experts: {lines[-1][:200]}"
+    return (
+        (kernels, "")
+        if works
+        else (None, "Fused GPU kernels give wrong values here, so torch decodes experts.")
+    )

@@ -92,17 +92,21 @@ class DeviceBlocks:
 class DeviceExpert:
     """An expert in a device slot, or on its way there: ``ready`` is the end of its copy, None once that was seen.
 
-    kind: as of ``HeldExpert``. start: where its slot begins in the device's slot memory, in bytes.
+    kind: as of ``HeldExpert``. start: as of ``DeviceSlots``.
     """
 
     __slots__ = ("_kernels", "_memory", "_weights", "key", "kind", "layout", "ready", "slot", "start")
 
     def __init__(self, held: HeldExpert, slots: DeviceSlots, slot: int, ready: Event, kernels: Any) -> None:
-        self.key, self.layout, self.kind, self.slot = held.key, held.layout, held.kind, slot
-        self.start = slot * slots.slot_nbytes
+        self.key, self.layout, self.kind = held.key, held.layout, held.kind
         self.ready: Event | None = ready
-        self._memory = slots.bytes_of(slot, held.layout.slot_nbytes)
         self._kernels = kernels
+        self.move(slots, slot)
+
+    def move(self, slots: DeviceSlots, slot: int) -> None:
+        """Its bytes are in ``slot`` from now on."""
+        self.slot, self.start = slot, slots.start(slot)
+        self._memory = slots.bytes_of(slot, self.layout.slot_nbytes)
         self._weights: ExpertWeights | None = None
 
     @property
@@ -138,7 +142,7 @@ class FewTokenExperts:
     ) -> torch.Tensor:
         """Outputs of pairs of an expert and a token, float32 [pairs, hidden].
 
-        memory: all device slots. starts: int64 [pairs], where the expert's slot begins. inputs: float32
+        memory, starts: of ``DeviceSlots``; starts int64 [pairs], of each pair's expert. inputs: float32
         [tokens, hidden], contiguous. rows: int64 [pairs], the token.
         """
         outputs = [self._product(part, memory, starts, inputs, rows) for part in self.first]

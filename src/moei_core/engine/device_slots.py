@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
+from functools import partial
 
 import torch
 
@@ -60,8 +62,11 @@ class LinkedSlotPool(SlotPool):
         super().resize(slots)
 
     def close(self) -> None:
-        """Unlock all. No copy may be under way."""
+        """Wait for copies that are under way, and unlock all."""
         self._settle()
+        for event in self._read_by.values():
+            event.wait()
+        self._read_by.clear()
         for slot in list(self._locked):
             self._unlock(slot)
 
@@ -76,31 +81,105 @@ class LinkedSlotPool(SlotPool):
             self._device.unregister(self.address(slot))
 
 
-class DeviceSlots:
-    """The memory of a device that experts are computed from: slots for residents, and a ring for what passes.
+BLOCK_NBYTES = 256 << 20
+"""At least so much device memory is taken and given back at a time: allocations are rounded up, each by 2 MiB."""
 
-    Whoever fills a slot again waits, on the device, until what was computed from it is done: ``last_use``.
+_BLOCKS = 32
+
+
+class DeviceSlots:
+    """The memory of a device that experts are computed from: slots for those that stay, and a ring for what passes.
+
+    Slots lie in blocks, so that memory can be given back; offsets (``start``) count from ``memory``, the ring, and may
+    lead to another block. Whoever fills a slot again waits, on the device, until what was computed from it is done:
+    ``last_use``.
     """
 
-    def __init__(self, device: Device, residents: int, ring: int, slot_nbytes: int) -> None:
-        self.slot_nbytes = slot_nbytes
-        self.memory = device.allocate((residents + ring) * slot_nbytes)
-        self._free = list(range(residents - 1, -1, -1))
-        self._ring = deque(range(residents, residents + ring))
+    def __init__(self, device: Device, slots: int, ring: int, slot_nbytes: int) -> None:
+        self.slots, self.slot_nbytes = slots, slot_nbytes
+        self._device, self._first = device, ring
+        self.memory = device.allocate(ring * slot_nbytes)
+        self.block_slots = max(-(-slots // _BLOCKS), -(-BLOCK_NBYTES // slot_nbytes), 1)
+        self._blocks: list[torch.Tensor] = []
+        self._free: list[int] = []
+        self._ring = deque(range(ring))
         self.last_use: dict[int, Event] = {}
+        self.grow(slots)
+
+    @property
+    def nbytes(self) -> int:
+        """What all slots take now."""
+        return (self._first + self.usable) * self.slot_nbytes
+
+    @property
+    def usable(self) -> int:
+        """Slots for those that stay that there are now."""
+        return self._end(len(self._blocks))
+
+    def within(self, slots: int) -> int:
+        """The most slots of whole blocks that are no more than ``slots``; one block at least."""
+        blocks = max(1, min(slots, self.slots) // self.block_slots)
+        return self._end(blocks if slots < self.slots else -(-self.slots // self.block_slots))
 
     def take(self, stays: bool) -> int:
-        """A slot for a resident; else the next one of the ring, which may be filled again later in the access."""
+        """A slot for one that stays; else the next one of the ring, which may be filled again later in the access."""
         if stays:
             return self._free.pop()
         self._ring.rotate(-1)
         return self._ring[-1]
 
     def give_back(self, slot: int) -> None:
-        """A resident has gone."""
+        """What stayed has gone."""
         self._free.append(slot)
+
+    def start(self, slot: int) -> int:
+        """Where a slot begins, in bytes from the beginning of ``memory``; below 0 in a block that lies before."""
+        if slot < self._first:
+            return slot * self.slot_nbytes
+        block, place = divmod(slot - self._first, self.block_slots)
+        return self._blocks[block].data_ptr() - self.memory.data_ptr() + place * self.slot_nbytes
 
     def bytes_of(self, slot: int, nbytes: int) -> torch.Tensor:
         """The first ``nbytes`` of a slot, uint8."""
-        start = slot * self.slot_nbytes
-        return self.memory[start : start + nbytes]
+        memory, place = self.memory, slot
+        if slot >= self._first:
+            block, place = divmod(slot - self._first, self.block_slots)
+            memory = self._blocks[block]
+        return memory[place * self.slot_nbytes : place * self.slot_nbytes + nbytes]
+
+    def grow(self, slots: int) -> None:
+        """Have ``slots`` (of ``within``, or all), or as many as can be allocated; at least those there are."""
+        while (begin := self.usable) < slots:
+            end = self._end(len(self._blocks) + 1)
+            try:
+                block = self._device.allocate((end - begin) * self.slot_nbytes)
+            except torch.OutOfMemoryError:
+                if begin:
+                    return
+                raise
+            self._blocks.append(block)
+            self._free[:0] = range(self._first + end - 1, self._first + begin - 1, -1)
+
+    def shrink(self, slots: int, used: Iterable[int]) -> dict[int, int]:
+        """Give back what is beyond ``slots`` (of ``within``). used: slots in use, no more than ``slots``.
+
+        Nothing may be under way on the device. Returns where to the used slots of blocks that go have moved.
+        """
+        begin, nbytes = self._first + slots, (self.usable - slots) * self.slot_nbytes
+        self._free = [slot for slot in self._free if slot < begin]
+        moved: dict[int, int] = {}
+        for slot in [slot for slot in used if slot >= begin]:
+            moved[slot] = self._free.pop()
+            self._device.compute(partial(self._copy, slot, moved[slot]))
+        self._device.mark().wait()
+        while self.usable > slots:
+            self._blocks.pop()
+        self.last_use = {slot: event for slot, event in self.last_use.items() if slot < begin}
+        self._device.release(nbytes)
+        return moved
+
+    def _copy(self, source: int, target: int) -> None:
+        self.bytes_of(target, self.slot_nbytes).copy_(self.bytes_of(source, self.slot_nbytes))
+
+    def _end(self, blocks: int) -> int:
+        return min(blocks * self.block_slots, self.slots)

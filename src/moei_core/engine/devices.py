@@ -36,11 +36,20 @@ class Device(Protocol):
     place: torch.device
     kernels: Any
 
+    def make_current(self) -> None:
+        """What the calling thread computes from now on may be computed here. Before each forward pass."""
+
     def free_nbytes(self) -> int:
-        """Bytes of its memory that can still be allocated."""
+        """Bytes of its memory that can still be allocated, by the system's account: others may take some."""
+
+    def held_nbytes(self) -> int:
+        """Bytes of its memory that this process has allocated."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """``nbytes`` of its memory, uint8, page-aligned."""
+        """``nbytes`` of its memory, uint8. Raises: torch.OutOfMemoryError."""
+
+    def release(self, nbytes: int) -> None:
+        """``nbytes`` of ``allocate`` are not referred to any more: others may have them."""
 
     def register(self, address: int, nbytes: int) -> bool:
         """Page-lock host memory, so that copies from it need no processor. False: copies work, but slower."""
@@ -141,17 +150,27 @@ class CpuDevice:
         kernels: Any = None,
     ) -> None:
         self.kernels = kernels
-        self._left = memory_nbytes
+        self._total = self._left = memory_nbytes
+        self.taken_by_others = 0
         self._copy_delay, self._compute_delay = copy_delay, compute_delay
         self._copies, self._computes = _Queue("moei-device-copy"), _Queue("moei-device-compute")
         self.registered: dict[int, int] = {}
 
+    def make_current(self) -> None:
+        """There is one."""
+
     def free_nbytes(self) -> int:
-        return self._left
+        return max(0, self._left - self.taken_by_others)
+
+    def held_nbytes(self) -> int:
+        return self._total - self._left
+
+    def release(self, nbytes: int) -> None:
+        self._left += nbytes
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        if nbytes > self._left:
-            raise MemoryError(f"{nbytes} bytes of {self._left} that are free")
+        if nbytes > self.free_nbytes():
+            raise torch.OutOfMemoryError(f"{nbytes} bytes of {self.free_nbytes()} that are free")
         self._left -= nbytes
         page = 4096
         memory = torch.full((nbytes + page,), 0xFF, dtype=torch.uint8)

@@ -16,7 +16,7 @@ from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.sampling import Sampler
 from moei_core.engine.statistics import RuntimeStatistics
 from moei_core.engine.steady_shapes import SteadyShapes
-from moei_core.errors import InterruptedTurnError
+from moei_core.errors import DoesNotFitError, InterruptedTurnError
 from moei_core.types import Phase
 
 
@@ -112,7 +112,22 @@ class Generator:
         return logits
 
     def _forward(self, tokens: list[int], phase: Phase) -> torch.Tensor:
-        """Logits [vocabulary] after ``tokens``."""
+        """Logits [vocabulary] after ``tokens``. Raises: DoesNotFitError if a device has too little memory for it."""
+        try:
+            logits = self._pass(tokens, phase)
+        except torch.OutOfMemoryError as error:
+            # Other programs may take a device's memory at any time; experts can do with less of it.
+            if not self._cache.can_cut or not self._runtime.make_room():
+                raise _out_of_memory() from error
+            try:
+                logits = self._pass(tokens, phase)
+            except torch.OutOfMemoryError as again:
+                raise _out_of_memory() from again
+        self._runtime.end_pass()
+        self._cache.commit(tokens)
+        return logits
+
+    def _pass(self, tokens: list[int], phase: Phase) -> torch.Tensor:
         self._runtime.forward_pass(phase, len(tokens))
         shapes = SteadyShapes() if len(tokens) > 1 else nullcontext()
         try:
@@ -123,11 +138,17 @@ class Generator:
                     use_cache=True,
                     logits_to_keep=self._last,
                 )
+                logits: torch.Tensor = output.logits[0, -1].cpu()
         except BaseException:
             self._runtime.settle()
             self._cache.roll_back()
             raise
-        self._runtime.end_pass()
-        self._cache.commit(tokens)
-        logits: torch.Tensor = output.logits[0, -1].cpu()
         return logits
+
+
+def _out_of_memory() -> DoesNotFitError:
+    return DoesNotFitError(
+        "The GPU's memory is not enough for this pass.",
+        "Other programs use it too, and experts cannot give more of it back.",
+        "Close them, or ask for less: --context, --vram, or --device cpu. The conversation is as it was.",
+    )

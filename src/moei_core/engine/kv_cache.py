@@ -17,7 +17,7 @@ class ConversationCache:
     """The key-value cache of one conversation, and the tokens whose states it holds.
 
     ``tokens`` are those of completed forward passes: a pass that failed half-way leaves layers of different
-    lengths, and ``roll_back`` cuts them all to what ``tokens`` says.
+    lengths, and ``roll_back`` cuts them all to what ``tokens`` says. can_cut: whether all can be cut.
     """
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -30,7 +30,7 @@ class ConversationCache:
             GrowingLayer() if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
             for layer in DynamicCache(config=self._config).layers
         ]
-        self._can_cut = all(isinstance(layer, GrowingLayer) for layer in layers)
+        self.can_cut = all(isinstance(layer, GrowingLayer) for layer in layers)
         return Cache(layers=layers)
 
     def reuse_prefix(self, tokens: list[int]) -> int:
@@ -50,7 +50,7 @@ class ConversationCache:
 
     def roll_back(self) -> None:
         """Undo a pass that did not complete."""
-        if self._can_cut:
+        if self.can_cut:
             self._cut_to(len(self.tokens))
         else:
             self.clear()
@@ -61,7 +61,7 @@ class ConversationCache:
         self.cache = self._fresh()
 
     def _cut_to(self, length: int) -> None:
-        if not self._can_cut:
+        if not self.can_cut:
             if length < len(self.tokens):
                 self.clear()
             return

@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
-from transformers import AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 from moei_core.adapters.skeleton import experts_modules
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.cache.expert_cache import CacheStatistics, ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, LIVE_POLICIES, POLICIES, CachePolicy
 from moei_core.config import FULL_OVERLAP, ExpertBudget, GenerationSettings, Overlap
+from moei_core.engine.copies_ahead import AHEAD_S
 from moei_core.engine.device_compute import decoded_nbytes, why_not
 from moei_core.engine.device_slots import DeviceSlots, LinkedSlotPool
 from moei_core.engine.devices import Device
 from moei_core.engine.expert_compute import DECODED_NBYTES
 from moei_core.engine.hints import Hinter, RouterHints, StrideHints
-from moei_core.engine.placement import device_tier, measure_costs, open_device
+from moei_core.engine.model_settings import context_length, float_type, load_tokenizer
+from moei_core.engine.placement import device_governor, device_tier, measure_costs, open_device
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.slots import SlotPool
 from moei_core.engine.tiered_runtime import TieredRuntime
@@ -41,17 +42,16 @@ from moei_core.hardware.budget import (
     workspace_nbytes,
 )
 from moei_core.hardware.memory import available_memory, resident_memory
-from moei_core.hardware.pressure import MemoryGovernor
+from moei_core.hardware.pressure import MemoryGovernor, Resize
 from moei_core.predict import PREDICTORS, ExpertPredictor
 from moei_core.prefetch import PrefetchMode
 from moei_core.quant import native
-from moei_core.scheduler import ExpertScheduler
+from moei_core.scheduler import ExpertScheduler, PrefetchStatistics
 from moei_core.store.base import ExpertStore
 from moei_core.tiers import LinkCosts, TieredScheduler
 from moei_core.trace.writer import TraceWriter
 from moei_core.types import ModelSpec
 
-DEFAULT_CONTEXT = 4096
 PREFETCH_SLOTS = 2
 """One prefetch on its way while the one before waits for the next layer."""
 
@@ -97,15 +97,17 @@ class LoadedModel:
         Raises: errors of ``moei_core.errors`` for anything that is wrong with the folder or the options.
         """
         started = time.perf_counter()
-        device = device or open_device(options.device, options.vram, options.misses)
+        self._device_note = ""
+        if device is None:
+            device, self._device_note = open_device(options.device, options.vram, options.misses)
         make_policy = _policy(options.policy)
         make_predictor = _predictor(options.predictor)
         self.folder = folder
-        self.adapter = TransformersAdapter(folder, _dtype(options.dtype), native_dense=device is None)
+        self.adapter = TransformersAdapter(folder, float_type(options.dtype), native_dense=device is None)
         self.spec: ModelSpec = self.adapter.spec()
         threads = compute_threads(self.spec)
-        self.context = _context(self.adapter.config.get_text_config(), options.context)
-        self.tokenizer: Any = _load_tokenizer(folder)
+        self.context = context_length(self.adapter.config.get_text_config(), options.context)
+        self.tokenizer: Any = load_tokenizer(folder)
         store = self.adapter.open_store()
         try:
             slot_nbytes = max(store.layout(key).slot_nbytes for key in store.experts())
@@ -134,7 +136,10 @@ class LoadedModel:
             policy = make_policy(self.budget.resident, self.spec.num_experts)
             cache = ExpertCache(self.budget.resident, policy)
             predictor = (
-                make_predictor(self.spec.num_experts) if make_predictor and self.budget.spare else None
+                make_predictor(self.spec.num_experts)
+                if make_predictor
+                and (self.budget.spare or (self.device_budget is not None and self.device_budget.prefetch))
+                else None
             )
             streamed = self.spec.num_experts if options.overlap.stream else None
             if native.available():
@@ -151,7 +156,8 @@ class LoadedModel:
                 )
             else:
                 linked = LinkedSlotPool(self.budget.slots, slot_nbytes, device)
-                slots = DeviceSlots(device, self.device_budget.resident, RING_SLOTS, slot_nbytes)
+                staying = self.device_budget.slots - RING_SLOTS
+                slots = DeviceSlots(device, staying, RING_SLOTS, slot_nbytes)
                 costs = costs or measure_costs(device, slots, linked, threads)
                 front = make_policy(self.device_budget.resident, self.spec.num_experts)
                 tier = device_tier(self.device_budget, front, self.spec, options.misses, costs)
@@ -159,9 +165,14 @@ class LoadedModel:
                     cache, self.budget.working, tier, predictor, options.prefetch, num_experts=streamed
                 )
                 self.scheduler = tiers
-                self.runtime = TieredRuntime(
-                    store, linked, tiers, device, slots, self.budget.spare, threads, options.overlap
+                at_once = max(1, int(AHEAD_S / costs.copy_seconds(slot_nbytes)))
+                tiered = TieredRuntime(
+                    store, linked, tiers, device, slots, self.budget.spare, threads, options.overlap, at_once
                 )
+                tiered.device_governor = device_governor(device, self.device_budget, slots)
+                for _, layer, module in experts_modules(self.adapter.model):
+                    tiered.warm_up(module, layer, self.spec.hidden_size, self.adapter.dtype)
+                self.runtime = tiered
             least = self.budget.working + self.budget.spare
             self.runtime.governor = MemoryGovernor(self.budget.slots, least, slot_nbytes)
             self.runtime.hinter = hinter
@@ -197,6 +208,7 @@ class LoadedModel:
                     use.workspace + decoded_nbytes(store.layout(key) for key in store.experts()),
                     device.free_nbytes(),
                     options.vram,
+                    2 * self.spec.num_experts_per_tok if options.predictor is not None else 0,
                 )
             except DoesNotFitError as error:
                 if insists:
@@ -259,9 +271,24 @@ class LoadedModel:
         return self.scheduler.device_statistics if isinstance(self.scheduler, TieredScheduler) else None
 
     @property
+    def device_prefetch_statistics(self) -> PrefetchStatistics:
+        """What became of prefetches into a device's memory so far, but for their lateness, which the runtime knows."""
+        if isinstance(self.scheduler, TieredScheduler):
+            return self.scheduler.device.prefetch_statistics
+        return PrefetchStatistics()
+
+    @property
+    def resizes(self) -> dict[str, list[Resize]]:
+        """How the numbers of slots have followed the free memory, by tier: ``RAM`` and, with a device, ``GPU``."""
+        governors = {"RAM": self.runtime.governor}
+        if isinstance(self.runtime, TieredRuntime):
+            governors["GPU"] = self.runtime.device_governor
+        return {tier: one.resizes for tier, one in governors.items() if one is not None}
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know about how this model runs."""
-        notes = (self._no_device,) if self._no_device else ()
+        notes = tuple(filter(None, (self._device_note, self._no_device)))
         if native.available():
             return notes
         what = self.adapter.packed.format.lower() if self.adapter.packed is not None else "the"
@@ -362,37 +389,3 @@ def _predictor(name: str | None) -> Callable[[Mapping[int, int]], ExpertPredicto
             hint=f"Choose from: {live}, or a file of moei trace train.",
         )
     return PREDICTORS[name]
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise UsageError(
-            f"'{name}' is not a dtype moei computes in.", hint=f"Choose from: {', '.join(known)}."
-        )
-    return known[name]
-
-
-def _context(config: Any, asked: int | None) -> int:
-    longest = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
-    if asked is None:
-        return int(min(longest, DEFAULT_CONTEXT))
-    if not 16 <= asked <= longest:
-        raise UsageError(
-            f"--context {asked} is out of range.",
-            f"This model was made for 16 to {longest} tokens of context.",
-        )
-    return asked
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        # Whatever transformers raises here: the folder has no usable tokenizer.
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DamagedFileError(
-            f"The tokenizer in {folder} cannot be loaded.", first, "Pull the model again."
-        ) from error

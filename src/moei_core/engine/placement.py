@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 
@@ -12,43 +13,77 @@ from moei_core.cache.policies.base import CachePolicy
 from moei_core.engine.device_slots import DeviceSlots, LinkedSlotPool
 from moei_core.engine.devices import Device
 from moei_core.errors import UsageError
-from moei_core.hardware.budget import DeviceBudget
+from moei_core.hardware.budget import DEVICE_MARGIN, DeviceBudget
+from moei_core.hardware.pressure import MemoryGovernor
 from moei_core.hardware.probe.bandwidth import make_buffer, read_bandwidth
 from moei_core.hardware.profile import load_profile
+from moei_core.hardware.system import MemoryFacts, Pressure
 from moei_core.tiers import DeviceTier, LinkCosts
 from moei_core.types import ModelSpec
 
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("auto", "cpu", "cuda", "cuda:1")
+"""What ``--device`` may say; any number. ``auto`` and ``cuda`` are the first GPU of torch."""
+
 MISSES = ("auto", "copy")
 """What becomes of an expert that the device does not hold: what costs less, or always a copy."""
 
 _COPIES = 8
 _BUFFER = 64 << 20
+_LOOKS_S = 0.1
+"""Asking a driver for free memory takes longer than asking the kernel."""
 
 
-def open_device(name: str, vram: int | None, misses: str) -> Device | None:
-    """The device called ``name`` of ``DEVICES``; None: the processor alone.
+def open_device(name: str, vram: int | None, misses: str) -> tuple[Device | None, str]:
+    """(the device called ``name`` of ``DEVICES``, None: the processor alone; what a person should know about it).
 
     Raises: UsageError for what does not exist, and for settings of a device that is not there.
     """
-    if name not in DEVICES:
+    if name not in DEVICES and not re.fullmatch(r"cuda:\d{1,3}", name):
         raise UsageError(f"There is no device '{name}'.", hint=f"Choose from: {', '.join(DEVICES)}.")
     if misses not in MISSES:
         raise UsageError(
             f"--misses {misses}: there is no such way.", hint=f"Choose from: {', '.join(MISSES)}."
         )
     if name != "cpu" and torch.cuda.is_available():
-        from moei_core.engine.cuda_device import CudaDevice
-
-        return CudaDevice()
-    given = {"--device cuda": name == "cuda", "--vram": vram is not None, "--misses": misses != "auto"}
+        return _open_cuda(name, insists=name != "auto" or vram is not None or misses != "auto")
+    given = {
+        f"--device {name}": name.startswith("cuda"),
+        "--vram": vram is not None,
+        "--misses": misses != "auto",
+    }
     for option in (option for option, is_given in given.items() if is_given):
         raise UsageError(
             f"{option} needs a GPU, and {'--device cpu rules it out' if name == 'cpu' else 'torch finds none'}.",
             "" if name == "cpu" else "Either there is none, or this installation of torch is without CUDA.",
             "Leave it out to run on the processor.",
         )
-    return None
+    return None, ""
+
+
+def _open_cuda(name: str, insists: bool) -> tuple[Device | None, str]:
+    from moei_core.engine.cuda_device import CudaDevice
+
+    index, count = int(name.partition(":")[2] or 0), torch.cuda.device_count()
+    names = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(count)]
+    if index >= count:
+        raise UsageError(
+            f"There is no GPU {name}.",
+            f"torch sees {', '.join(names)}.",
+            "CUDA_VISIBLE_DEVICES may hide others, and numbers those that it names from 0.",
+        )
+    try:
+        device = CudaDevice(index)
+    except (RuntimeError, AssertionError) as error:
+        # A driver that is too old, a GPU in exclusive use, an architecture that this torch was not built for.
+        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        if insists:
+            raise UsageError(f"{names[index]} does not work.", f"{reason}.", "Try --device cpu.") from error
+        return None, f"The GPU is not used: {reason}."
+    others = [one for i, one in enumerate(names) if i != index]
+    note = [device.note] if device.note else []
+    if others:
+        note.append(f"One GPU is used, {names[index]}; not used: {', '.join(others)} (--device chooses).")
+    return device, " ".join(note)
 
 
 def device_tier(
@@ -61,6 +96,31 @@ def device_tier(
         spec.num_experts,
         {layer: 1 if misses == "copy" else costs.copy_from(size) for layer, size in nbytes.items()},
         {layer: costs.promote_share(size) for layer, size in nbytes.items()},
+        budget.prefetch,
+    )
+
+
+def device_governor(device: Device, budget: DeviceBudget, slots: DeviceSlots) -> MemoryGovernor:
+    """What gives device slots back when other programs take the device's memory, and takes them again.
+
+    The dense model, its context and its workspace are allocated as they are needed: what of them is still to come is
+    not free.
+    """
+    beside_slots = sum(line.nbytes for line in budget.lines[:3])
+
+    def memory() -> MemoryFacts:
+        to_come = max(0, beside_slots - (device.held_nbytes() - slots.nbytes))
+        return MemoryFacts(0, max(0, device.free_nbytes() - to_come), 0, 0, None)
+
+    return MemoryGovernor(
+        slots.slots,
+        min(slots.slots, budget.prefetch + slots.block_slots),
+        slots.slot_nbytes,
+        memory,
+        lambda: Pressure(None, 0),
+        reserve=DEVICE_MARGIN // 2,
+        interval=_LOOKS_S,
+        block=slots.block_slots,
     )
 
 

@@ -217,6 +217,10 @@ class ExpertRuntime(ResidentLayers):
             self._forget(key)
         self._pool.resize(slots)
 
+    def make_room(self) -> bool:
+        """Memory for computing was refused: give some of what experts hold back. Returns whether there was any."""
+        return False
+
     def _work(
         self, module: Any, hidden_states: torch.Tensor, index: torch.Tensor, scale: torch.Tensor
     ) -> LayerWork:

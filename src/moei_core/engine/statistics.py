@@ -12,8 +12,9 @@ class RuntimeStatistics:
     bytes_read: of experts, also what was read in vain. bytes_prefetched: of them by complete prefetches. stall_s:
     waiting for experts. move_s: asking for experts, giving slots out and taking them back. combine_s: gathering rows
     and summing outputs. layers_s: all that the expert layers took; what is left of it is unexplained. copies,
-    bytes_copied: of experts to a device, those for the next time (promotions) included. device_wait_s: until a device
-    had computed what the router of a layer chose, and with it everything before.
+    bytes_copied: of experts to a device, those for the next time (promotions) and those that no router had asked for
+    (copies_ahead) included; copies_late: of the latter, those that were chosen before they were there. device_wait_s:
+    until a device had computed what the router of a layer chose, and with it everything before.
     """
 
     loads: int = 0
@@ -28,6 +29,8 @@ class RuntimeStatistics:
     layers_s: float = 0.0
     copies: int = 0
     promotions: int = 0
+    copies_ahead: int = 0
+    copies_late: int = 0
     bytes_copied: int = 0
     device_wait_s: float = 0.0
 

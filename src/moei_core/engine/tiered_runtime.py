@@ -2,7 +2,8 @@
 
 The dense part of the model runs on the device. A layer costs one wait: for what its router chose, read back together
 with the hidden states. Then, all at once: what the device holds is computed there; what goes there is copied as soon
-as it is in RAM, and computed behind its copy; the rest is computed in RAM, while promotions use the link.
+as it is in RAM, and computed behind its copy; the rest is computed in RAM, while promotions use the link. What is
+predicted for later layers is copied behind all that, and computed on the device if it was rightly predicted.
 """
 
 from __future__ import annotations
@@ -14,20 +15,29 @@ from typing import Any
 import torch
 
 from moei_core.config import FULL_OVERLAP, Overlap
+from moei_core.engine.copies_ahead import CopiesAhead
 from moei_core.engine.device_compute import DeviceExpert, FewTokenExperts, few_token_experts
 from moei_core.engine.device_slots import DeviceSlots, LinkedSlotPool
-from moei_core.engine.devices import Device
+from moei_core.engine.devices import Device, Event
+from moei_core.engine.expert_compute import HeldExpert, stored_alike
 from moei_core.engine.layer_work import LayerWork, TokenWork
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.tiered_work import TieredWork
+from moei_core.hardware.pressure import MemoryGovernor
 from moei_core.store.base import ExpertStore
 from moei_core.tiers import TieredScheduler
 from moei_core.trace.format import TraceEvent
-from moei_core.types import DevicePlan, ExpertKey, FetchPlan
+from moei_core.types import DevicePlan, ExpertKey, FetchPlan, Phase
+
+_MANY = 32
+"""Tokens that no kernel for few takes."""
 
 
 class TieredRuntime(ExpertRuntime):
-    """Carries out the plans of a ``TieredScheduler``: those for RAM as ever, those for the device beside them."""
+    """Carries out the plans of a ``TieredScheduler``: those for RAM as ever, those for the device beside them.
+
+    device_governor, where given, is asked before every access how many slots the device's memory allows.
+    """
 
     _short_tokens = False
 
@@ -41,7 +51,9 @@ class TieredRuntime(ExpertRuntime):
         prefetch_slots: int = 0,
         threads: int = 1,
         overlap: Overlap = FULL_OVERLAP,
+        at_once: int = 1,
     ) -> None:
+        """at_once: copies for later layers that may be on their way together."""
         super().__init__(store, pool, scheduler, prefetch_slots, threads, overlap)
         self.device = device
         self._linked_pool, self._tiers, self._device_slots = pool, scheduler, slots
@@ -49,6 +61,43 @@ class TieredRuntime(ExpertRuntime):
         self._device_plan = DevicePlan(())
         self._few: dict[tuple[int, int], FewTokenExperts | None] = {}
         self._inputs: torch.Tensor | None = None
+        self._warm: set[tuple[object, ...]] = set()
+        self._last_copy: Event | None = None
+        self._ahead = CopiesAhead(self._copy_ahead, self._held, at_once)
+        self.device_governor: MemoryGovernor | None = None
+
+    def forward_pass(self, phase: Phase, tokens: int) -> None:
+        self.device.make_current()
+        super().forward_pass(phase, tokens)
+
+    def warm_up(self, module: Any, layer: int, hidden_size: int, dtype: torch.dtype) -> None:
+        """Compute an expert of ``layer`` with one token and with many, unless one of its kind has been.
+
+        Compiling kernels and starting libraries takes seconds: here, not in the middle of the first answer.
+        """
+        key = next(key for key in self._store.experts() if key.layer == layer)
+        layout = self._store.layout(key)
+        alike = type(module), stored_alike(layout)
+        if alike in self._warm:
+            return
+        self._warm.add(alike)
+        pool, slots = self._linked_pool, self._device_slots
+        host, there = pool.take(), slots.take(stays=False)
+        held = HeldExpert(key, layout, pool.view(host), pool.address(host), -1 - len(self._warm))
+        nbytes = layout.slot_nbytes
+        ready = self.device.copy_in(held.view[:nbytes], slots.bytes_of(there, nbytes), None)
+        expert = DeviceExpert(held, slots, there, ready, self.device.kernels)
+        with torch.inference_mode():
+            for tokens in (1, _MANY):
+                inputs = torch.zeros((tokens, hidden_size), dtype=dtype)
+                self._inputs = self.device.bring(inputs)
+                index = torch.full((tokens, 1), key.expert)
+                work = self._work(module, inputs, index, torch.ones((tokens, 1)))
+                assert isinstance(work, TieredWork)
+                self._compute_there(work, [expert])
+                self.device.read_back(work.total())
+        ready.wait()
+        pool.give_back(host)
 
     def run_layer(
         self,
@@ -58,9 +107,13 @@ class TieredRuntime(ExpertRuntime):
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
+        self._ahead.advance()
         started = time.perf_counter()
         host = self.device.read_back(hidden_states, top_k_index, top_k_weights)
         self.statistics.device_wait_s += time.perf_counter() - started
+        self._ahead.advance()
+        if self.device_governor is not None and (slots := self.device_governor.poll()) is not None:
+            self.resize_device(slots)
         self._inputs = hidden_states
         return super().run_layer(module, layer, *host)
 
@@ -87,13 +140,28 @@ class TieredRuntime(ExpertRuntime):
 
     def _carry_out(self, plan: FetchPlan, work: LayerWork | TokenWork) -> None:
         assert plan.device is not None and isinstance(work, TieredWork)
-        self._device_plan = plan.device
-        for key in plan.device.evict:
+        there = self._device_plan = plan.device
+        self._ahead.wish(there.prefetch)
+        for key in there.cancel:
+            if (unwanted := self._ahead.cancel(key)) is not None:
+                self._device_slots.give_back(unwanted.slot)
+        for key in there.evict:
             self._device_slots.give_back(self._on_device.pop(key).slot)
         started = time.perf_counter()
-        self._compute_there(work, [self._on_device[key] for key in plan.device.hits])
+        experts = [self._on_device[key] for key in there.hits]
+        for key in there.foreseen:
+            expert, in_time = self._ahead.take(key)
+            self.statistics.copies_late += not in_time
+            experts.append(expert)
+            if key in there.release:
+                # Filled again only behind what is computed from it now.
+                self._device_slots.give_back(expert.slot)
+            else:
+                self._on_device[key] = expert
+        self._compute_there(work, experts)
         self.statistics.expert_compute_s += time.perf_counter() - started
         super()._carry_out(plan, work)
+        self._ahead.advance()
 
     def _compute(self, work: LayerWork | TokenWork, keys: Iterable[ExpertKey]) -> None:
         """Experts that are complete in RAM: each goes to the device or is computed here."""
@@ -112,6 +180,7 @@ class TieredRuntime(ExpertRuntime):
                 self.statistics.promotions += 1
             here.append(key)
         if here:
+            self._ahead.advance()
             super()._compute(work, here)
 
     def _compute_there(self, work: TieredWork, experts: Sequence[DeviceExpert]) -> None:
@@ -128,9 +197,52 @@ class TieredRuntime(ExpertRuntime):
         memory = slots.bytes_of(slot, nbytes)
         ready = self.device.copy_in(held.view[:nbytes], memory, slots.last_use.get(slot))
         self._linked_pool.read_until(self._slots[key], ready)
+        self._last_copy = ready
         self.statistics.copies += 1
         self.statistics.bytes_copied += nbytes
         return DeviceExpert(held, slots, slot, ready, self.device.kernels)
+
+    def _copy_ahead(self, key: ExpertKey) -> DeviceExpert:
+        self.statistics.copies_ahead += 1
+        return self._copy(key, stays=True)
+
+    def resize_device(self, slots: int) -> bool:
+        """Hold at most ``slots`` experts on the device from now on. Returns whether that is fewer than before.
+
+        Between accesses only. What is no longer needed goes back to the system, block by block.
+        """
+        place, before = self._device_slots, self._device_slots.usable
+        wanted = place.within(slots)
+        if wanted > before:
+            place.grow(wanted)
+            wanted = place.usable
+        if wanted == before:
+            return False
+        prefetches = self._tiers.device.prefetch_slots
+        capacity = max(0, wanted - prefetches)
+        self._note(TraceEvent.RESIZE_DEVICE, capacity)
+        for key in self._tiers.resize_device(capacity):
+            place.give_back(self._on_device.pop(key).slot)
+        if wanted > before:
+            return False
+        if self._last_copy is not None:
+            self._last_copy.wait()
+        self.device.mark().wait()
+        experts = [*self._on_device.values(), *self._ahead.experts()]
+        moved = place.shrink(wanted, [expert.slot for expert in experts])
+        for expert in experts:
+            if expert.slot in moved:
+                expert.move(place, moved[expert.slot])
+        return True
+
+    def make_room(self) -> bool:
+        governor = self.device_governor
+        slots = None if governor is None else governor.give_way("a GPU allocation failed")
+        return slots is not None and self.resize_device(slots)
+
+    def _forget(self, key: ExpertKey) -> None:
+        self._ahead.leaving(key)
+        super()._forget(key)
 
     def _reconcile(self) -> None:
         for key in self._tiers.device.cache.residents():
@@ -138,10 +250,15 @@ class TieredRuntime(ExpertRuntime):
                 # Planned, and never copied.
                 self._scheduler.cancel_load(key)
                 self._note(TraceEvent.CANCEL_LOAD, *key)
+        for key in [key for key in self._tiers.device.ahead if not self._ahead.known(key)]:
+            self._ahead.cancel(key)
+            self._scheduler.cancel_load(key)
+            self._note(TraceEvent.CANCEL_LOAD, *key)
         super()._reconcile()
 
     def close(self) -> None:
         super().close()
         self._on_device.clear()
+        self._ahead.clear()
         self._linked_pool.close()
         self.device.close()

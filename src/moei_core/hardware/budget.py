@@ -199,18 +199,20 @@ def plan_slots(
 RING_SLOTS = 2
 """Device slots that experts pass through: one is computed while the next one arrives."""
 
-_DEVICE_MARGIN = 256 << 20
+DEVICE_MARGIN = 256 << 20
+"""Of a device's memory, for what cannot be foreseen: libraries' own memory, rounding."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceBudget:
-    """How the memory of a device is shared out, and why so. slots: of residents and of the ring."""
+    """How the memory of a device is shared out, and why so. slots: of residents, of prefetches and of the ring."""
 
     slots: int
     resident: int
     slot_nbytes: int
     reason: str
     lines: tuple[BudgetLine, ...] = ()
+    prefetch: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -218,14 +220,22 @@ class DeviceBudget:
 
 
 def plan_device_slots(
-    total: int, slot_nbytes: int, dense: int, kv: int, workspace: int, free: int, vram: int | None = None
+    total: int,
+    slot_nbytes: int,
+    dense: int,
+    kv: int,
+    workspace: int,
+    free: int,
+    vram: int | None = None,
+    prefetch: int = 0,
 ) -> DeviceBudget:
     """How many of ``total`` experts a device holds beside the dense model and its keys and values, all in bytes.
 
     free: what can be allocated there. vram: bound on all that is allocated; a larger one than ``free`` counts as
-    that. Raises: DoesNotFitError, naming the smallest ``vram``, if the dense model and the ring do not fit.
+    that. prefetch: slots wanted for experts copied ahead; at most a quarter of all.
+    Raises: DoesNotFitError, naming the smallest ``vram``, if the dense model and the ring do not fit.
     """
-    margin = _DEVICE_MARGIN + (dense + kv + workspace) // 50
+    margin = DEVICE_MARGIN + (dense + kv + workspace) // 50
     use = dense + kv + workspace + margin
     limit = free if vram is None else min(vram, free)
     slots = min((limit - use) // slot_nbytes, total + RING_SLOTS)
@@ -239,7 +249,9 @@ def plan_device_slots(
             "or run without the GPU: --device cpu.",
         )
     source = f"{format_size(free)} free GPU memory" if limit == free else f"--vram {format_size(limit)}"
-    resident = slots - RING_SLOTS
+    room = slots - RING_SLOTS
+    prefetch = 0 if room == total else min(prefetch, room // 4)
+    resident = room - prefetch
     reason = (
         f"all {total} routed experts fit"
         if resident == total
@@ -253,10 +265,11 @@ def plan_device_slots(
         BudgetLine(
             "GPU expert slots",
             slots * slot_nbytes,
-            f"{resident} of {total} stay, {RING_SLOTS} for those in passing: {reason}",
+            f"{resident} of {total} stay, {RING_SLOTS} for those in passing"
+            f"{f', {prefetch} for those ahead' if prefetch else ''}: {reason}",
         ),
     )
-    return DeviceBudget(slots, resident, slot_nbytes, reason, lines)
+    return DeviceBudget(slots, resident, slot_nbytes, reason, lines, prefetch)
 
 
 def too_small(ram: int, use: MemoryUse, working: int, slot_nbytes: int) -> DoesNotFitError:

@@ -44,7 +44,9 @@ class Resize:
 class MemoryGovernor:
     """Decides how many slots a pool of ``slots`` may fill. Never fewer than ``working``.
 
-    memory, pressure, clock: where facts come from; tests replace them. resizes: what was decided so far.
+    memory, pressure, clock: where facts come from; tests replace them. reserve: bytes to leave free, None: by the size
+    of the memory. interval: seconds between two looks. block: slots that growing takes at least. resizes: what was
+    decided so far.
     """
 
     slots: int
@@ -53,6 +55,9 @@ class MemoryGovernor:
     memory: Callable[[], MemoryFacts] = read_memory
     pressure: Callable[[], Pressure] = read_pressure
     clock: Callable[[], float] = time.monotonic
+    reserve: int | None = None
+    interval: float = _INTERVAL
+    block: int = 1
     resizes: list[Resize] = field(default_factory=list)
     _current: int = field(init=False)
     _looked: float = field(init=False)
@@ -75,7 +80,7 @@ class MemoryGovernor:
         """The new number of slots if it changed, None if not. Cheap: looks a few times a second at most."""
         now = self.clock()
         elapsed = now - self._looked
-        if elapsed < _INTERVAL:
+        if elapsed < self.interval:
             return None
         self._looked = now
         before = self._current
@@ -85,11 +90,21 @@ class MemoryGovernor:
         self.resizes.append(Resize(before, self._current, reason))
         return self._current
 
+    def give_way(self, reason: str) -> int | None:
+        """Memory was refused: the new number of slots, one growing step fewer; None if these are the least."""
+        before = self._current
+        self._current = max(self.working, before - max(1, self.slots // _GROWTH))
+        self._calm_since = self.clock()
+        if self._current == before:
+            return None
+        self.resizes.append(Resize(before, self._current, reason))
+        return self._current
+
     def _decide(self, now: float) -> str:
         memory = self.memory()
         taken = 0 if self._usable is None else max(0, self._usable - memory.usable)
         self._usable = memory.usable
-        reserve = min(max(memory.total // _RESERVE_SHARE, _LEAST_RESERVE), _LARGEST_RESERVE)
+        reserve = self.reserve or min(max(memory.total // _RESERVE_SHARE, _LEAST_RESERVE), _LARGEST_RESERVE)
         if memory.cgroup is not None:
             # A limit of a few hundred megabytes cannot leave so much unused.
             reserve = min(reserve, memory.cgroup.limit // _RESERVE_SHARE)
@@ -111,8 +126,8 @@ class MemoryGovernor:
             self._current = max(self.working, self._current - -(-short // self.slot_nbytes))
             return reason
         spare = (memory.usable - 2 * reserve) // self.slot_nbytes
-        if self._current < self.slots and spare > 0 and now - self._calm_since >= _PATIENCE:
-            step = max(1, self.slots // _GROWTH)
+        if self._current < self.slots and spare >= self.block and now - self._calm_since >= _PATIENCE:
+            step = max(self.block, self.slots // _GROWTH)
             self._current = min(self.slots, self._current + min(step, spare))
             self._calm_since = now - _PATIENCE + 1.0
             return "memory is free again"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from moei_core.prefetch import PrefetchMode
 from moei_core.scheduler import ExpertScheduler
+from moei_core.tiers import TieredScheduler
 from moei_core.trace.format import Trace, TraceEvent
 from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase, ScoredExpert
 
@@ -165,6 +166,9 @@ class _RecordedEvents:
             scheduler.cancel_load(ExpertKey(a, b))
         elif kind is TraceEvent.RESIZE:
             scheduler.resize(a)
+        elif kind is TraceEvent.RESIZE_DEVICE:
+            assert isinstance(scheduler, TieredScheduler), "this trace was recorded with a device"
+            scheduler.resize_device(a)
         elif kind is TraceEvent.PREFETCH_MODE:
             scheduler.prefetch_mode(PrefetchMode(a))
         else:

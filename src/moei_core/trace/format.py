@@ -45,6 +45,8 @@ class TraceEvent(IntEnum):
     """Prefetching is off (a = 0), on (1) or decides for itself (2)."""
     STALL = 5
     """The pass that ended waited a nanoseconds for experts and took b nanoseconds in all."""
+    RESIZE_DEVICE = 6
+    """The device's cache now has a slots for residents."""
 
 
 @dataclass(frozen=True)
