@@ -234,13 +234,6 @@ def use_native_attention(
             module.forward = found
 
 
-def leave_attention_to_torch(model: nn.Module) -> None:
-    """Undo ``use_native_attention``: to measure what other models' attention costs."""
-    for module in model.modules():
-        if isinstance(module.forward, _NativeAttention):
-            del module.forward
-
-
 def _agrees(
     module: Any, found: NativeAttention, call: ModuleCall, dtype: torch.dtype, scale: float, hidden: bool
 ) -> bool:

@@ -218,6 +218,13 @@ def use_native_layers(
             module.forward = found
 
 
+def leave_attention_to_torch(model: nn.Module) -> None:
+    """Undo native attention, and layers that contain it: to measure what other models' layers cost."""
+    for module in model.modules():
+        if isinstance(module.forward, (NativeAttention, NativeLayer)):
+            del module.forward
+
+
 class LayerTrial(NothingResident):
     """An ``ExpertsRuntime`` that notes what experts are given, and returns something that depends on all of it."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moei_core.adapters.native_decode import leave_attention_to_torch
+from moei_core.adapters.native_layer import leave_attention_to_torch
 from moei_core.config import PREFILL_CHUNK, ExpertBudget, GenerationSettings
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
