@@ -83,10 +83,11 @@ class PrefetchController:
     mean of its neighbours, since texts drift. While what is kept is nothing, its windows compute no predictions.
 
     A trial is lost as soon as, after ``FEW_PAIRS``, the mean gain plus ``DOUBT`` standard errors is below ``MARGIN``,
-    or at once if the pairs lose more than ``ABORT``; it is won from ``LEAST_PAIRS`` pairs on when the mean gain less ``CERTAINTY`` standard errors
-    exceeds ``MARGIN``, and lost after ``MOST_PAIRS``. That is the hysteresis: what is kept stays unless something
-    is clearly better. So a trial takes at most ``MOST_PAIRS`` windows of the challenger, and one that harms few. Who
-    has lost waits twice as long before its next trial. What was kept must soon, and ever again, beat no prefetching.
+    or at once if the pairs lose more than ``ABORT``; it is won from ``LEAST_PAIRS`` pairs on when the mean gain less
+    ``CERTAINTY`` standard errors exceeds ``MARGIN``, and lost after ``MOST_PAIRS``. That is the hysteresis: what is
+    kept stays unless something is clearly better. So a trial takes at most ``MOST_PAIRS`` windows of the challenger,
+    and one that harms few. Who has lost waits twice as long before its next trial. What was kept must soon, and ever
+    again, beat no prefetching.
     """
 
     EVIDENCE = 256
