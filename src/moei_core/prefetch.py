@@ -82,20 +82,23 @@ class PrefetchController:
     (at first: no prefetching): windows kept, challenger, kept, ...; a window of the challenger is compared with the
     mean of its neighbours, since texts drift. While what is kept is nothing, its windows compute no predictions.
 
-    A trial is lost as soon as the mean gain plus its standard error is below ``MARGIN``, or the first pair loses
-    more than ``ABORT``; it is won from ``LEAST_PAIRS`` pairs on when the mean gain less ``CERTAINTY`` standard errors
-    exceeds ``MARGIN``, and lost after ``MOST_PAIRS``. That is the hysteresis: what is kept stays unless something
-    is clearly better. So a trial takes at most ``MOST_PAIRS`` windows of the challenger, and one that harms few. Who
-    has lost waits twice as long before its next trial. What was kept must soon, and ever again, beat no prefetching.
+    A trial is lost as soon as, after ``FEW_PAIRS``, the mean gain plus ``DOUBT`` standard errors is below ``MARGIN``,
+    or at once if the pairs lose more than ``ABORT``; it is won from ``LEAST_PAIRS`` pairs on when the mean gain less
+    ``CERTAINTY`` standard errors exceeds ``MARGIN``, and lost after ``MOST_PAIRS``. That is the hysteresis: what is
+    kept stays unless something is clearly better. So a trial takes at most ``MOST_PAIRS`` windows of the challenger,
+    and one that harms few. Who has lost waits twice as long before its next trial. What was kept must soon, and ever
+    again, beat no prefetching.
     """
 
     EVIDENCE = 256
     LEARN = 32
     WINDOW = 8
+    FEW_PAIRS = 4
     LEAST_PAIRS = 6
-    MOST_PAIRS = 20
+    MOST_PAIRS = 40
     MARGIN = 0.02
     CERTAINTY = 3.0
+    DOUBT = 2.0
     ABORT = 0.25
     WAIT = 4096
     RECHECK = 256
@@ -179,10 +182,15 @@ class PrefetchController:
 
     def _verdict(self, gains: list[float]) -> bool | None:
         """Whether the challenger has won; None: not known yet."""
-        if len(gains) < 2:
-            return False if gains and gains[0] < -self.ABORT else None
-        gain, error = statistics.fmean(gains), statistics.stdev(gains) / math.sqrt(len(gains))
-        if gain + error < self.MARGIN:
+        if not gains:
+            return None
+        gain = statistics.fmean(gains)
+        if gain < -self.ABORT:
+            return False
+        if len(gains) < self.FEW_PAIRS:
+            return None
+        error = statistics.stdev(gains) / math.sqrt(len(gains))
+        if gain + self.DOUBT * error < self.MARGIN:
             return False
         if len(gains) >= self.LEAST_PAIRS and gain - self.CERTAINTY * error > self.MARGIN:
             return True

@@ -13,6 +13,7 @@ import torch
 
 from moei_core.engine.expert_compute import HeldExpert, expert_forward
 from moei_core.engine.native_compute import NativeExperts
+from moei_core.engine.steady_shapes import missing_rows
 
 
 class LayerWork:
@@ -48,7 +49,9 @@ class LayerWork:
             if kernel is not None and kernel.takes(len(self.rows[expert.key.expert])):
                 batches.setdefault(id(kernel), (kernel, []))[1].append(expert)
             else:
-                self._compute_in_torch(expert)
+                # The rows see to their number themselves: a prompt's ``SteadyShapes`` would cost more than it does.
+                with torch._C.DisableTorchFunction():
+                    self._compute_in_torch(expert)
         for kernel, batch in batches.values():
             self._compute_natively(kernel, batch)
 
@@ -63,9 +66,13 @@ class LayerWork:
         self._outputs[place] = output * self._scale[place]
 
     def _compute_in_torch(self, expert: HeldExpert) -> None:
-        place = torch.tensor(self.rows[expert.key.expert])
-        output = expert_forward(self.module, expert.weights, self.hidden_states[place // self.top_k])
-        self._outputs[place] = output.to(torch.float32) * self._scale[place]
+        rows = self.rows[expert.key.expert]
+        place = torch.tensor(rows)
+        # Some row once more, as often as it takes: see ``steady_shapes``.
+        missing = missing_rows(self.hidden_states, len(rows))
+        padded = torch.tensor(rows + rows[:1] * missing) if missing else place
+        output = expert_forward(self.module, expert.weights, self.hidden_states[padded // self.top_k])
+        self._outputs[place] = output[: len(rows)].to(torch.float32) * self._scale[place]
 
     def total(self) -> torch.Tensor:
         """[tokens, hidden]: the weighted outputs of each token's experts, summed in ascending expert order."""

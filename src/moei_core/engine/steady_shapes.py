@@ -28,6 +28,11 @@ def steady(rows: int) -> int:
     return rows + -rows % step
 
 
+def missing_rows(like: torch.Tensor, rows: int) -> int:
+    """How many rows a product of ``rows`` rows like ``like`` should have more; 0 where shapes cost nothing."""
+    return steady(rows) - rows if rows > FEW_ROWS and _prepared_by_shape(like) else 0
+
+
 class SteadyShapes(TorchFunctionMode):
     """Active as a context: linear layers, matrix products and attention of 16-bit numbers see few shapes."""
 
