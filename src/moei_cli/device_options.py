@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from moei_core.engine.loaded_model import LoadedModel
 
 DeviceOption = Annotated[
-    str | None, typer.Option(help="auto, cpu or cuda; auto uses a GPU that the model's dense part fits on.")
+    str | None,
+    typer.Option(help="auto, cpu, cuda or cuda:1; auto uses the first GPU, if the model's dense part fits."),
 ]
 VramOption = Annotated[str | None, typer.Option(help="Bound on the GPU's memory, such as 8GiB.")]
 MissesOption = Annotated[
