@@ -203,6 +203,7 @@ def test_prefetches_that_come_late_change_no_answer(slow: float) -> None:
     with open_model(CpuDevice(), prefetch=False) as model:
         expected = [ask(model, question) for question in questions]
     with open_model(CpuDevice(copy_delay=lambda: slow), share=0.25) as model:
+        runtime_of(model)._ahead._at_once = 1
         assert [ask(model, question) for question in questions] == expected
         work, counts = model.runtime.statistics, model.device_prefetch_statistics
         assert counts.useful > 0 and counts.wasted > 0
