@@ -9,10 +9,12 @@ import typer
 from moei_core.config import format_size, parse_size
 
 if TYPE_CHECKING:
+    from moei_core.engine.chat_session import ChatSession
     from moei_core.engine.loaded_model import LoadedModel
 
 DeviceOption = Annotated[
-    str | None, typer.Option(help="auto, cpu or cuda; auto uses a GPU that the model's dense part fits on.")
+    str | None,
+    typer.Option(help="auto, cpu, cuda or cuda:1; auto uses the first GPU, if the model's dense part fits."),
 ]
 VramOption = Annotated[str | None, typer.Option(help="Bound on the GPU's memory, such as 8GiB.")]
 MissesOption = Annotated[
@@ -42,3 +44,28 @@ def device_sentence(model: LoadedModel) -> str | None:
         f"The GPU runs the dense part and holds {budget.resident} of {model.spec.total_experts} experts "
         f"({format_size(budget.nbytes)}): {budget.reason}."
     )
+
+
+def device_rows(session: ChatSession) -> dict[str, str]:
+    """For ``/stats``: what the GPU's memory did, prefetches into it, and how slots followed free memory."""
+    model, report, rows = session.model, session.report, {}
+    work, there = model.runtime.statistics, model.device_statistics
+    if there is not None and model.device_budget is not None:
+        rows["on the GPU"] = (
+            f"{model.device_budget.resident} experts ({format_size(model.device_budget.nbytes)}); "
+            f"{there.hit_rate:.1%} hits ({there.hits} of {there.hits + there.misses}), {there.evictions} evicted; "
+            f"{work.copies} copied ({format_size(work.bytes_copied)}), {work.promotions} of them promoted"
+        )
+    if report is not None and report.device is not None and model.options.predictor is not None:
+        ahead = report.device_prefetch
+        rows["to the GPU"] = (
+            f"last turn: {ahead.started} begun, {ahead.useful} useful ({report.device_coverage:.0%} of what it "
+            f"lacked), {report.runtime.copies_late} of them late, {ahead.wasted} wasted"
+        )
+    for tier, resizes in model.resizes.items():
+        if resizes:
+            last = resizes[-1]
+            rows[f"{tier} slots"] = (
+                f"{last.after} now, resized {len(resizes)} times; last from {last.before}: {last.reason}"
+            )
+    return rows

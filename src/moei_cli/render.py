@@ -102,6 +102,7 @@ def status_line(report: TurnReport, memory: int) -> str:
 
 def statistics(session: ChatSession) -> None:
     """The whole picture of the last turn and of the cache, on standard error."""
+    from moei_cli.device_options import device_rows
     from moei_core.engine.time_split import percentiles
     from moei_core.hardware.memory import peak_memory, resident_memory
 
@@ -117,19 +118,7 @@ def statistics(session: ChatSession) -> None:
         "read from disk": f"{work.loads} experts, {format_size(work.bytes_read)}",
         "memory": f"{format_size(resident_memory())} now, {format_size(peak_memory())} at most",
     }
-    if model.device_statistics is not None and model.device_budget is not None:
-        there = model.device_statistics
-        rows["on the GPU"] = (
-            f"{model.device_budget.resident} experts ({format_size(model.device_budget.nbytes)}); "
-            f"{there.hit_rate:.1%} hits ({there.hits} of {there.hits + there.misses}), {there.evictions} evicted; "
-            f"{work.copies} copied ({format_size(work.bytes_copied)}), {work.promotions} of them promoted"
-        )
-    for tier, resizes in model.resizes.items():
-        if resizes:
-            last = resizes[-1]
-            rows[f"{tier} slots"] = (
-                f"{last.after} now, resized {len(resizes)} times; last from {last.before}: {last.reason}"
-            )
+    rows |= device_rows(session)
     if report is not None:
         times, run = report.times, report.runtime
         parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.time_split.items())
@@ -149,12 +138,6 @@ def statistics(session: ChatSession) -> None:
                 f"{'on' if model.scheduler.controller.active else 'off'} now; last turn: {done.started} begun, "
                 f"{done.useful} useful, {done.late} late, {done.wasted} wasted, {done.cancelled} cancelled"
             )
-            if report.device is not None:
-                there = report.device_prefetch
-                rows["to the GPU"] = (
-                    f"{there.started} begun, {there.useful} useful ({report.device_coverage:.0%} of what it lacked), "
-                    f"{run.copies_late} of them late, {there.wasted} wasted"
-                )
     key_values(rows)
 
 

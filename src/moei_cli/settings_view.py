@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -15,6 +16,7 @@ from moei_core.cache.policies import DEFAULT_POLICY
 from moei_core.config import CHUNK_NBYTES, PREFILL_CHUNK, READERS, ExpertBudget, format_size, parse_size
 from moei_core.forecast.forecast import plan_budget
 from moei_core.forecast.speed import ASSUMED_FRAMEWORK, Speeds
+from moei_core.hardware.gpus import load_nvml, read_gpus, visible_gpus
 from moei_core.hardware.system import read_memory
 
 
@@ -31,6 +33,19 @@ _WITHOUT_MODEL = {
     "predictor": "none, which on most machines is fastest",
     "prefetch": "auto: a predictor is followed only while that is faster",
 }
+
+
+def _device_row() -> tuple[str, str, str]:
+    """The GPU that a chat would use, without starting CUDA."""
+    gpus, _ = read_gpus(load_nvml(), os.getpid())
+    seen = visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if not seen:
+        return "device", "cpu", "no GPU" if not gpus else "CUDA_VISIBLE_DEVICES hides every GPU"
+    why = "automatic: if the model's dense part fits there"
+    if len(seen) > 1:
+        others = ", ".join(f"cuda:{i} {gpu.name}" for i, gpu in enumerate(seen) if i)
+        why += f"; one GPU of {len(seen)} is used, not {others}: --device chooses"
+    return "device", f"cuda:0 {seen[0].name}", why
 
 
 def show_settings(model: str | None, chosen: Mapping[str, Setting], *, as_json: bool) -> None:
@@ -79,6 +94,7 @@ def show_settings(model: str | None, chosen: Mapping[str, Setting], *, as_json: 
         ("readers", f"{READERS}, {format_size(CHUNK_NBYTES)} at a time",
          "fixed: a disk reaches its bandwidth at a few megabytes in flight"),
         ("free memory", format_size(memory.usable), memory.reason),
+        _device_row(),
     ]  # fmt: skip
     if as_json:
         report: dict[str, Any] = {

@@ -6,9 +6,10 @@ import pytest
 
 from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies.lru import LayerLRU
+from moei_core.prefetch import PrefetchMode
 from moei_core.scheduler import ExpertScheduler
 from moei_core.tiers import DeviceTier, LinkCosts, TieredScheduler
-from moei_core.types import ExpertKey, LayerAccess, Phase
+from moei_core.types import ExpertKey, LayerAccess, Phase, ScoredExpert
 
 EXPERTS = {0: 8, 1: 8}
 
@@ -113,3 +114,102 @@ def test_each_tier_sees_the_misses_of_the_nearer_one() -> None:
     assert (both.device_statistics.hits, both.statistics.hits, both.statistics.misses) == (1, 0, 3)
     both.cancel_load(ExpertKey(0, 3))
     assert ExpertKey(0, 3) not in front.cache and ExpertKey(0, 3) not in both.residents()
+
+
+def test_what_is_prefetched_has_a_slot_until_its_router_speaks() -> None:
+    one = DeviceTier(
+        ExpertCache(2, LayerLRU(2, EXPERTS)),
+        EXPERTS,
+        dict.fromkeys(EXPERTS, 99),
+        dict.fromkeys(EXPERTS, 0.0),
+        prefetch_slots=3,
+    )
+    assert one.prefetch(keys(1, 2) + keys(7, 6, layer=1)) == keys(1, 2) + keys(7, layer=1)
+    assert one.prefetch(keys(3, layer=1)) == (), "all slots are taken"
+    plan, rest = one.plan(access(2, 4))
+    assert (plan.foreseen, plan.cancel, plan.hits, plan.release) == (keys(2), keys(1), (), ())
+    assert rest.experts == (4,), "what is on the device is no access of RAM"
+    assert ExpertKey(0, 2) in one.cache, "its slot changes roles"
+    assert list(one.ahead) == [*keys(7, layer=1)]
+    assert one.prefetch(keys(2, 3)) == keys(3), "resident, absent"
+    counts, lookups = one.prefetch_statistics, one.cache.statistics
+    assert (counts.started, counts.useful, counts.wasted) == (4, 1, 1)
+    assert (lookups.hits, lookups.misses) == (1, 1)
+
+
+def test_a_prefetched_expert_stays_only_by_the_policy() -> None:
+    one = DeviceTier(
+        ExpertCache(0, LayerLRU(0, EXPERTS)),
+        EXPERTS,
+        dict.fromkeys(EXPERTS, 99),
+        dict.fromkeys(EXPERTS, 0.0),
+        prefetch_slots=1,
+    )
+    one.prefetch(keys(5))
+    plan, _ = one.plan(access(5, 6))
+    assert plan.foreseen == plan.release == keys(5) and not one.ahead
+
+
+class Sure:
+    """Predicts the experts 4, 5 and 6 of the next layer."""
+
+    def observe(self, event: object) -> None:
+        pass
+
+    def predict(self, layer: int) -> list[ScoredExpert]:
+        return [ScoredExpert(key, 0.9) for key in keys(4, 5, 6, layer=layer)]
+
+    def layers_after(self, layer: int, count: int) -> tuple[int, ...]:
+        return (1 - layer,)
+
+    def candidates(self) -> tuple[Sure, ...]:
+        return (self,)
+
+
+def test_predictions_go_to_ram_and_from_ram_to_the_device() -> None:
+    front = DeviceTier(
+        ExpertCache(0, LayerLRU(0, EXPERTS)),
+        EXPERTS,
+        dict.fromkeys(EXPERTS, 99),
+        dict.fromkeys(EXPERTS, 0.0),
+        prefetch_slots=2,
+    )
+    both = TieredScheduler(ExpertCache(8, LayerLRU(8, EXPERTS)), 3, front, Sure(), PrefetchMode.ON)
+    both.forward_pass(Phase.DECODE)
+    first = both.access(access(1))
+    assert first.prefetch == keys(4, 5, 6, layer=1) and first.device is not None
+    assert first.device.prefetch == (), "RAM does not hold them yet"
+    second = both.access(access(4, 5, layer=1))
+    assert second.waves[0].load == keys(4, 5, layer=1)
+    again = both.access(access(1))
+    assert again.prefetch == keys(6, layer=1) and again.device is not None
+    assert again.device.prefetch == keys(4, 5, layer=1)
+    then = both.access(access(4, 6, layer=1))
+    assert then.device is not None
+    assert (then.device.foreseen, then.device.cancel) == (keys(4, layer=1), keys(5, layer=1))
+
+
+def test_the_controller_may_keep_prefetches_into_ram_alone() -> None:
+    both = TieredScheduler(
+        ExpertCache(8, LayerLRU(8, EXPERTS)),
+        3,
+        DeviceTier(
+            ExpertCache(0, LayerLRU(0, EXPERTS)),
+            EXPERTS,
+            dict.fromkeys(EXPERTS, 99),
+            dict.fromkeys(EXPERTS, 0.0),
+            prefetch_slots=2,
+        ),
+        Sure(),
+    )
+    both.access(access(4, 5, layer=1))
+    for kept, into_ram, to_device in (
+        (None, (), ()),
+        (1, keys(6, layer=1), ()),
+        (0, keys(6, layer=1), keys(4, 5, layer=1)),
+    ):
+        both.controller.kept = kept
+        plan = both.access(access(1))
+        assert plan.device is not None
+        assert (plan.prefetch, plan.device.prefetch) == (into_ram, to_device)
+    assert both.prefetching_by == "Sure"

@@ -8,6 +8,8 @@ import pytest
 
 from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import POLICIES
+from moei_core.predict import PREDICTORS
+from moei_core.prefetch import PrefetchMode
 from moei_core.sim.hardware import PRESETS
 from moei_core.sim.replay import PassAccesses, replay
 from moei_core.sim.tiered_clock import TieredClock, link_costs
@@ -82,3 +84,53 @@ def test_the_rule_is_no_slower_than_always_copying(ram_bandwidth: float) -> None
         return clock.costs.seconds
 
     assert run(True) <= 1.1 * run(False)
+
+
+def test_a_prefetch_moves_while_the_link_is_idle_and_is_waited_for_if_it_is_late() -> None:
+    gpu, link, ram = MB / MACHINE.memory_bandwidth, MB / MACHINE.link_bandwidth, MB / RAM
+    ahead = FetchPlan(0, HELD, 4, 0, device=DevicePlan((), prefetch=KEYS))
+    right = FetchPlan(0, (), 0, 0, device=DevicePlan((), foreseen=KEYS))
+    wrong = FetchPlan(0, HELD, 4, 0, device=DevicePlan((), cancel=KEYS))
+    first, second = seconds(ahead, right)
+    assert first == pytest.approx(4 * ram) and second == pytest.approx(4 * gpu)
+    assert seconds(ahead, wrong)[1] == pytest.approx(4 * ram)
+    slow = replace(MACHINE, dense_seconds=1e-9)
+    clock = TieredClock(slow, RAM, {0: MB})
+    for plan in (ahead, right):
+        clock.begin_pass(PassAccesses(0, Phase.DECODE, 1, True, 0, [ACCESS], None))
+        clock.carry_out(ACCESS, plan)
+        took = clock.end_pass()[1]
+    # While RAM computed, the link carried as much as it can; the rest came when its router had spoken.
+    assert took == pytest.approx(4 * link - 4 * ram + gpu) and clock.late == 2
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_replay_with_prefetches_into_both_tiers(share: float) -> None:
+    """The same trace twice: the same plans; most prefetches arrive; nothing is in two places at once."""
+    trace = synthetic_trace(4, 60, 4, 32, 4, 1)
+    experts = trace.experts_by_layer
+
+    def run() -> tuple[TieredScheduler, TieredClock]:
+        costs, slots = link_costs(MACHINE, RAM), 32
+        tier = DeviceTier(
+            ExpertCache(slots, POLICIES["layer-lru"](slots, experts)),
+            experts,
+            dict.fromkeys(experts, costs.copy_from(MB)),
+            dict.fromkeys(experts, 0.0),
+            prefetch_slots=8,
+        )
+        held = int(share * sum(experts.values()))
+        ram = ExpertCache(held, POLICIES["layer-lru"](held, experts))
+        predictor = PREDICTORS["markov"](experts)
+        scheduler = TieredScheduler(ram, trace.num_experts_per_tok, tier, predictor, PrefetchMode.ON)
+        clock = TieredClock(MACHINE, RAM, dict.fromkeys(experts, MB), scheduler)
+        replay(trace, scheduler, clock)
+        return scheduler, clock
+
+    (scheduler, clock), (again, other) = run(), run()
+    counts = scheduler.device.prefetch_statistics
+    assert counts == again.device.prefetch_statistics and clock.costs == other.costs
+    assert counts.started == counts.useful + counts.wasted + len(scheduler.device.ahead)
+    assert counts.useful > 30 and clock.late < counts.useful
+    if share < 1:
+        assert scheduler.prefetch_statistics.started > 0

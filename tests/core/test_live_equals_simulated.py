@@ -123,20 +123,26 @@ def test_when_the_controller_decides_by_the_time_that_passes_took(
 
 @pytest.mark.parametrize("misses", ["auto", "copy"])
 @pytest.mark.parametrize("policy", LIVE)
-def test_two_tiers(policy: str, misses: str, tmp_path: Path) -> None:
-    """What the device holds, copies and promotes is part of the plans."""
+@pytest.mark.parametrize("prefetch", [PrefetchMode.AUTO, PrefetchMode.ON], ids=["auto", "on"])
+def test_two_tiers(prefetch: PrefetchMode, policy: str, misses: str, tmp_path: Path) -> None:
+    """What the device holds, copies, promotes and prefetches is part of the plans."""
     budget = ExpertBudget(fraction=0.25)
     with LoadedModel(resolve_model("moei-demo").folder, LoadOptions(), CpuDevice()) as whole:
         assert whole.device_budget is not None
         absent = whole.spec.total_experts * 3 // 4
         vram = sum(line.nbytes for line in whole.device_budget.lines) - absent * whole.budget.slot_nbytes
-    options = LoadOptions(experts=budget, policy=policy, predictor="markov", vram=vram, misses=misses)
+    options = LoadOptions(
+        experts=budget, policy=policy, predictor="markov", vram=vram, misses=misses, prefetch=prefetch
+    )
     plans, model = record(options, tmp_path / "t", CpuDevice())
     expected, simulated = replayed(tmp_path / "t", model)
     assert expected == plans
     assert simulated.statistics == model.scheduler.statistics
     assert isinstance(simulated, TieredScheduler) and isinstance(model.scheduler, TieredScheduler)
     assert simulated.device_statistics == model.scheduler.device_statistics
+    assert simulated.device.prefetch_statistics == model.scheduler.device.prefetch_statistics
     assert simulated.device_statistics.misses > 0
+    if policy != "on-demand":
+        assert (simulated.device.prefetch_statistics.useful > 0) == (prefetch is PrefetchMode.ON)
     if policy not in ("on-demand", "static"):
         assert simulated.device_statistics.hits > 0 and simulated.device_statistics.evictions > 0

@@ -259,7 +259,7 @@ def test_fused_kernels_in_the_engine(
         ours(lambda: CpuDevice(kernels=Counted), folder, "float32", share, "copy", half, tokens)[0]
         for share in (1, 0.3)
     ]
-    assert calls
+    assert len(calls) > 12, "more than warming up takes"
     assert torch.equal(*runs)
     assert (runs[0] - plain).abs().max() < 1e-4 * plain.std()
 

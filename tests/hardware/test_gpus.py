@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
-from moei_core.hardware.gpus import read_gpus
+from moei_core.hardware.gpus import read_gpus, visible_gpus
 from moei_core.hardware.probe.gpu import EXPERT_SIZES, probe_gpu, torch_gpu
 from tests.hardware.fakes import GIB, FakeGpu, FakeNvml, NVMLError, NVMLError_LibraryNotFound
 
@@ -115,3 +117,42 @@ def test_torch_without_cuda_says_so() -> None:
         pytest.skip("this machine has CUDA")
     (facts,), _ = read_gpus(FakeNvml([BOARD]), 1)
     assert "no CUDA" in probe_gpu(facts, torch_gpu).note
+
+
+@pytest.mark.parametrize(
+    ("setting", "seen"),
+    [
+        (None, [0, 1, 2]),
+        ("", []),
+        ("-1", []),
+        ("2,0", [2, 0]),
+        ("1, 7, 0", [1]),
+        ("GPU-b", [1]),
+        ("GPU-bb-2,0", [1, 0]),
+        ("GPU-", []),
+        ("0,0", []),
+        ("MIG-c", [2]),
+    ],
+)
+def test_what_cuda_shows(setting: str | None, seen: list[int]) -> None:
+    boards = [BOARD | {"uuid": "GPU-aa-1"}, BOARD | {"uuid": "GPU-bb-2"}, BOARD | {"uuid": "MIG-cc-3"}]
+    gpus, _ = read_gpus(FakeNvml(boards), 1)
+    assert [gpu.index for gpu in visible_gpus(gpus, setting)] == seen
+
+
+def test_torch_finds_a_gpu_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML's second is torch's first."""
+    from moei_core.hardware.probe import gpu as probe
+
+    uuids, opened = ["bb-2", "aa-1"], []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: SimpleNamespace(uuid=uuids[index]))
+    monkeypatch.setattr(probe, "TorchGpu", lambda index: opened.append(index))
+    gpus, _ = read_gpus(FakeNvml([BOARD | {"uuid": "GPU-aa-1"}, BOARD | {"uuid": "GPU-bb-2"}]), 1)
+    torch_gpu(gpus[1])
+    torch_gpu(gpus[0])
+    assert opened == [0, 1]
+    (other,), _ = read_gpus(FakeNvml([BOARD | {"uuid": "GPU-cc-3"}]), 1)
+    with pytest.raises(RuntimeError, match="does not see it"):
+        torch_gpu(other)

@@ -111,6 +111,8 @@ class CudaDevice:
     def bring(self, tensor: torch.Tensor) -> torch.Tensor:
         # From page-locked memory: the driver may wait for the whole stream before it copies from any other. torch
         # keeps these few bytes until the copy is done.
+        if not tensor.numel():
+            return tensor.to(self.place)
         return tensor.contiguous().pin_memory().to(self.place, non_blocking=True)
 
     def finish(self) -> None:

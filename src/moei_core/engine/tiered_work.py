@@ -44,8 +44,8 @@ class TieredWork(LayerWork):
         for expert, rows in self.rows.items():
             self._bounds[expert] = len(positions), len(positions) + len(rows)
             positions += rows
-        self._positions = device.bring(torch.tensor(positions, dtype=torch.int64))
-        self._device_scale = device.bring(self._scale)
+        place = torch.tensor(positions, dtype=torch.int64)
+        self._positions, self._device_scale = _bring_together(device, place, self._scale)
         # Made on the model's own stream, like all that it is summed from.
         self._sums = on_device.new_zeros((self.tokens * self.top_k, on_device.shape[-1]), dtype=torch.float32)
 
@@ -93,12 +93,11 @@ class TieredWork(LayerWork):
         place = torch.tensor(
             [at for expert in self._host_experts for at in self.rows[expert]], dtype=torch.int64
         )
-        rows = device.bring(self._outputs[place]) if len(place) else None
-        there = device.bring(place)
+        there, rows = _bring_together(device, place, self._outputs[place]) if len(place) else (None, None)
         totals: list[torch.Tensor] = []
 
         def work() -> None:
-            if rows is not None:
+            if there is not None and rows is not None:
                 self._sums[there] = rows
             columns = self._sums.view(self.tokens, self.top_k, -1)
             total = columns[:, 0].clone()
@@ -109,3 +108,15 @@ class TieredWork(LayerWork):
         device.compute(work)
         device.finish()
         return totals[0]
+
+
+def _bring_together(
+    device: Device, first: torch.Tensor, second: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two host tensors on the device, by one copy: each costs as much as a few launches. first: of the wider type."""
+    parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in (first, second)]
+    there = device.bring(torch.cat(parts))
+    begin = len(parts[0])
+    return there[:begin].view(first.dtype).view(first.shape), there[begin:].view(second.dtype).view(
+        second.shape
+    )

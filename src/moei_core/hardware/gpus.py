@@ -58,6 +58,29 @@ def read_gpus(nvml: Any, own_pid: int) -> tuple[list[GpuFacts], list[str]]:
             nvml.nvmlShutdown()
 
 
+def visible_gpus(gpus: list[GpuFacts], setting: str | None) -> list[GpuFacts]:
+    """Those of ``gpus`` that CUDA shows to a process, in its numbering. setting: of CUDA_VISIBLE_DEVICES, None: unset.
+
+    As the driver reads it: numbers, or beginnings of UUIDs; the first that names nothing ends the list, and one that
+    is named twice empties it. Numbers are NVML's, as with CUDA_DEVICE_ORDER=PCI_BUS_ID; otherwise CUDA counts the
+    fastest first, which differs only between unlike GPUs.
+    """
+    if setting is None:
+        return list(gpus)
+    found: list[GpuFacts] = []
+    for name in (part.strip() for part in setting.split(",")):
+        if name.isdigit():
+            named = gpus[int(name) : int(name) + 1]
+        else:
+            named = [gpu for gpu in gpus if name and gpu.uuid.startswith(name)]
+        if len(named) != 1:
+            break
+        if named[0] in found:
+            return []
+        found.append(named[0])
+    return found
+
+
 def _text(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 

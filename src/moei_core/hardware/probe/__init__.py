@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from moei_core.hardware.gpus import GpuFacts
 from moei_core.hardware.machine import Machine
 from moei_core.hardware.probe.bandwidth import make_buffer, read_bandwidth
 from moei_core.hardware.probe.disk import DiskEffort, probe_disk
@@ -46,7 +47,7 @@ def measure(
     experts: Callable[[], tuple[ExpertSpeed, ...]] = lambda: (),
     effort: Effort | None = None,
     progress: Progress = lambda what, done, total: None,
-    open_gpu: Callable[[int], GpuDevice] = torch_gpu,
+    open_gpu: Callable[[GpuFacts], GpuDevice] = torch_gpu,
 ) -> HardwareProfile:
     """Measure everything that can be measured. Leaves no file behind.
 

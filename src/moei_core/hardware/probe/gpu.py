@@ -72,23 +72,32 @@ class TorchGpu:
         return time.perf_counter() - started
 
 
-def torch_gpu(index: int) -> GpuDevice:
-    """The device of torch with NVML's ``index``. Raises: RuntimeError with the reason if torch cannot use it."""
+def torch_gpu(facts: GpuFacts) -> GpuDevice:
+    """The device of torch that is NVML's ``facts``. Raises: RuntimeError with the reason if torch cannot use it.
+
+    Found by its UUID: NVML counts by place on the bus, CUDA the fastest first, and CUDA_VISIBLE_DEVICES counts anew.
+    """
     import torch
 
     if not torch.cuda.is_available():
         raise RuntimeError("this installation of torch has no CUDA")
-    if index >= torch.cuda.device_count():
-        raise RuntimeError("torch does not see it (CUDA_VISIBLE_DEVICES?)")
-    return TorchGpu(index)
+    for index in range(torch.cuda.device_count()):
+        # torch leaves out the kind: GPU- or MIG-.
+        if facts.uuid.partition("-")[2] == str(torch.cuda.get_device_properties(index).uuid).removeprefix(
+            "GPU-"
+        ):
+            return TorchGpu(index)
+    if facts.mig and torch.cuda.device_count() == 1:
+        return TorchGpu(0)  # a process sees one slice at most, which some drivers give its board's UUID
+    raise RuntimeError("torch does not see it (CUDA_VISIBLE_DEVICES?)")
 
 
 def probe_gpu(
-    facts: GpuFacts, open_device: Callable[[int], GpuDevice] = torch_gpu, repeats: int = 10
+    facts: GpuFacts, open_device: Callable[[GpuFacts], GpuDevice] = torch_gpu, repeats: int = 10
 ) -> GpuProfile:
     """Measure the GPU of ``facts``. One that cannot be used has a note that says why."""
     try:
-        device = open_device(facts.index)
+        device = open_device(facts)
         copies = []
         for nbytes in EXPERT_SIZES:
             if facts.free is not None and 2 * nbytes > facts.free:
