@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 
 from moei_core.hardware.system import MemoryFacts, Pressure, read_memory, read_pressure
 
-_INTERVAL = 0.02
-"""Seconds between two looks; a look costs about a tenth of a millisecond. A program can take 3 GB a second."""
+_INTERVAL, _LONGEST_INTERVAL = 0.02, 0.1
+"""Seconds between two looks. A look costs up to a millisecond where a model's weights keep the caches busy."""
+_FASTEST = 3e9
+"""Bytes that a program can take in a second: the next look comes before half of what may be taken is gone."""
 _PRESSURE_INTERVAL = 0.1
 """Seconds over which faults are counted."""
 _RESERVE_SHARE = 32
@@ -54,6 +56,7 @@ class MemoryGovernor:
     resizes: list[Resize] = field(default_factory=list)
     _current: int = field(init=False)
     _looked: float = field(init=False)
+    _wait: float = field(init=False, default=_INTERVAL)
     _calm_since: float = field(init=False)
     _faults: int = field(init=False)
     _counted: float = field(init=False)
@@ -73,7 +76,7 @@ class MemoryGovernor:
         """The new number of slots if it changed, None if not. Cheap: looks a few times a second at most."""
         now = self.clock()
         elapsed = now - self._looked
-        if elapsed < _INTERVAL:
+        if elapsed < self._wait:
             return None
         self._looked = now
         before = self._current
@@ -91,6 +94,8 @@ class MemoryGovernor:
         if memory.cgroup is not None:
             # A limit of a few hundred megabytes cannot leave so much unused.
             reserve = min(reserve, memory.cgroup.limit // _RESERVE_SHARE)
+        to_take = (memory.usable - reserve) / 2
+        self._wait = min(max(_INTERVAL, to_take / _FASTEST), _LONGEST_INTERVAL)
         # Whoever takes memory goes on taking it until the next look, which may come late.
         short = reserve + min(2 * taken, reserve) - memory.usable
         reason = "other programs took memory"
