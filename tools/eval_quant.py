@@ -2,8 +2,9 @@
 
     python tools/eval_quant.py [--model NAME] [--formats q8_0,q4_0] [--conversations 300]
 
-The packed models run through moei itself, computed in float32 from the exact values of the blocks, so that nothing
-but the format differs. Prints perplexity, the mean Kullback-Leibler divergence of the next token's distribution
+The packed models run through moei itself in two ways: ``exact`` in float32 from the exact values of the blocks, so
+that nothing but the format differs, and ``native`` as they run in a chat, where integer products quantise the
+activations too. Prints perplexity, the mean Kullback-Leibler divergence of the next token's distribution
 (over the answers of conversations that training did not draw) and the right answers to the held-out questions;
 as its last line the same as JSON.
 """
@@ -15,8 +16,9 @@ import json
 import math
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +32,20 @@ from moei_core.config import ExpertBudget
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.hub.packed import UNPACKED, companion_files
 from moei_core.hub.resolve import packed_source, resolve_model
+from moei_core.quant import native
 from moei_core.store.packing import pack, plan_packing
 
 
-def load(folder: Path) -> LoadedModel:
+def kernels(name: str) -> AbstractContextManager[object]:
+    """The native kernels while a model of this name is loaded and runs, or not."""
+    return mock.patch.object(native, "available", lambda: False) if name.endswith("exact") else nullcontext()
+
+
+def load(folder: Path, name: str) -> LoadedModel:
     """The model with all its experts in memory."""
     options = LoadOptions(experts=ExpertBudget(fraction=1.0), dtype="float32")
-    return LoadedModel(folder, options)
+    with kernels(name):
+        return LoadedModel(folder, options)
 
 
 @torch.no_grad()
@@ -54,7 +63,9 @@ def distributions(models: dict[str, LoadedModel], conversations: int) -> dict[st
         tokens += len(target)
         reference: torch.Tensor | None = None
         for name, model in models.items():
-            logs = F.log_softmax(model.adapter.model(input_ids=ids).logits[learn].double(), dim=-1)
+            with kernels(name):
+                logits = model.adapter.model(input_ids=ids).logits[learn]
+            logs = F.log_softmax(logits.double(), dim=-1)
             reference = logs if reference is None else reference
             loss[name] += float(F.nll_loss(logs, target, reduction="sum"))
             divergence[name] += float(F.kl_div(logs, reference, log_target=True, reduction="sum"))
@@ -70,7 +81,7 @@ def evaluate(name: str, formats: list[str], conversations: int) -> dict[str, dic
     held = questions.read_held()
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        models = {"as published": stack.enter_context(load(source.folder))}
+        models = {"as published": stack.enter_context(load(source.folder, "as published"))}
         for form in formats:
             adapter = TransformersAdapter(source.folder)
             plan = plan_packing(
@@ -79,10 +90,14 @@ def evaluate(name: str, formats: list[str], conversations: int) -> dict[str, dic
                 companions=companion_files(source.folder),
             )
             pack(plan, scratch / form)
-            models[form] = stack.enter_context(load(scratch / form))
+            for way in ("exact", "native") if native.available() else ("exact",):
+                models[f"{form} {way}"] = stack.enter_context(load(scratch / form, f"{form} {way}"))
         result = distributions(models, conversations)
         for form, model in models.items():
-            answers = eval_demo.Chat(source.folder, model.adapter.model).answers([h.question for h in held])
+            with kernels(form):
+                answers = eval_demo.Chat(source.folder, model.adapter.model).answers(
+                    [h.question for h in held]
+                )
             right = [h.correct(answer) for h, answer in zip(held, answers, strict=True)]
             result[form]["heldout_correct"] = sum(right)
             result[form]["heldout_total"] = len(held)
@@ -100,12 +115,12 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     result = evaluate(args.model, args.formats.split(","), args.conversations)
     first = next(iter(result.values()))
-    print(f"{'':14}{'perplexity':>12}{'change':>9}{'KL':>11}{'questions':>11}{'experts MB':>12}")
+    print(f"{'':16}{'perplexity':>12}{'change':>9}{'KL':>11}{'questions':>11}{'experts MB':>12}")
     for form, row in result.items():
         change = row["perplexity"] / first["perplexity"] - 1
         asked = f"{row['heldout_correct']}/{row['heldout_total']}"
         print(
-            f"{form:14}{row['perplexity']:12.4f}{change:9.2%}{row['kl']:11.6f}{asked:>11}"
+            f"{form:16}{row['perplexity']:12.4f}{change:9.2%}{row['kl']:11.6f}{asked:>11}"
             f"{row['experts_bytes'] / 1e6:12.2f}"
         )
     print(json.dumps(result))

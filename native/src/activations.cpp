@@ -7,29 +7,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "exponential.h"
 #include "kernels.h"
 
 namespace moei {
 namespace {
-
-// exp with a relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2] (the constants are Cephes' expf,
-// Moshier). Ours, because the C library's differs between machines and does not vectorise. NaN gives a finite value:
-// callers multiply by the argument, which keeps it.
-inline float exponential(float x) {
-    x = x > -60.0f ? x : -60.0f;
-    x = x < 60.0f ? x : 60.0f;
-    const float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-    const float n = (x * 1.44269504f + round) - round;
-    x = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * x + 1.3981999507e-3f;
-    p = p * x + 8.3334519073e-3f;
-    p = p * x + 4.1665795894e-2f;
-    p = p * x + 1.6666665459e-1f;
-    p = p * x + 5.0000001201e-1f;
-    p = p * x * x + x + 1.0f;
-    return p * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
-}
 
 inline float times_sigmoid(float x, float argument) { return x / (1.0f + exponential(-argument)); }
 
@@ -80,51 +62,6 @@ void activate(const ActivationSettings& settings, const float* gate, const float
         case Activation::Relu: apply(relu, gate, up, step, count, out); break;
         case Activation::ClampedSwiglu: clamped_swiglu(settings, gate, up, step, count, out); break;
     }
-}
-
-namespace {
-
-// The two passes of softmax_terms over blocks of 16, the last one filled up: partial results in fixed places, so that
-// vectors of any size give the same bits.
-constexpr int64_t kWidth = 16;
-
-template <bool Masked>
-float terms(float* scores, int64_t count, float scale, const uint8_t* mask) {
-    constexpr float none = -std::numeric_limits<float>::infinity();
-    float largest[kWidth], sums[kWidth] = {}, check[kWidth] = {};
-    for (float& value : largest) value = none;
-    const auto prepare = [&](int64_t i, int64_t j) {
-        float score = scores[i] * scale;
-        check[j] += score * 0.0f;  // what is no number would get lost in comparisons and in exp
-        if constexpr (Masked) score = mask[i] ? score : none;
-        scores[i] = score;
-        largest[j] = score > largest[j] ? score : largest[j];
-    };
-    int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth)
-        for (int64_t j = 0; j < kWidth; ++j) prepare(i + j, j);
-    for (; i < count; ++i) prepare(i, i % kWidth);
-    float top = none;
-    for (const float value : largest) top = value > top ? value : top;
-    const auto raise = [&](int64_t i, int64_t j) {
-        float term = exponential(scores[i] - top);
-        if constexpr (Masked) term = mask[i] ? term : 0.0f;
-        scores[i] = term;
-        sums[j] += term;
-    };
-    for (i = 0; i + kWidth <= count; i += kWidth)
-        for (int64_t j = 0; j < kWidth; ++j) raise(i + j, j);
-    for (; i < count; ++i) raise(i, i % kWidth);
-    float sum = 0, wrong = 0;
-    for (const float value : sums) sum += value;
-    for (const float value : check) wrong += value;
-    return 1.0f / sum + wrong;
-}
-
-}  // namespace
-
-float softmax_terms(float* scores, int64_t count, float scale, const uint8_t* mask) {
-    return mask ? terms<true>(scores, count, scale, mask) : terms<false>(scores, count, scale, mask);
 }
 
 void quantize(const float* x, int64_t blocks, int64_t first, int64_t cols, int offset, int8_t* out) {

@@ -23,8 +23,4 @@ struct ActivationSettings {
 };
 void activate(const ActivationSettings& settings, const float* gate, const float* up, int64_t step, int64_t count, float* out);
 
-// scores become exp(scale * score - the largest of these), in place; the result times them are probabilities. mask: for
-// each whether it counts; the others become 0. null: all count. A score that is no number makes the result NaN.
-float softmax_terms(float* scores, int64_t count, float scale, const uint8_t* mask);
-
 }  // namespace moei

@@ -238,7 +238,7 @@ void attend(const AttentionLayout& l, const AttentionCall& call, ThreadPool& poo
             project(table, keys, 0, length, rows, n, scores + start * ld, ld, nullptr);
             float factors[kGroup];
             for (int64_t i = 0; i < n; ++i) {
-                factors[i] = softmax_terms(scores + (start + i) * ld, length, l.scale, call.mask);
+                factors[i] = table.softmax(scores + (start + i) * ld, length, l.scale, call.mask);
                 rows[i] = scores + (start + i) * ld;
             }
             project(table, values, 0, l.head_dim, rows, n, mixed + start * l.head_dim, l.head_dim, nullptr);

@@ -2,7 +2,7 @@
 // file defines Lanes, the loads and kRows, kTokens (the register block) before. Everything is static: see kernels.h.
 //
 // Lanes needs: Lanes zero(); Lanes fma(a, b, c); float sum(Lanes); Lanes broadcast(float); void store(float*, Lanes);
-// and load(F32|F16|BF16, const uint8_t*).
+// and load(F32|F16|BF16, const uint8_t*). Where kSums16: Lanes sum16(const Lanes*), sixteen sums in the order of `sum`.
 #pragma once
 
 namespace moei {
@@ -31,14 +31,23 @@ void rows_block(const uint8_t* w, int64_t stride, int64_t cols, const void* cons
             for (int r = 0; r < R; ++r) sums[t][r] = fma(weights[r], activations, sums[t][r]);
         }
     }
-    for (int t = 0; t < N; ++t)
-        for (int r = 0; r < R; ++r) out[t * ld + r] = sum(sums[t][r]);
+    if constexpr (kSums16 && R * N == 16) {
+        float all[16];
+        store(all, sum16(&sums[0][0]));
+        for (int t = 0; t < N; ++t) memcpy(out + t * ld, all + t * R, R * sizeof(float));
+    } else {
+        for (int t = 0; t < N; ++t)
+            for (int r = 0; r < R; ++r) out[t * ld + r] = sum(sums[t][r]);
+    }
 }
 
 template <typename T, int R>
 void rows_tokens(const uint8_t* w, int64_t stride, int64_t cols, const void* const* x, int64_t n, float* out, int64_t ld) {
     int64_t t = 0;
-    for (; t + kTokens <= n; t += kTokens) rows_block<T, R, kTokens>(w, stride, cols, x + t, out + t * ld, ld);
+    if constexpr (R <= kRows)
+        for (; t + kTokens <= n; t += kTokens) rows_block<T, R, kTokens>(w, stride, cols, x + t, out + t * ld, ld);
+    if constexpr (R == 2 * kRows)
+        for (; t + 2 <= n; t += 2) rows_block<T, R, 2>(w, stride, cols, x + t, out + t * ld, ld);
     for (; t < n; ++t) rows_block<T, R, 1>(w, stride, cols, x + t, out + t * ld, ld);
 }
 
@@ -46,6 +55,15 @@ template <typename T>
 void rows_kernel(const uint8_t* w, int64_t stride, int64_t rows, int64_t cols, const void* const* x, int64_t n,
                  float* out, int64_t ld) {
     int64_t r = 0;
+    // Adding up lanes takes longer than multiplying rows as short as a small head: sixteen sums at a time then.
+    if constexpr (kSums16) {
+        constexpr int kFew = 2 * kRows;
+        const bool few = stride == cols && cols <= 32 && n < kTokens;
+        if (few && n == 1)
+            for (; r + 16 <= rows; r += 16) rows_tokens<T, 16>(w + r * stride * T::nbytes, stride, cols, x, n, out + r, ld);
+        if (few && n > 1)
+            for (; r + kFew <= rows; r += kFew) rows_tokens<T, kFew>(w + r * stride * T::nbytes, stride, cols, x, n, out + r, ld);
+    }
     for (; r + kRows <= rows; r += kRows) rows_tokens<T, kRows>(w + r * stride * T::nbytes, stride, cols, x, n, out + r, ld);
     for (; r < rows; ++r) rows_tokens<T, 1>(w + r * stride * T::nbytes, stride, cols, x, n, out + r, ld);
 }
@@ -79,6 +97,7 @@ void columns_tokens(const uint8_t* w, int64_t stride, int64_t width, int64_t col
                     float* out, int64_t ld) {
     int64_t t = 0;
     for (; t + kTokens <= n; t += kTokens) columns_block<T, V, kTokens>(w, stride, width, cols, x + t, out + t * ld, ld);
+    for (; t + 2 <= n; t += 2) columns_block<T, V, 2>(w, stride, width, cols, x + t, out + t * ld, ld);
     for (; t < n; ++t) columns_block<T, V, 1>(w, stride, width, cols, x + t, out + t * ld, ld);
 }
 

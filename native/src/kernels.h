@@ -40,6 +40,10 @@ using FloatKernel = void (*)(const uint8_t* w, int64_t stride, int64_t rows, int
 // Reads every byte once and returns something that depends on all of them.
 using ReadKernel = uint64_t (*)(const uint8_t* data, int64_t nbytes);
 
+// scores become exp(scale * score - the largest of these), in place; the result times them are probabilities. mask: for
+// each whether it counts; the others become 0. null: all count. A score that is no number makes the result NaN.
+using SoftmaxKernel = float (*)(float* scores, int64_t count, float scale, const uint8_t* mask);
+
 struct FloatKernels {
     FloatKernel f32, f16, bf16;
 };
@@ -49,6 +53,7 @@ struct Kernels {
     TileKernel q8_0, q4_0, mxfp4;
     FloatKernels rows, columns;
     ReadKernel read[3];  // one, two and four streams
+    SoftmaxKernel softmax;
 };
 
 extern const Kernels kPortable;

@@ -1,6 +1,7 @@
 // AVX2 with FMA and F16C (Haswell, Zen and later).
 #include <immintrin.h>
 
+#include "exponential.h"
 #include "kernels.h"
 
 namespace moei {
@@ -10,6 +11,8 @@ struct Lanes {
     __m256 low, high;
 };
 constexpr int kRows = 2, kTokens = 2;
+constexpr bool kSums16 = false;
+inline Lanes sum16(const Lanes* rows) { return rows[0]; }  // never called
 
 inline Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline Lanes broadcast(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
@@ -162,6 +165,6 @@ void tile_kernel(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
 namespace moei {
 
 const Kernels kAvx2{"avx2", tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, kRowsKernels, kColumnsKernels,
-                    {read_streams<1>, read_streams<2>, read_streams<4>}};
+                    {read_streams<1>, read_streams<2>, read_streams<4>}, softmax_kernel};
 
 }  // namespace moei

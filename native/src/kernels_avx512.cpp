@@ -1,6 +1,7 @@
 // AVX-512 with VNNI (Ice Lake, Zen 4 and later).
 #include <immintrin.h>
 
+#include "exponential.h"
 #include "kernels.h"
 
 namespace moei {
@@ -8,6 +9,7 @@ namespace {
 
 using Lanes = __m512;
 constexpr int kRows = 4, kTokens = 4;
+constexpr bool kSums16 = true;
 
 inline Lanes zero() { return _mm512_setzero_ps(); }
 inline Lanes broadcast(float value) { return _mm512_set1_ps(value); }
@@ -17,6 +19,23 @@ inline float sum(Lanes lanes) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+// Lane i: sum(rows[i]). Each step halves the lanes of two vectors at once.
+inline Lanes sum16(const Lanes* rows) {
+    __m512 fours[4], twos[2];
+    for (int i = 0; i < 4; ++i) {
+        __m512 eights[2];
+        for (int j = 0; j < 2; ++j) {
+            const __m512 a = rows[i + 8 * j], b = rows[i + 8 * j + 4];
+            eights[j] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+        }
+        fours[i] = _mm512_add_ps(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88), _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
+    }
+    for (int i = 0; i < 2; ++i) {
+        const __m512 a = fours[2 * i], b = fours[2 * i + 1];
+        twos[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    }
+    return _mm512_add_ps(_mm512_shuffle_ps(twos[0], twos[1], 0x88), _mm512_shuffle_ps(twos[0], twos[1], 0xdd));
 }
 inline void store(float* out, Lanes lanes) { _mm512_storeu_ps(out, lanes); }
 inline Lanes load(F32, const uint8_t* from) { return _mm512_loadu_ps(from); }
@@ -140,6 +159,6 @@ void tile_kernel(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
 namespace moei {
 
 const Kernels kAvx512{"avx512", tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, kRowsKernels, kColumnsKernels,
-                      {read_streams<1>, read_streams<2>, read_streams<4>}};
+                      {read_streams<1>, read_streams<2>, read_streams<4>}, softmax_kernel};
 
 }  // namespace moei

@@ -1,6 +1,7 @@
 // 64-bit ARM. Compiled twice: as it is, and with MOEI_DOTPROD for processors with the dot product instructions.
 #include <arm_neon.h>
 
+#include "exponential.h"
 #include "kernels.h"
 
 namespace moei {
@@ -10,6 +11,8 @@ struct Lanes {
     float32x4_t v[4];
 };
 constexpr int kRows = 2, kTokens = 2;
+constexpr bool kSums16 = false;
+inline Lanes sum16(const Lanes* rows) { return rows[0]; }  // never called
 
 inline Lanes broadcast(float value) {
     const float32x4_t all = vdupq_n_f32(value);
@@ -165,6 +168,6 @@ const Kernels kNeonDotprod{"neon-dotprod",
 const Kernels kNeon{"neon",
 #endif
                   tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, kRowsKernels, kColumnsKernels,
-                  {read_streams<1>, read_streams<2>, read_streams<4>}};
+                  {read_streams<1>, read_streams<2>, read_streams<4>}, softmax_kernel};
 
 }  // namespace moei

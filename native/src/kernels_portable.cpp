@@ -1,6 +1,7 @@
 // Plain C++ for every processor. Products of the floating-point kernels are rounded before they are added: fused
 // multiply-add is a slow library call where the hardware lacks it.
 #include "formats.h"
+#include "exponential.h"
 #include "kernels.h"
 
 namespace moei {
@@ -10,6 +11,8 @@ struct Lanes {
     float v[16];
 };
 constexpr int kRows = 1, kTokens = 4;
+constexpr bool kSums16 = false;
+inline Lanes sum16(const Lanes* rows) { return rows[0]; }  // never called
 
 inline Lanes zero() { return {}; }
 inline Lanes broadcast(float value) {
@@ -135,6 +138,6 @@ void tile_kernel(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
 }  // namespace
 
 const Kernels kPortable{"portable", tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, kRowsKernels, kColumnsKernels,
-                        {read_streams<1>, read_streams<2>, read_streams<4>}};
+                        {read_streams<1>, read_streams<2>, read_streams<4>}, softmax_kernel};
 
 }  // namespace moei

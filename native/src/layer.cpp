@@ -54,7 +54,7 @@ void route(const RouterLayout& router, Format type, const uint8_t* x, uint8_t* l
     const DefaultFloatingPoint guard;
     float* const scores = room(scratch.wide, count);
     widen(type, logits, count, scores);
-    const float factor = softmax_terms(scores, count, 1.0f, nullptr);
+    const float factor = kernels().softmax(scores, count, 1.0f, nullptr);
     scratch.ranking.resize(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i) scratch.ranking[i] = {scores[i] * factor, i};
     largest(scratch.ranking, k);

@@ -127,7 +127,8 @@ def test_a_control_group_counts_too() -> None:
     assert system.after(governor, 0.1) == 99
 
 
-def test_looking_is_rare() -> None:
+@pytest.mark.parametrize(("available", "least", "most"), [(8 * GIB, 8, 11), (900 * MIB, 25, 50)])
+def test_looking_is_rare_and_rarer_while_much_is_free(available: int, least: int, most: int) -> None:
     looks = 0
 
     def memory() -> MemoryFacts:
@@ -135,12 +136,12 @@ def test_looking_is_rare() -> None:
         looks += 1
         return system.facts
 
-    system = System()
+    system = System(available)
     governor = MemoryGovernor(10, 2, SLOT, memory, lambda: system.pressure, lambda: system.now)
     for _ in range(1000):
         system.now += 0.001
         governor.poll()
-    assert 25 <= looks <= 50
+    assert least <= looks <= most
 
 
 @given(st.lists(st.tuples(st.integers(0, 20 * GIB), st.floats(0, 1), st.integers(0, 1000)), max_size=60))

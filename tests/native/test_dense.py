@@ -70,6 +70,29 @@ def test_a_linear_layer_is_within_its_bound_for_any_rows_and_threads(
     assert (np.abs(out.double().numpy() - exact) <= bound).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cols", [16, 20, 32, 128])
+def test_short_rows_give_the_same_bits_for_any_number_of_tokens(cols: int, dtype: torch.dtype) -> None:
+    """Rows as short as an attention's heads are summed many at a time, in another pattern for each number of tokens."""
+    rows, generator = 53, torch.Generator().manual_seed(cols)
+    weight = torch.randn((rows, cols), generator=generator).to(dtype)
+    x = torch.randn((7, cols), generator=generator).to(dtype)
+    layer = native.Linear(native.Matrix(TYPES[dtype], rows, cols), weight.data_ptr())
+
+    def run(given: torch.Tensor) -> torch.Tensor:
+        out = given.new_empty((len(given), rows))
+        layer(TYPES[dtype], given.data_ptr(), len(given), out.data_ptr())
+        return out
+
+    # Seven tokens: four and more go through the pattern of all matrices.
+    expected = run(x)
+    for count in (1, 2, 3):
+        for first in range(7 - count + 1):
+            assert torch.equal(run(x[first : first + count].contiguous()), expected[first : first + count])
+    exact = x.double() @ weight.double().T
+    assert torch.allclose(expected.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_results_round_as_torch_rounds(dtype: torch.dtype) -> None:
     """Every kind of number through a product with 1: ties, subnormals, overflow, infinities."""

@@ -38,6 +38,18 @@ for fmt in FORMATS:
     stored, x = stored_weights(rng, fmt, 45, 768), rng.standard_normal((11, 768)).astype(np.float32)
     for order in orders(fmt):
         print(fmt, order, hashlib.sha256(run_linear(fmt, stored, 45, x, order).tobytes()).hexdigest())
+for heads, groups, width in ((4, 2, 16), (3, 3, 48), (6, 2, 64), (8, 1, 128)):
+    def some(*shape):
+        return rng.standard_normal(shape).astype(np.float32) / 8
+    shapes = ((heads, 64), (groups, 64), (groups, 64), (64, heads))
+    parts = [some(*(side * width if side != 64 else 64 for side in shape)) for shape in shapes]
+    linear = tuple(native.Linear(native.Matrix("F32", *one.shape), one.ctypes.data) for one in parts)
+    x, cosine, sine = some(64), some(width), some(width)
+    keys, values = some(groups, 310, width), some(groups, 310, width)
+    out, place = np.empty(64, np.float32), (keys.ctypes.data, values.ctypes.data, 310, 300)
+    call = native.Attention(linear, (heads, groups, width, width), 1.0)
+    call("F32", x.ctypes.data, (cosine.ctypes.data, sine.ctypes.data), place, 0, out.ctypes.data)
+    print("attention", width, hashlib.sha256(out.tobytes()).hexdigest())
 """
 
 

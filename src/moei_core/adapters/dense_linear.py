@@ -112,7 +112,9 @@ class BlockEmbedding(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         tokens = input.reshape(-1)
-        values = decode(self.matrix.format, self._rows(tokens), (len(tokens), self.matrix.cols))
+        values = native.decode(
+            self.matrix.format, self._rows(tokens).reshape(-1), input.numel() * self.matrix.cols
+        )
         return torch.from_numpy(values).to(self.dtype).view(*input.shape, -1)
 
     def _rows(self, tokens: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

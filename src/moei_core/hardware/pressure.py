@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 
 from moei_core.hardware.system import MemoryFacts, Pressure, read_memory, read_pressure
 
-_INTERVAL = 0.02
-"""Seconds between two looks; a look costs about a tenth of a millisecond. A program can take 3 GB a second."""
+_INTERVAL, _LONGEST_INTERVAL = 0.02, 0.1
+"""Seconds between two looks. A look costs up to a millisecond where a model's weights keep the caches busy."""
+_FASTEST = 3e9
+"""Bytes that a program can take in a second: the next look comes before half of what may be taken is gone."""
 _PRESSURE_INTERVAL = 0.1
 """Seconds over which faults are counted."""
 _RESERVE_SHARE = 32
@@ -45,7 +47,7 @@ class MemoryGovernor:
     """Decides how many slots a pool of ``slots`` may fill. Never fewer than ``working``.
 
     memory, pressure, clock: where facts come from; tests replace them. reserve: bytes to leave free, None: by the size
-    of the memory. interval: seconds between two looks. block: slots that growing takes at least. resizes: what was
+    of the memory. interval: least seconds between two looks. block: slots that growing takes at least. resizes: what was
     decided so far.
     """
 
@@ -61,13 +63,14 @@ class MemoryGovernor:
     resizes: list[Resize] = field(default_factory=list)
     _current: int = field(init=False)
     _looked: float = field(init=False)
+    _wait: float = field(init=False)
     _calm_since: float = field(init=False)
     _faults: int = field(init=False)
     _counted: float = field(init=False)
     _usable: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self._current = self.slots
+        self._current, self._wait = self.slots, self.interval
         self._looked = self._calm_since = self._counted = self.clock()
         self._faults = self.pressure().major_faults
 
@@ -80,7 +83,7 @@ class MemoryGovernor:
         """The new number of slots if it changed, None if not. Cheap: looks a few times a second at most."""
         now = self.clock()
         elapsed = now - self._looked
-        if elapsed < self.interval:
+        if elapsed < self._wait:
             return None
         self._looked = now
         before = self._current
@@ -108,6 +111,8 @@ class MemoryGovernor:
         if memory.cgroup is not None:
             # A limit of a few hundred megabytes cannot leave so much unused.
             reserve = min(reserve, memory.cgroup.limit // _RESERVE_SHARE)
+        to_take = (memory.usable - reserve) / 2
+        self._wait = max(self.interval, min(to_take / _FASTEST, _LONGEST_INTERVAL))
         short = reserve + min(_AHEAD * taken, reserve) - memory.usable
         reason = "other programs took memory"
         # PSI looks back ten seconds: with plenty free again it is the past, and the slots are not the cause.
