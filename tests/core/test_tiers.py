@@ -30,6 +30,7 @@ from moei_core.tiers import LinkCosts, TieredScheduler
 from moei_core.types import ExpertKey, Phase
 from tests.core import test_exactness
 from tests.core.test_exactness import prompt_tokens, reference, smallest, stepwise
+from tests.mxfp4_checkpoint import save_mxfp4
 from tests.packed import pack_folder
 from tests.tiny_models import FAMILIES
 
@@ -207,12 +208,17 @@ def test_prefetching_into_ram_passes_over_what_the_device_holds(predictor: str) 
 
 
 @pytest.mark.parametrize("layout", ["plain", "rows16"])
-@pytest.mark.parametrize("name", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "MXFP4"])
 def test_the_device_decodes_blocks_to_their_exact_values(name: str, layout: str) -> None:
     shape = (48, 96)
     rng = np.random.default_rng(0)
-    values = rng.standard_normal(shape).astype(np.float32)
-    plain = FORMATS[name].encode(values.reshape(-1, 32)).reshape(-1)  # type: ignore[misc]
+    encode = FORMATS[name].encode
+    if encode is None:
+        blocks = rng.integers(0, 256, (48 * 3, 17), np.uint8)
+        blocks[:, 0] = rng.integers(0, 130, len(blocks))  # subnormal scales too
+        plain = blocks.reshape(-1)
+    else:
+        plain = encode(rng.standard_normal(shape).astype(np.float32).reshape(-1, 32)).reshape(-1)
     tensor = StoredTensor("up_proj", 0, Path(), 0, len(plain), name, shape, layout=layout)
     matrix = DeviceBlocks(tensor, torch.from_numpy(to_layout(layout, name, plain, shape).copy()))
     assert torch.equal(matrix.decode(torch.float32), torch.from_numpy(decode(name, plain, shape)))
@@ -224,6 +230,14 @@ def test_e1_holds_for_packed_experts(name: str, tmp_path: Path) -> None:
     pack_folder(resolve_model("moei-demo").folder, folder, name, "rows16")
     everything, tokens, _ = ours(cpu_device, folder, "float32", 1, "copy", ExpertBudget(fraction=0.5))
     logits, _, loaded = ours(cpu_device, folder, "float32", 0.1, "copy", ExpertBudget(fraction=0.2), tokens)
+    assert loaded.runtime.statistics.copies > 0
+    assert torch.equal(logits, everything)
+
+
+def test_e1_holds_for_published_mxfp4(tmp_path: Path) -> None:
+    folder = save_mxfp4(tmp_path)
+    everything, tokens, _ = ours(cpu_device, folder, "float32", 1, "copy", ExpertBudget(fraction=0.5))
+    logits, _, loaded = ours(cpu_device, folder, "float32", 0.1, "copy", ExpertBudget(fraction=0.3), tokens)
     assert loaded.runtime.statistics.copies > 0
     assert torch.equal(logits, everything)
 

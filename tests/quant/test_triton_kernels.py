@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'moei
 from moei_core.quant import triton_kernels
 
 PLACES = [pytest.param("cpu", id="interpreted"), pytest.param("cuda", marks=pytest.mark.gpu)]
-CASES = [("BF16", "plain"), *((name, layout) for name in ("Q8_0", "Q4_0") for layout in LAYOUTS)]
+CASES = [("BF16", "plain"), *((name, layout) for name in ("Q8_0", "Q4_0", "MXFP4") for layout in LAYOUTS)]
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,11 @@ def stored(name: str, layout: str, shape: tuple[int, int], seed: int) -> tuple[n
     values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
     if name == "BF16":
         raw = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint8).numpy().reshape(-1)
+    elif name == "MXFP4":
+        blocks = np.random.default_rng(seed).integers(0, 256, (values.size // 32, 17), np.uint8)
+        blocks[:, 0] = np.random.default_rng(seed).integers(122, 128, len(blocks))
+        blocks[:2, 0] = [0, 1]  # subnormal scales
+        raw = blocks.reshape(-1)
     else:
         encode = FORMATS[name].encode
         assert encode is not None

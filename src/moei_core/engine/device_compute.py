@@ -15,10 +15,11 @@ from moei_core.engine.device_slots import DeviceSlots
 from moei_core.engine.devices import Event
 from moei_core.engine.expert_compute import ExpertWeights, HeldExpert
 from moei_core.quant.formats import FORMATS
-from moei_core.quant.layouts import PLAIN
+from moei_core.quant.layouts import PLAIN, SCALE_NBYTES
 from moei_core.store.base import ExpertLayout, Part, StoredTensor
 
-_ROWS, _PIECE, _SCALE = 16, 4, 2
+_ROWS, _PIECE = 16, 4
+_FP4_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 def _q8_0(quants: torch.Tensor) -> torch.Tensor:
@@ -29,7 +30,22 @@ def _q4_0(quants: torch.Tensor) -> torch.Tensor:
     return torch.cat([quants & 15, quants >> 4], dim=-1).to(torch.float32) - 8
 
 
-_DECODERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"Q8_0": _q8_0, "Q4_0": _q4_0}
+def _mxfp4(quants: torch.Tensor) -> torch.Tensor:
+    values = torch.tensor(_FP4_DOUBLED, dtype=torch.float32, device=quants.device)
+    return values[torch.cat([quants & 15, quants >> 4], dim=-1).int()]
+
+
+_DECODERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"Q8_0": _q8_0, "Q4_0": _q4_0, "MXFP4": _mxfp4}
+
+
+def _scales(raw: torch.Tensor) -> torch.Tensor:
+    """float16 [..., 2] bytes, or exponents [..., 1] of doubled FP4 values, as float32 [..., 1]."""
+    if raw.shape[-1] == 2:
+        return raw.contiguous().view(torch.float16).to(torch.float32)
+    exponents = raw.int()
+    # 2^(exponent - 128); the first two are subnormal floats.
+    bits = torch.where(exponents < 2, 0x200000 << (exponents & 1), (exponents - 1) << 23)
+    return bits.int().view(torch.float32)
 
 
 def why_not(layouts: Iterable[ExpertLayout]) -> str | None:
@@ -74,19 +90,18 @@ class DeviceBlocks:
             target = torch.empty(shape, dtype=dtype, device=self.raw.device)
             kernels.decode(self.tensor.format, self.tensor.layout, shape, self.raw, target)
             return target
-        nbytes = FORMATS[self.tensor.format].block_nbytes
+        nbytes, scale = FORMATS[self.tensor.format].block_nbytes, SCALE_NBYTES[self.tensor.format]
         if self.tensor.layout == PLAIN:
             blocks = self.raw.view(shape[0], -1, nbytes)
-            halves, quants = blocks[..., :_SCALE], blocks[..., _SCALE:]
+            scales, quants = blocks[..., :scale], blocks[..., scale:]
         else:
             # Tiles of 16 rows, see ``moei_core.quant.layouts``: first their scales, then pieces of 4 bytes.
             tiles = self.raw.view(shape[0] // _ROWS, -1, _ROWS * nbytes)
             groups, columns = tiles.shape[:2]
-            halves = tiles[..., : _ROWS * _SCALE].view(groups, columns, _ROWS, _SCALE).transpose(1, 2)
-            pieces = tiles[..., _ROWS * _SCALE :].view(groups, columns, -1, _ROWS, _PIECE)
+            scales = tiles[..., : _ROWS * scale].view(groups, columns, _ROWS, scale).transpose(1, 2)
+            pieces = tiles[..., _ROWS * scale :].view(groups, columns, -1, _ROWS, _PIECE)
             quants = pieces.permute(0, 3, 1, 2, 4).reshape(groups, _ROWS, columns, -1)
-        scales = halves.contiguous().view(torch.float16).to(torch.float32)
-        return (_DECODERS[self.tensor.format](quants.contiguous()) * scales).view(shape).to(dtype)
+        return (_DECODERS[self.tensor.format](quants.contiguous()) * _scales(scales)).view(shape).to(dtype)
 
 
 class DeviceExpert:

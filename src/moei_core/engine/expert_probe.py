@@ -53,7 +53,7 @@ class ProbeEffort:
     seconds: float = 0.06
     nbytes: int = 3 << 28
     geometries: tuple[Geometry, ...] = (Geometry(2048, 768, 8), Geometry(4096, 14336, 2))
-    formats: tuple[str, ...] = ("BF16", "Q8_0", "Q4_0")
+    formats: tuple[str, ...] = ("BF16", "Q8_0", "Q4_0", "MXFP4")
     tokens: tuple[int, ...] = (4, 16, 64)
 
 

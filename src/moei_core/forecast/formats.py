@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class StorageFormat:
     """bits: of one weight, scales included. share: of the memory's read bandwidth that a product of one row reaches
     where none was measured: plain numbers .6 (torch on processors of this kind), blocks of 8 bits .9, and
-    blocks of 4 bits .6, since unpacking them keeps the processor busy."""
+    blocks of 4 bits .6 to .7, since unpacking them keeps the processor busy."""
 
     name: str
     bits: float
@@ -29,7 +29,7 @@ FORMATS = {
         StorageFormat("fp8", 8, 0.6),
         StorageFormat("q8_0", 8.5, 0.9),
         StorageFormat("q4_0", 4.5, 0.6),
-        StorageFormat("mxfp4", 4.25, 0.6),
+        StorageFormat("mxfp4", 4.25, 0.7),
     )
 }
 """q8_0 and q4_0: blocks of 32 weights with a 16-bit scale (GGUF); mxfp4: blocks of 32 with an 8-bit scale (OCP)."""

@@ -1,4 +1,4 @@
-"""GPU kernels on weights as they are stored: Q8_0 and Q4_0 in both layouts, and BF16. Needs ``triton``.
+"""GPU kernels on weights as they are stored: Q8_0, Q4_0 and MXFP4 in both layouts, and BF16. Needs ``triton``.
 
 ``few_rows``: many experts with few tokens each in one launch, decoding in registers: float32 products of the exact
 values of the blocks. ``decode``: a matrix of blocks as floats, for products with many tokens by the GPU's matrix units.
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from moei_core.quant.layouts import ROWS16
 
-FORMATS = {"BF16": 0, "Q8_0": 1, "Q4_0": 2}
+FORMATS = {"BF16": 0, "Q8_0": 1, "Q4_0": 2, "MXFP4": 3}
 """What ``few_rows`` takes, and the number by which a kernel knows it."""
 
 FEW_TOKENS = 16
@@ -52,28 +52,40 @@ def _weights(base, row, column, columns, FORMAT: tl.constexpr, LAYOUT: tl.conste
         high = tl.load(base + at + 1).to(tl.uint32)
         weights = ((low << 16) | (high << 24)).to(tl.float32, bitcast=True)
     else:
-        NBYTES: tl.constexpr = 34 if FORMAT == 1 else 18
+        SCALE: tl.constexpr = 1 if FORMAT == 3 else 2
+        NBYTES: tl.constexpr = SCALE + (32 if FORMAT == 1 else 16)
         blocks = columns // COLUMNS
-        # The byte of a quant within its block: two columns share one in Q4_0.
+        # The byte of a quant within its block: two columns share one in Q4_0 and MXFP4.
         k = j if FORMAT == 1 else j % 16
         if LAYOUT == 0:
             block = ((row + i) * blocks + column // COLUMNS) * NBYTES
             scale_at = block
-            at = block[:, None] + 2 + k[None, :]
+            at = block[:, None] + SCALE + k[None, :]
         else:
             tile = (row // ROWS * blocks + column // COLUMNS) * ROWS * NBYTES
-            scale_at = tile + 2 * i
-            at = tile + 2 * ROWS + (k // 4 * 4 * ROWS + k % 4)[None, :] + (4 * i)[:, None]
+            scale_at = tile + SCALE * i
+            at = tile + SCALE * ROWS + (k // 4 * 4 * ROWS + k % 4)[None, :] + (4 * i)[:, None]
         # Byte by byte: a file may place a matrix anywhere.
-        low = tl.load(base + scale_at).to(tl.uint16)
-        high = tl.load(base + scale_at + 1).to(tl.uint16)
-        scale = (low | (high << 8)).to(tl.float16, bitcast=True).to(tl.float32)
+        if FORMAT == 3:
+            # 2^(exponent - 128), for doubled values; the first two exponents make subnormal floats.
+            exponent = tl.load(base + scale_at).to(tl.int32)
+            bits = tl.where(exponent < 2, 0x200000 << (exponent & 1), (exponent - 1) << 23)
+            scale = bits.to(tl.float32, bitcast=True)
+        else:
+            low = tl.load(base + scale_at).to(tl.uint16)
+            high = tl.load(base + scale_at + 1).to(tl.uint16)
+            scale = (low | (high << 8)).to(tl.float16, bitcast=True).to(tl.float32)
         raw = tl.load(base + at)
         if FORMAT == 1:
             quants = raw.to(tl.int8, bitcast=True).to(tl.float32)
         else:
             nibble = tl.where((j < 16)[None, :], raw & 15, raw >> 4)
-            quants = nibble.to(tl.float32) - 8.0
+            if FORMAT == 3:
+                code = (nibble & 7).to(tl.int32)
+                size = tl.where(code < 5, code, tl.where(code < 7, 2 * code - 4, 12)).to(tl.float32)
+                quants = tl.where(nibble > 7, -size, size)
+            else:
+                quants = nibble.to(tl.float32) - 8.0
         weights = quants * scale[:, None]
     return weights
 

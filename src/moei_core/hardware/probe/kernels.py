@@ -19,7 +19,7 @@ SHAPES = ((768, 2048), (4096, 4096), (14336, 4096))
 """Output and input width: one matrix of an expert of Qwen3-30B-A3B, a square one, one of Mixtral-8x7B."""
 ROWS = (1, 8, 32, 128, 256)
 _LEAST = 3
-_NATIVE = {"q8_0": "rows16", "q4_0": "rows16", "mxfp4": "plain"}
+_NATIVE = {"q8_0": "rows16", "q4_0": "rows16", "mxfp4": "rows16"}
 """Formats that the native kernels compute, and the order in which a slot holds them."""
 _NATIVE_ROWS = (1, 16, 128)
 
