@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moei_cli.bench_ablation import ladder
 from moei_core.trace import Trace, read_trace, write_trace
 from tests.cli.conftest import Outcome
 
@@ -128,3 +129,20 @@ def test_a_predictor_is_recorded_for_trained_and_used(moei: Moei, tmp_path: Path
     assert refused.code == 2 and "Choose from" in refused.err
     without = moei("trace", "train", str(tmp_path / "q"), "-o", predictor)
     assert without.code == 6
+
+
+def test_each_row_of_the_ablation_is_compared_with_one_before_it() -> None:
+    """And prefetches only where the controller says so, but for the two rows that show what that is worth."""
+    rows = ladder("markov")
+    names = [row.name for row in rows]
+    assert len(set(names)) == len(names)
+    for at, row in enumerate(rows):
+        assert row.base in names[:at] if at else row.base == ""
+    assert [row.name for row in rows if row.always] == ["prefetch always", "noise always"]
+    by_name = {row.name: row for row in rows}
+    for row in rows[1:]:
+        base = by_name[row.base]
+        parts = [
+            getattr(row, part) != getattr(base, part) for part in ("policy", "predictor", "overlap", "always")
+        ]
+        assert sum(parts) == (2 if row.always else 1), row.name

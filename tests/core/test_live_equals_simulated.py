@@ -109,7 +109,7 @@ def test_when_the_controller_decides_by_the_time_that_passes_took(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a few passes for each of its steps, some learn, some prefetch and most do neither."""
-    for name in ("EVIDENCE", "LEARN", "WINDOW", "WAIT"):
+    for name in ("EVIDENCE", "LEARN", "WINDOW", "WAIT", "FEW_PAIRS", "LEAST_PAIRS", "MOST_PAIRS"):
         monkeypatch.setattr(PrefetchController, name, 2)
     options = LoadOptions(experts=ExpertBudget(fraction=0.25), predictor="mixed", prefetch=PrefetchMode.AUTO)
     plans, model = record(options, tmp_path / "t")
