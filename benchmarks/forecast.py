@@ -3,6 +3,7 @@
     moei profile-hardware --again
     python benchmarks/forecast.py --output docs/forecast-table.md
     python benchmarks/forecast.py --only olmoe-1b-7b@4:q4_0        # a part; --list shows all
+    python benchmarks/forecast.py --cases FILE --parts             # others, and where the time went
 
 1. Predict: for each case the forecast of its config, of this machine and of a memory budget (``--ram``: what that share
    of the experts should take), as ``moei plan`` makes it; nothing of the ledger. All go to ``--predictions``.

@@ -49,15 +49,12 @@ def rows(profile: HardwareProfile) -> list[Row]:
         found += _gpu_rows(gpu)
     cost = profile.framework
     if cost is not None:
-        layer = (
-            "Python beside the experts when so many weights have passed the caches; 48 layers pay it 48 times"
-        )
         found += [
             (
                 f"framework, a layer of {format_size(one.nbytes)}",
                 f"{one.native * 1e3:.2f} ms",
                 "",
-                f"{layer} ({one.torch * 1e3:.2f} ms with transformers' attention)",
+                f"Python around it, in each layer; {one.torch * 1e3:.2f} ms with transformers' attention",
             )
             for one in cost.layers
         ]

@@ -47,8 +47,8 @@ class MemoryGovernor:
     """Decides how many slots a pool of ``slots`` may fill. Never fewer than ``working``.
 
     memory, pressure, clock: where facts come from; tests replace them. reserve: bytes to leave free, None: by the size
-    of the memory. interval: least seconds between two looks. block: slots that growing takes at least. resizes: what was
-    decided so far.
+    of the memory. interval: least seconds between two looks. block: slots that growing takes at least. resizes: what
+    was decided so far.
     """
 
     slots: int

@@ -76,8 +76,8 @@ def probe_disk(
         with _source(facts, files, effort) as source, _target(max(*effort.blocks, _TARGET)) as target:
             experts = _ExpertReads(source, target, [one for one in effort.blocks if one <= source.nbytes])
             reads = []
-            # A fifth of the time is for the sustained run at the end.
-            share = 0.4 * effort.seconds / (len(effort.blocks) * len(effort.depths))
+            # A quarter of the time for blocks and one for experts, whose rounds take longer; a fifth at the end.
+            share = 0.25 * effort.seconds / (len(effort.blocks) * len(effort.depths))
             for nbytes in effort.blocks:
                 for depth in effort.depths:
                     if nbytes <= source.nbytes:
