@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from moei_core.adapters.native_decode import _NativeAttention
+from moei_core.adapters.native_decode import NativeAttention
 from moei_core.engine import calibrate
 from moei_core.engine.calibrate import measure_framework
 from moei_core.engine.loaded_model import LoadedModel
@@ -49,7 +49,7 @@ def test_reading_is_left_out_of_what_a_layer_takes(monkeypatch: pytest.MonkeyPat
     def watched(model: LoadedModel, *rest: object) -> object:
         models.append(model)
         natively.append(
-            sum(isinstance(one.forward, _NativeAttention) for one in model.adapter.model.modules())
+            sum(isinstance(one.forward, NativeAttention) for one in model.adapter.model.modules())
         )
         return measure(model, *rest)  # type: ignore[arg-type]
 
@@ -73,4 +73,4 @@ def test_reading_is_left_out_of_what_a_layer_takes(monkeypatch: pytest.MonkeyPat
     (model,) = models
     assert natively == [layers if native.available() else 0]
     assert model.runtime.before_access is None
-    assert not any(isinstance(one.forward, _NativeAttention) for one in model.adapter.model.modules())
+    assert not any(isinstance(one.forward, NativeAttention) for one in model.adapter.model.modules())

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from moei_core.hardware.disks import DiskFacts, read_disk
+from moei_core.hardware.gpus import GpuFacts
 from moei_core.hardware.machine import Machine, read_machine
 from moei_core.hardware.probe import Effort, measure
 from moei_core.hardware.probe import disk as disk_probe
@@ -156,8 +157,8 @@ def test_the_whole_probe(tmp_path: Path) -> None:
     assert len(machine.disks) == 1
     seen: list[tuple[str, int, int]] = []
 
-    def open_gpu(index: int) -> FakeGpu:
-        if index:
+    def open_gpu(gpu: GpuFacts) -> FakeGpu:
+        if gpu.index:
             raise RuntimeError("no kernel image")
         return FakeGpu()
 
