@@ -77,7 +77,7 @@ class _LayerClock:
             hook.remove()
 
 
-def measure_framework(folder: Path, tokens: int = 20, threads: int = 1) -> FrameworkCost:
+def measure_framework(folder: Path, tokens: int = 12, threads: int = 1) -> FrameworkCost:
     """Run the model in ``folder``, with every expert resident: one prompt chunk, and ``tokens`` tokens in each setting.
 
     threads: that torch computes with; one, since waking others is part of what products are measured to take.

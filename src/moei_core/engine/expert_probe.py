@@ -50,17 +50,19 @@ class Geometry:
 class ProbeEffort:
     """seconds: of each setting, at least. nbytes: of the file, and of the slots. tokens: of an expert in a prompt."""
 
-    seconds: float = 0.06
+    seconds: float = 0.05
     nbytes: int = 3 << 28
     geometries: tuple[Geometry, ...] = (Geometry(2048, 768, 8), Geometry(4096, 14336, 2))
     formats: tuple[str, ...] = ("BF16", "Q8_0", "Q4_0", "MXFP4")
-    tokens: tuple[int, ...] = (4, 16, 64)
+    tokens: tuple[int, ...] = (8, 64)
 
 
 _MOST_EXPERTS = 256
 _DENSE_NBYTES = 64 << 20
-_IN_A_PROMPT = 32
-"""Experts of one access that stands for a prompt."""
+_IN_A_PROMPT, _PROMPT_NBYTES = 32, 256 << 20
+"""Experts of one access that stands for a prompt: at most so many, and with so many bytes, but a token's."""
+_LONG_S = 0.2
+"""Seconds of an access from which two samples are enough, else three."""
 
 
 class _Experts:
@@ -170,6 +172,8 @@ class _Layer:
 
     def __init__(self, file: Path, geometry: Geometry, form: str, count: int, resident: bool) -> None:
         self._geometry, self._count = geometry, count
+        most = min(_IN_A_PROMPT, count, max(geometry.top_k, _PROMPT_NBYTES // expert_nbytes(geometry, form)))
+        self._in_a_prompt = most - most % geometry.top_k
         self._module = _Experts(count)
         store = _Store(file, geometry, form, count)
         slot = max(store.layout(key).slot_nbytes for key in store.experts())
@@ -177,7 +181,7 @@ class _Layer:
         policy = POLICIES[DEFAULT_POLICY](capacity, {0: count})
         scheduler = ExpertScheduler(ExpertCache(capacity, policy), geometry.top_k)
         # All that is computed and gone again never needs more slots than one access has experts.
-        slots = count if resident else min(_IN_A_PROMPT, count)
+        slots = count if resident else self._in_a_prompt
         pool = SlotPool(slots + geometry.top_k, slot)
         spec = ModelSpec(
             "probe", {0: count}, geometry.top_k, geometry.hidden, {0: expert_nbytes(geometry, form)}
@@ -190,12 +194,13 @@ class _Layer:
     def expert_seconds(self, tokens: int, seconds: float) -> tuple[float, float]:
         """Of one expert with so many tokens: (computing it, all else that the layer does but waiting for it)."""
         phase = Phase.DECODE if tokens == 1 else Phase.PREFILL
-        chosen = self._geometry.top_k if tokens == 1 else min(_IN_A_PROMPT, self._count)
-        chosen -= chosen % self._geometry.top_k
-        self._access(self._choose(chosen), tokens, phase)  # the first of a kind pays for set-up
+        chosen = self._geometry.top_k if tokens == 1 else self._in_a_prompt
         samples: list[tuple[float, float]] = []
-        end = time.perf_counter() + seconds
-        while len(samples) < 3 or time.perf_counter() < end:
+        started = time.perf_counter()
+        self._access(self._choose(chosen), tokens, phase)  # the first of a kind pays for set-up
+        ready = time.perf_counter()
+        least = 2 if ready - started > _LONG_S else 3
+        while len(samples) < least or time.perf_counter() < ready + seconds:
             spent = self._access(self._choose(chosen), tokens, phase)
             beside = spent.layers_s - spent.stall_s - spent.expert_compute_s
             samples.append((spent.expert_compute_s / chosen, beside / chosen))

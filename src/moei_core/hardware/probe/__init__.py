@@ -33,8 +33,8 @@ _BUFFER_SHARE = 8
 class Effort:
     """Seconds for each part. disks share theirs."""
 
-    memory: float = 4.0
-    kernels: float = 5.0
+    memory: float = 3.0
+    kernels: float = 4.0
     disks: float = 18.0
     disk: DiskEffort = field(default_factory=DiskEffort)
     buffer_nbytes: int = _BUFFER

@@ -42,7 +42,7 @@ _FREE_SHARE = 10
 class DiskEffort:
     """seconds: of all reads of one disk. file_nbytes: of a file of ours. blocks, depths: the settings."""
 
-    seconds: float = 10.0
+    seconds: float = 7.0
     file_nbytes: int = _LARGEST_FILE
     blocks: tuple[int, ...] = BLOCKS
     depths: tuple[int, ...] = DEPTHS
