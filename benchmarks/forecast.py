@@ -10,6 +10,8 @@
 2. Run: ``moei bench --ram ... --experts ...``, each a process of its own in a control group of its --ram plus 5% where
    one can be made. New prompts on a warm cache give the speed, the first prompt of all its time to first token.
 3. Compare: a table in Markdown, and one line of JSON. Exit status 1 if a case failed.
+4. A second table: the same runs as a person at this machine would have had them forecast, corrected by what the runs
+   above each had taught. The ledger begins empty; the machine's own is set aside meanwhile.
 
 A geometry's model is made before its cases and removed after them. An idle virtual machine may have given its memory
 back to its host; so that no run pays for getting it again, as much as it will use is taken and released before it.
@@ -25,6 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -37,6 +41,7 @@ from moei_cli.measured_machine import stored_profile
 from moei_core.config import ExpertBudget
 from moei_core.forecast.forecast import forecast, plan_budget
 from moei_core.forecast.formats import FORMATS
+from moei_core.forecast.ledger import ledger_path
 from moei_core.forecast.limits import agree, limits
 from moei_core.forecast.shape import shape_of_config
 from moei_core.forecast.speed import Speeds
@@ -170,10 +175,14 @@ def row(case: Case, report: dict[str, Any]) -> dict[str, Any]:
         {name: one[f"prefill_{name}_s"]["median"] for name in ("disk", "experts")} for one in (cold, changing)
     )
     first["rest"] = cold["ttft_s"]["median"] - sum(first.values())
+    learned = report["prediction"]["corrected"]
     later["rest"] = changing["ttft_s"]["median"] - sum(later.values())
     return asdict(case) | {
         "came_tokens_per_s": changing["decode_tokens_per_s"]["median"],
         "came_ttft_s": cold["ttft_s"]["median"],
+        "corrected_tokens_per_s": learned["tokens_per_s"]["value"],
+        "corrected_ttft_s": learned["ttft_s"]["value"],
+        "learned_runs": learned["runs"],
         "came_hit_rate": changing["decode_hit_rate"]["median"],
         "came_limits": limits(sizes),
         "came_shares": sizes,
@@ -188,9 +197,9 @@ def row(case: Case, report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def error(found: dict[str, Any], quantity: str) -> float:
-    """Forecast over actual, less one."""
-    return float(found[quantity] / found[f"came_{quantity}"] - 1)
+def error(found: dict[str, Any], quantity: str, kind: str = "") -> float:
+    """Forecast over actual, less one. kind: ``corrected_`` for the forecast with what was learned."""
+    return float(found[kind + quantity] / found[f"came_{quantity}"] - 1)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -210,6 +219,21 @@ def table(rows: list[dict[str, Any]]) -> str:
             ]
         cells += [", ".join(one["limits"]), ", ".join(one["came_limits"]), f"{one['peak'] / one['ram']:.0%}"]
         lines.append(f"| {' | '.join([*cells, format(one['others'], '.1f')])} |")
+    return "\n".join(lines)
+
+
+def corrected_table(rows: list[dict[str, Any]]) -> str:
+    """The forecasts with what the rows above each had taught, in Markdown."""
+    lines = [
+        "| case | runs learned | tokens/s: corrected | came | error | TTFT s: corrected | came | error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in rows:
+        cells = [f"{one['geometry']}:{one['form']}:{one['experts']}", str(one["learned_runs"])]
+        for quantity in ("tokens_per_s", "ttft_s"):
+            cells += [f"{one[f'corrected_{quantity}']:.3g}", f"{one[f'came_{quantity}']:.3g}"]
+            cells.append(f"{error(one, quantity, 'corrected_'):+.0%}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -234,12 +258,13 @@ def parts_table(rows: list[dict[str, Any]]) -> str:
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Median and worst error of each quantity, and how often the bottleneck was right."""
     found: dict[str, Any] = {"runs": len(rows)}
-    for quantity in ("tokens_per_s", "ttft_s"):
-        errors = [abs(error(one, quantity)) for one in rows]
-        found[quantity] = {
-            "median_error": round(statistics.median(errors), 4),
-            "worst_error": round(max(errors), 4),
-        }
+    for kind in ("", "corrected_"):
+        for quantity in ("tokens_per_s", "ttft_s"):
+            errors = [abs(error(one, quantity, kind)) for one in rows]
+            found[kind + quantity] = {
+                "median_error": round(statistics.median(errors), 4),
+                "worst_error": round(max(errors), 4),
+            }
     found["bottleneck_right"] = sum(agree(one["limits"], one["came_limits"]) for one in rows)
     found["two_limits_named"] = sum(len(one["limits"]) > 1 for one in rows)
     found["compute_bound"] = sum(one["came_limits"][0] != "disk" for one in rows)
@@ -247,15 +272,57 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def in_words(found: dict[str, Any]) -> str:
-    speed, first = found["tokens_per_s"], found["ttft_s"]
+def errors_in_words(found: dict[str, Any], kind: str = "") -> str:
+    speed, first = found[f"{kind}tokens_per_s"], found[f"{kind}ttft_s"]
     return (
-        f"{found['runs']} runs, {found['compute_bound']} of them bound by computing. Tokens/s: median error "
-        f"{speed['median_error']:.0%}, worst {speed['worst_error']:.0%}. Time to first token: median error "
-        f"{first['median_error']:.0%}, worst {first['worst_error']:.0%}. The limit was right in "
-        f"{found['bottleneck_right']}, and two were named in {found['two_limits_named']}. "
+        f"Tokens/s: median error {speed['median_error']:.0%}, worst {speed['worst_error']:.0%}. Time to first token: "
+        f"median error {first['median_error']:.0%}, worst {first['worst_error']:.0%}."
+    )
+
+
+def in_words(found: dict[str, Any]) -> str:
+    return (
+        f"{found['runs']} runs, {found['compute_bound']} of them bound by computing. {errors_in_words(found)} "
+        f"The limit was right in {found['bottleneck_right']}, and two were named in {found['two_limits_named']}. "
         f"The highest peak was {found['peak_over_ram']:.1%} of --ram."
     )
+
+
+@contextmanager
+def empty_ledger() -> Iterator[None]:
+    """What this machine has learned is set aside, and there again afterwards."""
+    path = ledger_path()
+    aside = path.with_suffix(".aside.jsonl")
+    if path.exists():
+        path.replace(aside)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        if aside.exists():
+            aside.replace(path)
+
+
+def run_all(
+    cases: list[Case], options: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of the cases that ran, and what the others said."""
+    rows, failures = [], []
+    for geometry, group in groupby(cases, key=lambda one: one.geometry):
+        for case in group:
+            make(case)
+            report = run(case, options)
+            if "failed" in report:
+                failures.append({"case": case.name, **report})
+                print(f"{case.name} failed: {report['failed']}", file=sys.stderr)
+                continue
+            rows.append(row(case, report))
+            print(table(rows[-1:]).splitlines()[-1], file=sys.stderr)
+        if not options.keep:
+            for packed in (":q4_0", ""):
+                name = f"synthetic:{geometry}{packed}"
+                subprocess.run(moei("rm", "--yes", name), capture_output=True, check=False)
+    return rows, failures
 
 
 def main() -> None:
@@ -299,29 +366,18 @@ def main() -> None:
                 f"{one.name}: {one.tokens_per_s:.3g} tokens/s, first after {one.ttft_s:.3g} s, {', '.join(one.limits)}"
             )
         return
-    rows, failures = [], []
-    for geometry, group in groupby(cases, key=lambda one: one.geometry):
-        for case in group:
-            make(case)
-            report = run(case, options)
-            if "failed" in report:
-                failures.append({"case": case.name, **report})
-                print(f"{case.name} failed: {report['failed']}", file=sys.stderr)
-                continue
-            rows.append(row(case, report))
-            print(table(rows[-1:]).splitlines()[-1], file=sys.stderr)
-        if not options.keep:
-            for packed in (":q4_0", ""):
-                name = f"synthetic:{geometry}{packed}"
-                subprocess.run(moei("rm", "--yes", name), capture_output=True, check=False)
+    with empty_ledger():
+        rows, failures = run_all(cases, options)
     if rows:
-        text = f"{table(rows)}\n\n{in_words(summary(rows))}"
+        found = summary(rows)
+        text = f"{table(rows)}\n\n{in_words(found)}\n\nCorrected by the runs above each:\n\n"
+        text += f"{corrected_table(rows)}\n\n{errors_in_words(found, 'corrected_')}"
         if options.parts:
             text += f"\n\n{parts_table(rows)}"
         print(text)
         if options.output:
             options.output.write_text(text + "\n")
-        print(json.dumps(summary(rows) | {"rows": rows, "failures": failures}))
+        print(json.dumps(found | {"rows": rows, "failures": failures}))
     sys.exit(1 if failures or not rows else 0)
 
 
