@@ -8,12 +8,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not Path("/dev/nvidiactl").exists():
     # GPU kernels are interpreted, which must be said before they are imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# No test asserts a time, and other programs may share the processors.
+settings.register_profile("moei", deadline=None)
+settings.load_profile("moei")
 
 # A runner in the background may have been started deaf to Ctrl-C, which its children would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -122,6 +122,7 @@ def _actual(conditions: dict[str, Any]) -> Actual:
         changing["decode_hit_rate"]["median"],
         changing["decode_stall_share"]["median"],
         changing["decode_expert_share"]["median"],
+        changing["decode_gpu_share"]["median"],
     )
 
 

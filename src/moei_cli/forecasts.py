@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moei_core.errors import DoesNotFitError, MoeiError
 from moei_core.forecast.forecast import Forecast, corrected, forecast, plan_budget
+from moei_core.forecast.gpu import GpuPlan
 from moei_core.forecast.ledger import Actual, correction, write_actual, write_prediction
 from moei_core.forecast.limits import agree, in_words
 from moei_core.forecast.shape import ModelShape, bundled_shape, shape_of_folder, shape_of_repo
@@ -118,22 +119,28 @@ def predict(
 ) -> Prediction | None:
     """Forecast ``model``, loaded but not yet run, and write that down.
 
-    follows_trace: its routing is recorded, not its own. None if this machine was never measured, if the model is of a
-    kind whose config cannot be counted, or if a GPU computes: a forecast never keeps a model from running.
+    follows_trace: its routing is recorded, not its own. None if this machine, or the GPU that computes, was never
+    measured, or if the model is of a kind whose config cannot be counted: a forecast never keeps a model from running.
     """
-    from moei_cli.measured_machine import stored_profile
+    from moei_cli.measured_machine import gpu_for, stored_profile
 
     profile = stored_profile()
-    if profile is None or model.device_budget is not None:
+    if profile is None:
         return None
     try:
         shape = shape_of_files(files)
+        gpu = None if model.device_budget is None else gpu_for(profile, model.options.device, None)
     except MoeiError:
         return None
     if follows_trace:
         shape = replace(shape, uniform_routing=False)
+    if model.device_budget is not None and gpu is None:
+        return None
     speeds = Speeds.of(profile, profile.disk_of(model.folder))
-    one = forecast(shape, shape.format, speeds, model.budget, prompt_tokens)
+    plan = None
+    if gpu is not None and model.device_budget is not None:
+        plan = GpuPlan(gpu, model.device_budget, speeds.memory_bandwidth, model.options.misses == "copy")
+    one = forecast(shape, shape.format, speeds, model.budget, prompt_tokens, gpu=plan)
     learned = correction(profile.fingerprint, one)
     identity = write_prediction(profile.fingerprint, shape, one, what)
     return Prediction(identity, one, corrected(one, learned.decode, learned.ttft), learned.runs)
@@ -172,7 +179,7 @@ def actual_of(report: TurnReport, model: LoadedModel, *, cold: bool = True) -> A
     """What a turn came to. cold: its prompt was read by an empty cache. A few tokens are no measure of speed."""
     from moei_core.engine.measure import decode_hit_rate
 
-    stall, experts = report.decode_shares
+    stall, experts, on_gpu = report.decode_shares
     measured = len(report.times.token_s) >= _LEAST_TOKENS
     return Actual(
         report.decode_tokens_per_s if measured else None,
@@ -182,6 +189,7 @@ def actual_of(report: TurnReport, model: LoadedModel, *, cold: bool = True) -> A
         else None,
         stall if measured else None,
         experts if measured else None,
+        on_gpu if measured else None,
     )
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moei_core.errors import UsageError
+from moei_core.forecast.gpu import GpuSpeeds
 from moei_core.hardware.disks import read_disk
+from moei_core.hardware.gpus import visible_gpus
 from moei_core.hardware.profile import HardwareProfile, load_profile, save_profile
 
 if TYPE_CHECKING:
@@ -58,7 +63,33 @@ def stored_profile(folders: Sequence[Path] = ()) -> HardwareProfile | None:
     if machine.fingerprint != profile.fingerprint:
         return None
     # Speeds last; what memory there is, and how much a control group allows, does not.
-    return replace(profile, memory=machine.memory)
+    now = {facts.uuid: facts for facts in machine.gpus}
+    gpus = tuple(replace(gpu, facts=now.get(gpu.facts.uuid, gpu.facts)) for gpu in profile.gpus)
+    return replace(profile, memory=machine.memory, gpus=gpus)
+
+
+def gpu_for(profile: HardwareProfile, name: str | None, vram: str | None) -> GpuSpeeds | None:
+    """The figures of the GPU that ``--device`` means by ``name``; None if there is none, or it could not be measured.
+
+    Raises: UsageError if one was asked for, by name or by ``vram``, that a forecast knows nothing of.
+    """
+    name = name or "auto"
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise UsageError(f"There is no device '{name}'.", hint="Choose from: auto, cpu, cuda, cuda:1.")
+    found = None
+    if name != "cpu":
+        number = int(name.partition(":")[2] or 0)
+        seen = visible_gpus([gpu.facts for gpu in profile.gpus], os.environ.get("CUDA_VISIBLE_DEVICES"))
+        chosen = seen[number : number + 1]
+        found = GpuSpeeds.of(gpu for gpu in profile.gpus if gpu.facts in chosen)
+    asked = f"--device {name}" if name.startswith("cuda") else "--vram" if vram is not None else ""
+    if found is None and asked:
+        raise UsageError(
+            f"{asked} needs a GPU that was measured.",
+            "None was when this machine was measured, or --device cpu rules it out.",
+            "moei profile-hardware --again looks for it; leave the option out to plan without.",
+        )
+    return found
 
 
 def measure_now(folders: Sequence[Path]) -> tuple[HardwareProfile, str]:

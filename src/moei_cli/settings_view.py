@@ -109,6 +109,6 @@ def show_settings(model: str | None, chosen: Mapping[str, Setting], *, as_json: 
         return
     render.print_table(("setting", "value", "where from"), rows)
     print()
-    print_budget(budget)
+    print_budget(budget.lines)
     if profile is None:
         render.note("The runtime's memory is a typical value: moei profile-hardware measures it.")

@@ -26,13 +26,13 @@ SMALL = ("--prompt-tokens", "8", "--new-tokens", "10", "--repeats", "1")
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine was measured, and free memory stands still."""
-    from moei_cli import plan_view, settings_view
+    from moei_cli import planner, settings_view
     from moei_core.hardware.system import MemoryFacts
 
     profile = made_profile()
     monkeypatch.setattr(measured_machine, "stored_profile", lambda folders=(): profile)
     facts = MemoryFacts(24 << 30, 20 << 30, 0, 0, None)
-    monkeypatch.setattr(plan_view, "read_memory", lambda: facts)
+    monkeypatch.setattr(planner, "read_memory", lambda: facts)
     monkeypatch.setattr(settings_view, "read_memory", lambda: facts)
     monkeypatch.setattr(settings_view, "stored_profile", lambda: profile)
 
@@ -111,17 +111,38 @@ def test_more_ram_than_there_is_is_told(moei: Moei, measured: None) -> None:
     assert "--experts 0.8% of" in moei("plan", "mixtral-8x7b", "--experts", "0.8%").out
 
 
-def test_with_a_gpu_the_plan_says_what_is_missing(
-    moei: Moei, measured: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert "GPU" not in moei("plan", "mixtral-8x7b").err
+@pytest.fixture
+def with_gpu(measured: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measured machine has a GPU of 6 GB free memory."""
     profile = measured_machine.stored_profile()
     assert profile is not None
-    with_gpu = replace(profile, gpus=(probe_gpu(GPU, lambda index: FakeGpu()),))
-    monkeypatch.setattr(measured_machine, "stored_profile", lambda folders=(): with_gpu)
-    shown = moei("plan", "mixtral-8x7b").err
-    assert "There is a GPU" in shown
-    assert "forecast of --device cpu" in shown
+    more = replace(profile, gpus=(probe_gpu(GPU, lambda index: FakeGpu()),))
+    monkeypatch.setattr(measured_machine, "stored_profile", lambda folders=(): more)
+
+
+def test_with_a_gpu_the_plan_has_its_memory_and_its_speed(moei: Moei, with_gpu: None) -> None:
+    shown = moei("plan", "qwen3-30b-a3b", "--format", "q4_0")
+    assert "VRAM  #" in shown.out
+    assert "GPU dense weights" in shown.out
+    assert "compared with the simulator only" in shown.err
+    both, alone = (
+        json.loads(moei("plan", "qwen3-30b-a3b", "--format", "q4_0", "--json", *more).out)["plan"]
+        for more in ((), ("--device", "cpu"))
+    )
+    assert both["experts_on_gpu"] > 0 == alone["experts_on_gpu"]
+    assert both["tokens_per_s"]["value"] > alone["tokens_per_s"]["value"]
+    less = json.loads(moei("plan", "qwen3-30b-a3b", "--format", "q4_0", "--vram", "5GiB", "--json").out)[
+        "plan"
+    ]
+    assert 0 < less["experts_on_gpu"] < both["experts_on_gpu"]
+
+
+def test_a_gpu_that_is_too_small_is_passed_over_unless_it_was_asked_for(moei: Moei, with_gpu: None) -> None:
+    without = moei("plan", "glm-4.5-air")
+    assert "VRAM  #" not in without.out
+    assert "The GPU is not used" in without.err
+    asked = moei("plan", "glm-4.5-air", "--vram", "5GiB", "--format", "q4_0")
+    assert "smallest that works is --vram" in asked.out
 
 
 def test_comparing_ranks_by_speed_and_marks_the_model(moei: Moei, measured: None) -> None:
@@ -140,6 +161,9 @@ def test_comparing_ranks_by_speed_and_marks_the_model(moei: Moei, measured: None
         (["plan", "mixtral-8x7b", "--format", "q3_x"], 2, "There are: f32"),
         (["plan", "mixtral-8x7b", "--ram", "much"], 2, "--ram"),
         (["plan", "mixtral-8x7b", "--context", "99999999"], 2, "up to 32768 tokens"),
+        (["plan", "mixtral-8x7b", "--device", "gpu"], 2, "Choose from: auto"),
+        (["plan", "mixtral-8x7b", "--device", "cuda"], 2, "needs a GPU that was measured"),
+        (["plan", "mixtral-8x7b", "--vram", "8GiB"], 2, "needs a GPU that was measured"),
         (["plan", "mixtral-8x7b", "--prompt-tokens", "40000"], 2, "up to 32768 tokens"),
         (
             ["plan", "mixtral-8x7b", "--context", "100", "--prompt-tokens", "200"],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moei_core.config import ExpertBudget
 from moei_core.errors import DoesNotFitError
 from moei_core.forecast import limits as named
-from moei_core.forecast.forecast import Forecast, forecast, plan_budget, what_would_help
+from moei_core.forecast.forecast import Forecast, Resources, forecast, plan_budget, what_would_help
 from moei_core.forecast.formats import FORMATS, stored_format
 from moei_core.forecast.routing import Recording, Routing, recordings, routing_of
 from moei_core.forecast.shape import ModelShape, bundled_configs, bundled_shape
@@ -339,7 +339,7 @@ def test_a_plan_uses_what_is_free_and_refuses_what_does_not_fit() -> None:
 def test_what_would_help_is_what_the_forecast_says_of_the_changed_machine() -> None:
     shape, usable = shape_of("mixtral-8x7b"), 20 * GIB
     now = forecast(shape, BF16, SPEEDS, plan_budget(shape, BF16, SPEEDS, usable, 4096), 1024)
-    changes = what_would_help(shape, now, SPEEDS, usable, 4096, None, None, (Q8, Q4))
+    changes = what_would_help(shape, now, Resources(SPEEDS, usable, 4096), (Q8, Q4))
     assert [change.factor for change in changes] == sorted((c.factor for c in changes), reverse=True)
     by_name = {change.what: change for change in changes}
     budget = plan_budget(shape, BF16, SPEEDS, usable + 16 * GIB, 4096)
@@ -349,7 +349,7 @@ def test_what_would_help_is_what_the_forecast_says_of_the_changed_machine() -> N
     assert by_name["q4_0 instead of bf16"].factor > by_name["q8_0 instead of bf16"].factor > 1.5
     assert "a disk that reads 3.5 GB/s" in by_name
     resident = forecast(shape, BF16, SPEEDS, plan_budget(shape, BF16, SPEEDS, 200 * GIB, 4096), 1024)
-    names = [c.what for c in what_would_help(shape, resident, SPEEDS, 200 * GIB, 4096, None, None, (Q8, Q4))]
+    names = [c.what for c in what_would_help(shape, resident, Resources(SPEEDS, 200 * GIB, 4096), (Q8, Q4))]
     assert not any("RAM" in name or "disk" in name for name in names)
 
 

@@ -68,6 +68,8 @@ def test_the_actual_bottleneck_is_the_largest_part(
     stall: float, experts: float, expected: tuple[str, ...]
 ) -> None:
     assert Actual(1.0, 1.0, 0.5, stall, experts).limits == expected
+    assert Actual(1.0, 1.0, 0.5, stall, experts, 0.0).limits == expected
+    assert Actual(1.0, 1.0, 0.5, 0.1, 0.2, 0.6).limits == ("gpu",)
     assert Actual(1.0, None).limits == ()
 
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from moei_cli.device_options import DeviceOption, VramOption
+
 _EPILOG = (
     "Examples:  moei plan mixtral-8x7b        moei plan qwen3-30b-a3b --compare        "
     "moei plan owner/name --ram 16GiB --format q4_0 --json"
@@ -36,13 +38,16 @@ def plan(
     compare: Annotated[
         bool, typer.Option("--compare", help="Rank formats and well-known models that fit.")
     ] = False,
+    device: DeviceOption = None,
+    vram: VramOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Report as one JSON object.")] = False,
 ) -> None:
     """Forecast a model on this machine from its config alone: where its experts would live, how fast, and why."""
     from moei_cli import render
     from moei_cli.forecasts import shape_of
-    from moei_cli.measured_machine import measure_now, model_folders, stored_profile
-    from moei_cli.plan_view import Planner, lengths, print_comparison, print_plan
+    from moei_cli.measured_machine import gpu_for, measure_now, model_folders, stored_profile
+    from moei_cli.plan_view import print_comparison, print_plan
+    from moei_cli.planner import Planner, lengths
     from moei_cli.settings import resolve
     from moei_core.config import ExpertBudget, parse_size
     from moei_core.errors import UsageError
@@ -62,7 +67,9 @@ def plan(
         profile, problem = measure_now(model_folders())
         if problem:
             render.note(problem)
-    planner = Planner(profile, folder, tokens, prompt, limit, budget)
+    on_gpu = parse_size(vram, "--vram") if vram else None
+    gpu = gpu_for(profile, device, vram)
+    planner = Planner(profile, folder, tokens, prompt, limit, budget, gpu, on_gpu)
     if compare:
         ranking = planner.ranking(shape)
         if as_json:

@@ -14,7 +14,7 @@ from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel
 from moei_core.engine.statistics import RuntimeStatistics
 from moei_core.engine.text_stream import TextPiece, TextStream, thinking_markers
-from moei_core.engine.time_split import percentiles, time_split
+from moei_core.engine.time_split import decode_shares, percentiles, time_split
 from moei_core.errors import UsageError
 from moei_core.hardware.memory import peak_memory, resident_memory
 from moei_core.scheduler import PrefetchStatistics
@@ -67,13 +67,9 @@ class TurnReport:
         return useful / lacked if lacked else 0.0
 
     @property
-    def decode_shares(self) -> tuple[float, float]:
-        """Shares of the time after the first token: waiting for experts, computing them."""
-        spent = self.times.decode_s + self.times.sampling_s
-        if not spent:
-            return 0.0, 0.0
-        work = self.runtime.minus(self.times.prefill_work)
-        return work.stall_s / spent, work.expert_compute_s / spent
+    def decode_shares(self) -> tuple[float, float, float]:
+        """Of the time after the first token, as the function of that name."""
+        return decode_shares(self.times, self.runtime)
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""

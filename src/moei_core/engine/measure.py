@@ -17,7 +17,7 @@ from moei_core.config import GenerationSettings
 from moei_core.engine.generate import GenerationTimes, Generator
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel
-from moei_core.engine.time_split import percentiles, time_split
+from moei_core.engine.time_split import decode_shares, percentiles, time_split
 from moei_core.errors import UsageError
 from moei_core.types import ModelSpec
 
@@ -52,6 +52,7 @@ class Request:
     sampling_s: float
     unexplained_s: float
     token_s: list[float] = field(repr=False)
+    decode_gpu_share: float = 0.0
     gpu_s: float = 0.0
     gpu_hit_rate: float = 0.0
     bytes_copied: int = 0
@@ -105,6 +106,7 @@ def _request(model: LoadedModel, prompt: list[int], new_tokens: int, seed: int =
     counts = model.scheduler.statistics.minus(cache_before)
     work = model.runtime.statistics.minus(runtime_before)
     spent = times.decode_s + times.sampling_s
+    stall, experts, on_gpu = decode_shares(times, work)
     return Request(
         ttft_s=times.prefill_s,
         prefill_tokens_per_s=len(prompt) / times.prefill_s,
@@ -114,10 +116,9 @@ def _request(model: LoadedModel, prompt: list[int], new_tokens: int, seed: int =
         bytes_read=work.bytes_read,
         bytes_prefetched=work.bytes_prefetched,
         total_s=total_s,
-        decode_stall_share=(work.stall_s - times.prefill_work.stall_s) / spent if spent else 0.0,
-        decode_expert_share=(work.expert_compute_s - times.prefill_work.expert_compute_s) / spent
-        if spent
-        else 0.0,
+        decode_stall_share=stall,
+        decode_expert_share=experts,
+        decode_gpu_share=on_gpu,
         decode_hit_rate=decode_hit_rate(counts.misses, len(times.token_s), times, model.spec),
         prefill_disk_s=times.prefill_work.stall_s,
         prefill_experts_s=times.prefill_work.expert_compute_s,

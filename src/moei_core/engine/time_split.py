@@ -29,6 +29,18 @@ def time_split(times: GenerationTimes, work: RuntimeStatistics, total_s: float) 
     return known | {"unexplained": total_s - sum(known.values())}
 
 
+def decode_shares(times: GenerationTimes, work: RuntimeStatistics) -> tuple[float, float, float]:
+    """Shares of the time after the first token: waiting for experts, computing them in RAM, waiting for a GPU.
+
+    work: of the whole request.
+    """
+    spent = times.decode_s + times.sampling_s
+    if not spent:
+        return 0.0, 0.0, 0.0
+    later = work.minus(times.prefill_work)
+    return later.stall_s / spent, later.expert_compute_s / spent, later.device_wait_s / spent
+
+
 def percentiles(seconds: list[float]) -> dict[str, float]:
     """The median, 90th and 99th percentile, by their names; nothing of nothing."""
     ordered = sorted(seconds)

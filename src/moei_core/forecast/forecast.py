@@ -14,7 +14,17 @@ from dataclasses import dataclass, replace
 from moei_core.config import PREFILL_CHUNK, ExpertBudget, format_size
 from moei_core.errors import DoesNotFitError
 from moei_core.forecast.formats import QUANTISED, StorageFormat
-from moei_core.forecast.limits import DISK, EXPERTS, MODEL_ERROR, REST, limits
+from moei_core.forecast.gpu import (
+    GPU_MODEL_ERROR,
+    GpuPlan,
+    GpuSpeeds,
+    can_compute,
+    decode_on_gpu,
+    plan_gpu,
+    prefill_on_gpu,
+)
+from moei_core.forecast.limits import MODEL_ERROR, limits
+from moei_core.forecast.parts import ExpertTimes, Parts
 from moei_core.forecast.routing import Range, Routing, routing_of
 from moei_core.forecast.shape import ModelShape
 from moei_core.forecast.speed import Speeds
@@ -28,40 +38,12 @@ _SLOT_SLACK = 8192
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """Seconds of one token, or of one prompt: waiting for missing experts, computing experts, and all else (dense
-    layers, the framework around them, sampling)."""
-
-    disk: float
-    experts: float
-    dense: float
-    framework: float
-
-    @property
-    def rest(self) -> float:
-        return self.dense + self.framework
-
-    @property
-    def total(self) -> float:
-        return self.disk + self.experts + self.rest
-
-    @property
-    def sizes(self) -> dict[str, float]:
-        """By the names of ``limits``."""
-        return {DISK: self.disk, EXPERTS: self.experts, REST: self.rest}
-
-    @property
-    def bottleneck(self) -> str:
-        """The largest part: ``disk``, ``experts`` or ``rest``."""
-        return limits(self.sizes)[0]
-
-
-@dataclass(frozen=True, slots=True)
 class Forecast:
-    """What to expect. residency: share of each layer's experts that stays. hit: of decode lookups.
+    """What to expect. residency: share of each layer's experts that stays, in RAM or on a GPU. hit: of decode lookups.
 
     tokens_per_s, ttft_s (seconds of a cold prompt of ``prompt_tokens``) and warm_ttft_s are ranges; decode and
     prefill split their expected times. limits: what takes most of a token's, one name or two that may be as large.
+    gpu: what a GPU would hold, None without one; gpu_hit: lookups that find their expert there.
     """
 
     form: StorageFormat
@@ -75,6 +57,8 @@ class Forecast:
     decode: Parts
     prefill: Parts
     limits: tuple[str, ...]
+    gpu: GpuPlan | None = None
+    gpu_hit: float = 0.0
 
 
 def plan_budget(
@@ -85,17 +69,18 @@ def plan_budget(
     context: int,
     ram: int | None = None,
     experts: ExpertBudget | None = None,
+    *,
+    on_gpu: bool = False,
 ) -> SlotBudget:
     """The budget that loading the model would come to. usable: bytes free before anything is loaded.
 
-    Raises: DoesNotFitError.
+    on_gpu: dense part, keys and values are there. Raises: DoesNotFitError.
     """
     slot = shape.expert_nbytes(form) + _SLOT_SLACK
-    dense = shape.dense_nbytes(form)
+    dense = 0 if on_gpu else shape.dense_nbytes(form)
     process = speeds.framework.process_nbytes + dense
-    eager = shape.model_type == "gpt_oss"
-    workspace = workspace_nbytes(shape.config, shape.top_k, context, 2, slot, eager)
-    kv = shape.kv_nbytes_per_token * context
+    workspace = workspace_nbytes(shape.config, shape.top_k, context, 2, slot, shape.eager_attention)
+    kv = 0 if on_gpu else shape.kv_nbytes_per_token * context
     use = MemoryUse(process, kv, workspace, dense, context)
     if ram is None and usable < process:
         raise DoesNotFitError(
@@ -113,25 +98,38 @@ def forecast(
     budget: SlotBudget,
     prompt_tokens: int,
     routing: Routing | None = None,
+    gpu: GpuPlan | None = None,
 ) -> Forecast:
-    """What the model does with ``budget``. routing: None for the one that fits the model."""
+    """What the model does with ``budget``. routing: None for the one that fits it. gpu: what a GPU takes over."""
     routing = routing or routing_of(shape.name, shape.experts, shape.top_k, uniform=shape.uniform_routing)
-    residency = min(1.0, budget.resident / shape.total_experts)
-    hit = routing.hit(residency)
+    nearer = 0.0 if gpu is None else gpu.budget.resident / shape.total_experts
+    # What moves up to the GPU ages out of RAM: together they hold as many as they have places.
+    residency = min(1.0, nearer + budget.resident / shape.total_experts)
+    hit, here = routing.hit(residency), routing.hit(nearer)
     decode = {
         name: _decode(shape, form, speeds, rate, prompt_tokens, name)
-        for name, rate in (("low", hit.high), ("value", hit.value), ("high", hit.low))
+        if gpu is None
+        else decode_on_gpu(shape, form, speeds, gpu, (there, rate), prompt_tokens, name)
+        for name, rate, there in (
+            ("low", hit.high, here.high),
+            ("value", hit.value, here.value),
+            ("high", hit.low, here.low),
+        )
     }
     cold, warm = (
         {
             name: _prefill(
                 shape, form, speeds, routing, residency, budget.slots, prompt_tokens, name, cold=is_cold
             )
+            if gpu is None
+            else _prefill_on_gpu(
+                shape, form, speeds, routing, (nearer, residency), gpu, prompt_tokens, name, cold=is_cold
+            )
             for name in ("low", "value", "high")
         }
         for is_cold in (True, False)
     )
-    error = 1 + MODEL_ERROR
+    error = 1 + (MODEL_ERROR if gpu is None else GPU_MODEL_ERROR)
     return Forecast(
         form,
         budget,
@@ -139,16 +137,17 @@ def forecast(
         residency,
         hit,
         Range(1 / (decode["high"].total * error), 1 / decode["value"].total, error / decode["low"].total),
-        _seconds(cold),
-        _seconds(warm),
+        _seconds(cold, error),
+        _seconds(warm, error),
         decode["value"],
         cold["value"],
         limits(decode["value"].sizes, (decode["low"].sizes, decode["high"].sizes)),
+        gpu,
+        here.value if gpu is not None else 0.0,
     )
 
 
-def _seconds(parts: dict[str, Parts]) -> Range:
-    error = 1 + MODEL_ERROR
+def _seconds(parts: dict[str, Parts], error: float) -> Range:
     return Range(parts["low"].total / error, parts["value"].total, parts["high"].total * error)
 
 
@@ -171,39 +170,6 @@ def _decode(
         handling += chance * missing * times.handling
     dense = _dense(shape, form, speeds, 1, 1) + _expansion(shape, form, speeds, position) + attention
     return Parts(layers * wait, layers * computing, dense, framework + layers * handling)
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertTimes:
-    """Seconds of computing one expert: one of several that are ``resident``, and one that has just arrived. handling:
-    what the engine does for one that arrives beside that."""
-
-    resident: float
-    arriving: float
-    handling: float
-
-    @classmethod
-    def of(cls, shape: ModelShape, form: StorageFormat, speeds: Speeds, tokens: float) -> ExpertTimes:
-        """Of a shape's experts with ``tokens`` tokens each."""
-        weights = shape.expert_weights
-        return cls(
-            speeds.expert(form, weights, tokens, arriving=False),
-            speeds.expert(form, weights, tokens, arriving=True),
-            speeds.handling(form, weights, tokens),
-        )
-
-    def computing(self, resident: float, missing: float) -> float:
-        """Seconds of computing a layer's experts."""
-        return resident * self.resident + missing * self.arriving
-
-    def wait(self, resident: float, missing: float, reading: float) -> float:
-        """Seconds that a layer waits whose ``missing`` experts are read in ``reading`` seconds.
-
-        They arrive one after the other while others are computed; the last is computed after it has arrived.
-        """
-        if not missing:
-            return 0.0
-        return max(0.0, reading - self.computing(resident, missing - min(1.0, missing)))
 
 
 def _dense(shape: ModelShape, form: StorageFormat, speeds: Speeds, rows: int, heads: int) -> float:
@@ -276,6 +242,28 @@ def _prefill(
     return Parts(disk, experts, dense, framework)
 
 
+def _prefill_on_gpu(
+    shape: ModelShape,
+    form: StorageFormat,
+    speeds: Speeds,
+    routing: Routing,
+    residency: tuple[float, float],
+    gpu: GpuPlan,
+    tokens: int,
+    bound: str,
+    *,
+    cold: bool,
+) -> Parts:
+    """Seconds of a prompt. residency: shares of the experts that the GPU holds, and that it or RAM holds."""
+    total = Parts(0.0, 0.0, 0.0, speeds.framework.sampling * shape.vocab_size)
+    for before in range(0, tokens, PREFILL_CHUNK):
+        rows = min(PREFILL_CHUNK, tokens - before)
+        touched = shape.experts * getattr(routing.touched(rows), bound)
+        absent = (1.0, 1.0) if cold and not before else (1 - residency[0], 1 - residency[1])
+        total += prefill_on_gpu(shape, form, speeds, gpu, touched, absent, rows, before, bound)
+    return total
+
+
 def _streamed(share: float, missing: float, slots: int, shape: ModelShape, *, first: bool) -> float:
     """Which part of a prompt's reading goes on through the layers, as far as free slots allow.
 
@@ -300,14 +288,44 @@ class Change:
 _WORTH_TELLING = 1.1
 
 
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a model would run with. usable: bytes of RAM that are free before anything is loaded. ram, experts, vram:
+    bounds, as the flags of a chat. gpu: used if the model's dense part fits there."""
+
+    speeds: Speeds
+    usable: int
+    context: int
+    ram: int | None = None
+    experts: ExpertBudget | None = None
+    gpu: GpuSpeeds | None = None
+    vram: int | None = None
+
+    def expect(self, shape: ModelShape, form: StorageFormat, prompt_tokens: int) -> Forecast:
+        """The forecast of a model. Raises: DoesNotFitError."""
+        gpu = self._on_gpu(shape, form)
+        bounds = self.ram, self.experts
+        budget = plan_budget(
+            shape, form, self.speeds, self.usable, self.context, *bounds, on_gpu=gpu is not None
+        )
+        return forecast(shape, form, self.speeds, budget, prompt_tokens, gpu=gpu)
+
+    def _on_gpu(self, shape: ModelShape, form: StorageFormat) -> GpuPlan | None:
+        if self.gpu is None or not can_compute(form):
+            return None
+        try:
+            return plan_gpu(shape, form, self.speeds, self.gpu, self.context, self.vram)
+        except DoesNotFitError:
+            # As a chat does that was not told to use it; what was asked for is refused.
+            if self.vram is not None:
+                raise
+            return None
+
+
 def what_would_help(
     shape: ModelShape,
     now: Forecast,
-    speeds: Speeds,
-    usable: int,
-    context: int,
-    ram: int | None,
-    experts: ExpertBudget | None,
+    resources: Resources,
     formats: tuple[StorageFormat, ...],
     learned: Callable[[Forecast], Forecast] = lambda one: one,
 ) -> list[Change]:
@@ -316,15 +334,13 @@ def what_would_help(
     learned: corrects a forecast as ``now`` was corrected.
     """
     found: list[Change] = []
+    ram, gpu = resources.ram, resources.gpu
 
-    def consider(what: str, form: StorageFormat, machine: Speeds, free: int, limit: int | None) -> None:
-        # A bound on the experts alone is lifted by memory only if there is memory for it.
-        bound = experts if free == usable else None
+    def consider(what: str, form: StorageFormat, changed: Resources) -> None:
         try:
-            budget = plan_budget(shape, form, machine, free, context, limit, bound)
+            other = learned(changed.expect(shape, form, now.prompt_tokens))
         except DoesNotFitError:
             return
-        other = learned(forecast(shape, form, machine, budget, now.prompt_tokens))
         factor = other.tokens_per_s.value / now.tokens_per_s.value
         if factor >= _WORTH_TELLING:
             found.append(Change(what, other.tokens_per_s.value, factor))
@@ -332,18 +348,24 @@ def what_would_help(
     for gib in (8, 16, 32, 64):
         more = gib << 30
         if now.budget.slots < shape.total_experts:
-            consider(f"+{gib} GB RAM", now.form, speeds, usable + more, None if ram is None else ram + more)
+            # A bound on the experts alone is lifted by memory only if there is memory for it.
+            larger = replace(resources, usable=resources.usable + more, experts=None)
+            consider(f"+{gib} GB RAM", now.form, replace(larger, ram=None if ram is None else ram + more))
+    if gpu is not None and (now.gpu is None or now.gpu.budget.resident < shape.total_experts):
+        for gib in (8, 16):
+            bigger = replace(gpu, free=gpu.free + (gib << 30))
+            consider(f"+{gib} GB VRAM", now.form, replace(resources, gpu=bigger, vram=None))
     for form in formats:
         if form.bits < now.form.bits:
-            consider(f"{form.name} instead of {now.form.name}", form, speeds, usable, ram)
+            consider(f"{form.name} instead of {now.form.name}", form, resources)
     for gbps in (3.5, 7.0):
-        faster = speeds.with_disk_bandwidth(gbps * 1e9)
-        consider(f"a disk that reads {gbps:g} GB/s", now.form, faster, usable, ram)
+        faster = resources.speeds.with_disk_bandwidth(gbps * 1e9)
+        consider(f"a disk that reads {gbps:g} GB/s", now.form, replace(resources, speeds=faster))
     return sorted(_without_repetition(found), key=lambda change: -change.factor)
 
 
 def _without_repetition(changes: list[Change]) -> list[Change]:
-    """Of several amounts of RAM or disk speeds only those that bring more than the one before."""
+    """Of several amounts of memory or disk speeds only those that bring more than the one before."""
     kept: list[Change] = []
     best: dict[str, float] = {}
     for change in changes:

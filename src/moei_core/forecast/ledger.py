@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moei_core.forecast.forecast import Forecast
-from moei_core.forecast.limits import DISK, EXPERTS, REST, limits
+from moei_core.forecast.limits import DISK, EXPERTS, GPU, REST, limits
 from moei_core.forecast.shape import ModelShape
 from moei_core.paths import state_dir
 
@@ -35,7 +35,8 @@ _LONGEST_FILE = 2 << 20
 class Actual:
     """What a run came to. ttft_s is of a cold prompt; a share is of the decode time; None where nothing was measured.
 
-    stall_share, expert_share: waiting for disk, computing experts; the remainder is all else.
+    stall_share, expert_share, gpu_share: waiting for disk, computing experts, waiting for a GPU; the remainder is all
+    else.
     """
 
     tokens_per_s: float | None
@@ -43,14 +44,16 @@ class Actual:
     hit_rate: float | None = None
     stall_share: float | None = None
     expert_share: float | None = None
+    gpu_share: float | None = None
 
     @property
     def limits(self) -> tuple[str, ...]:
         """As ``Forecast.limits``; empty where nothing was measured."""
         if self.stall_share is None or self.expert_share is None:
             return ()
-        rest = 1 - self.stall_share - self.expert_share
-        return limits({DISK: self.stall_share, EXPERTS: self.expert_share, REST: rest})
+        gpu = self.gpu_share or 0.0
+        rest = 1 - self.stall_share - self.expert_share - gpu
+        return limits({DISK: self.stall_share, EXPERTS: self.expert_share, REST: rest, GPU: gpu})
 
 
 @dataclass(frozen=True, slots=True)

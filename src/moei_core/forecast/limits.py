@@ -1,18 +1,20 @@
 """What limits a speed: the largest part of the time, or two where neither is clearly the larger.
 
-Forecast and run split a token's time alike: waiting for experts that are not there, computing experts, and the rest.
+Forecast and run split a token's time alike: waiting for experts that are not there, computing experts, the rest, and
+with a GPU, waiting for that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-DISK, EXPERTS, REST = "disk", "experts", "rest"
+DISK, EXPERTS, REST, GPU = "disk", "experts", "rest", "gpu"
 
 SENTENCES = {
     DISK: "waiting for missing experts from disk",
     EXPERTS: "computing the active experts from memory",
     REST: "the dense layers and the framework around them",
+    GPU: "the GPU and the link to it",
 }
 
 MODEL_ERROR = 0.12

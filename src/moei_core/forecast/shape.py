@@ -87,6 +87,11 @@ class ModelShape:
         return self.model_type in NATIVE_ATTENTION and native.available()
 
     @property
+    def eager_attention(self) -> bool:
+        """Whether a prompt's attention holds its scores: gpt-oss's sinks have no fused kernel here."""
+        return self.model_type == "gpt_oss"
+
+    @property
     def expansion_weights(self) -> int:
         """Weights of a layer's matrix that expands compressed keys and values; 0 where they are kept as they are."""
         text = self.config
