@@ -60,7 +60,9 @@ class Measured:
 def request(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> Measured:
     """The next rows of the trace: a prompt of any tokens (its routing is forced), then a reply."""
     times, cache = GenerationTimes(), ConversationCache(model.adapter.config)
-    generator = Generator(model.adapter.model, model.runtime, cache, lambda: False)
+    generator = Generator(
+        model.adapter.model, model.runtime, cache, lambda: False, model.budget.prefill_chunk
+    )
     settings = GenerationSettings(max_new_tokens=new_tokens + 1, temperature=0.0)
     before, misses = model.runtime.snapshot(), model.runtime.misses
     prompt = list(np.random.default_rng(prompt_tokens).integers(0, 1000, prompt_tokens).tolist())
@@ -165,7 +167,7 @@ def decode(trace: Trace, share: float, policy: str) -> dict[str, float | str]:
         one = request(model, WARM_UP, ARGS.tokens)
         nbytes = max(model.spec.expert_nbytes.values())
         layers, width = len(model.spec.num_experts), model.spec.num_experts_per_tok
-        slots = model.budget.resident
+        slots, chunk = model.budget.resident, model.budget.prefill_chunk
     lookups = one.tokens * layers * width
     computing = one.decode_s - one.decode_stall_s
     bound = max(computing, one.decode_nbytes / disk)
@@ -176,8 +178,8 @@ def decode(trace: Trace, share: float, policy: str) -> dict[str, float | str]:
         disk_bandwidth=disk,
         disk_latency=0.0,
     )
-    simulated = simulate(trace, policy, slots, machine, nbytes)
-    best = simulate(trace, "global-belady-bypass", slots, machine, nbytes)
+    simulated = simulate(trace, policy, slots, machine, nbytes, chunk)
+    best = simulate(trace, "global-belady-bypass", slots, machine, nbytes, chunk)
     belady = max(computing, best.disk_nbytes / disk)
     return {
         "experts": share,
@@ -208,9 +210,9 @@ class ReplyClock(Clock):
         super().begin_pass(one)
 
 
-def simulate(trace: Trace, policy: str, slots: int, machine: Hardware, nbytes: int) -> Costs:
+def simulate(trace: Trace, policy: str, slots: int, machine: Hardware, nbytes: int, chunk: int) -> Costs:
     """What the clock says of the same two requests: costs of the second reply."""
-    part = trace.as_requests([(WARM_UP, 1), (WARM_UP, ARGS.tokens)])
+    part = trace.as_requests([(WARM_UP, 1), (WARM_UP, ARGS.tokens)], chunk=chunk)
     made = POLICIES[policy](slots, part.experts_by_layer)
     brain = ExpertScheduler(
         ExpertCache(slots, made), part.num_experts_per_tok, num_experts=part.experts_by_layer

@@ -1,4 +1,4 @@
-"""The only file that knows Rich: consoles, tables, waiting, streaming Markdown.
+"""The only file that knows Rich: consoles, tables, waiting, streaming Markdown. Long because it is the only one.
 
 Answers and reports go to standard output, everything else to standard error. Without a terminal, or with
 NO_COLOR, no escape code is written.
@@ -32,7 +32,7 @@ from moei_core.config import format_size
 from moei_core.errors import MoeiError
 
 if TYPE_CHECKING:
-    from moei_core.engine.chat_session import ChatSession, TurnReport
+    from moei_core.engine.chat_session import ChatSession, PromptProgress, TurnReport
     from moei_core.engine.text_stream import TextPiece
 
 
@@ -141,8 +141,51 @@ def statistics(session: ChatSession) -> None:
     key_values(rows)
 
 
+_SHOW_PROMPT_AFTER = 0.7
+"""Seconds of a prompt's reading before a line about it appears: most are over by then."""
+
+
+def prompt_line(progress: PromptProgress) -> str:
+    """How far the reading of a prompt is, in one line."""
+    left = progress.seconds_left
+    soon = "" if left is None else f", about {left:.0f} s left"
+    waiting = progress.stall_s / progress.seconds if progress.seconds else 0.0
+    return (
+        f"reading the prompt: {progress.share:.0%} of {progress.tokens} tokens{soon} · "
+        f"{format_size(progress.nbytes)} read, {waiting:.0%} waiting"
+    )
+
+
+def after_prompt(pieces: Iterable[TextPiece], session: ChatSession) -> Iterator[TextPiece]:
+    """``pieces``; until the first one comes, standard error shows how far the prompt is, if it is a terminal."""
+    reply = iter(pieces)
+    if is_plain(sys.stderr):
+        yield from reply
+        return
+
+    def line() -> Text:
+        progress = session.prompt_progress()
+        shown = progress is not None and progress.seconds > _SHOW_PROMPT_AFTER
+        text = prompt_line(progress) if progress is not None and shown else ""
+        return Text(text, style="dim", no_wrap=True, overflow="ellipsis")
+
+    with Live(
+        console=console(sys.stderr),
+        get_renderable=line,
+        refresh_per_second=4,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    ):
+        first = next(reply, None)
+    if first is not None:
+        yield first
+        yield from reply
+
+
 def show_reply(pieces: Iterable[TextPiece], session: ChatSession) -> None:
     """Show a reply while it comes: Markdown with a live status on a terminal, else the bare text."""
+    pieces = after_prompt(pieces, session)
     if is_plain(sys.stdout):
         _write_reply(pieces)
     else:

@@ -13,7 +13,7 @@ from moei_cli.measured_machine import stored_profile
 from moei_cli.plan_view import print_budget
 from moei_cli.settings import DEFAULT_CONTEXT, Setting
 from moei_core.cache.policies import DEFAULT_POLICY
-from moei_core.config import CHUNK_NBYTES, PREFILL_CHUNK, READERS, ExpertBudget, format_size, parse_size
+from moei_core.config import CHUNK_NBYTES, READERS, ExpertBudget, format_size, parse_size
 from moei_core.forecast.forecast import plan_budget
 from moei_core.forecast.speed import ASSUMED_FRAMEWORK, Speeds
 from moei_core.hardware.gpus import load_nvml, read_gpus, visible_gpus
@@ -90,7 +90,8 @@ def show_settings(model: str | None, chosen: Mapping[str, Setting], *, as_json: 
          _origin(chosen["predictor"], "on most machines prefetching gains less than it costs")),
         ("prefetch", chosen["prefetch"].text or "auto",
          _origin(chosen["prefetch"], "a predictor is followed only while that is faster")),
-        ("prompt chunk", f"{PREFILL_CHUNK} tokens", "fixed, so that results never depend on a budget"),
+        ("prompt chunk", f"{budget.prefill_chunk} tokens",
+         "as many as half a GiB serves, by the model's shape: results never depend on a budget"),
         ("readers", f"{READERS}, {format_size(CHUNK_NBYTES)} at a time",
          "fixed: a disk reaches its bandwidth at a few megabytes in flight"),
         ("free memory", format_size(memory.usable), memory.reason),

@@ -22,8 +22,11 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?)?b?\s*", re.IGNORECASE
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*")
 
 
-PREFILL_CHUNK = 256
-"""Tokens of one prefill pass. Never depends on a budget: other shapes would give other roundings."""
+PREFILL_CHUNKS = (2048, 1024, 512, 256)
+"""Tokens that one prefill pass may have, see ``hardware.budget.prefill_chunk``."""
+
+PREFILL_CHUNK = PREFILL_CHUNKS[-1]
+"""The least of them."""
 
 
 READERS = 4

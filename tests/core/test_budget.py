@@ -10,12 +10,22 @@ from hypothesis import strategies as st
 
 from moei_core.config import ExpertBudget, GenerationSettings, format_size, parse_size
 from moei_core.errors import DoesNotFitError, UsageError
-from moei_core.hardware.budget import RING_SLOTS, MemoryUse, plan_device_slots, plan_slots
+from moei_core.hardware.budget import (
+    RING_SLOTS,
+    MemoryUse,
+    plan_device_slots,
+    plan_slots,
+    prefill_chunk,
+    workspace_nbytes,
+)
 from moei_core.types import ModelSpec
 
 MIB = 1 << 20
 SPEC = ModelSpec("test", dict.fromkeys(range(4), 32), 4, 128, dict.fromkeys(range(4), 3 * MIB))
 SLOT = 3 * MIB + 8192
+CONFIG = {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 32, "vocab_size": 151936,
+}  # fmt: skip
 USE = MemoryUse(process=400 * MIB, kv=20 * MIB, workspace=30 * MIB)
 
 
@@ -180,3 +190,19 @@ def test_a_device_that_is_too_small_names_the_smallest_that_works() -> None:
     )
     with pytest.raises(DoesNotFitError, match="Free GPU memory"):
         plan_device_slots(128, SLOT, 500 * MIB, 100 * MIB, 50 * MIB, free=600 * MIB)
+
+
+def test_a_prompt_goes_in_as_few_passes_as_half_a_gib_serves() -> None:
+    """Of the shape and the context alone. Scores that are held, or wide layers, make it shorter, down to 256."""
+    assert prefill_chunk(CONFIG, 8, 4096, 2, False) == 1024
+    assert prefill_chunk({**CONFIG, "hidden_size": 512}, 8, 4096, 2, False) == 2048
+    assert prefill_chunk(CONFIG, 8, 4096, 2, True) == 256
+    assert prefill_chunk({**CONFIG, "hidden_size": 1 << 17}, 8, 4096, 2, False) == 256
+    # Nobody needs room for more tokens than a conversation can have.
+    assert prefill_chunk(CONFIG, 8, 200, 2, False) == 256
+    assert prefill_chunk(CONFIG, 8, 300, 2, False) == 512
+    for context in (300, 4096, 32768):
+        chunk = prefill_chunk(CONFIG, 8, context, 2, False)
+        beside = 3 * CONFIG["vocab_size"] * 4 + 7
+        assert workspace_nbytes(CONFIG, 8, context, 2, 7, False) - beside <= 512 << 20
+        assert chunk == 256 or chunk < 2 * context

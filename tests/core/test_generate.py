@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from moei_core.cache.policies import POLICIES
 from moei_core.config import ExpertBudget, GenerationSettings
-from moei_core.engine import generate
 from moei_core.engine.chat_session import ChatSession
 from moei_core.engine.generate import GenerationTimes, Generator
 from moei_core.engine.kv_cache import ConversationCache
@@ -30,10 +29,14 @@ def loaded(request: pytest.FixtureRequest, chat_folder: Callable[..., Path]) -> 
 
 
 def run(
-    loaded: LoadedModel, prompt: list[int], settings: GenerationSettings, end: frozenset[int] = frozenset()
+    loaded: LoadedModel,
+    prompt: list[int],
+    settings: GenerationSettings,
+    end: frozenset[int] = frozenset(),
+    chunk: int = 256,
 ) -> list[int]:
     generator = Generator(
-        loaded.adapter.model, loaded.runtime, ConversationCache(loaded.adapter.config), lambda: False
+        loaded.adapter.model, loaded.runtime, ConversationCache(loaded.adapter.config), lambda: False, chunk
     )
     return list(generator.tokens(prompt, settings, end, GenerationTimes(), context=512))
 
@@ -94,11 +97,34 @@ def test_a_later_turn_prefills_only_what_is_new(loaded: LoadedModel) -> None:
     assert session.report is not None and session.report.reused_tokens == session.report.prompt_tokens - 1
 
 
-def test_prefill_in_chunks_gives_the_same_text(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_in_chunks_gives_the_same_text(loaded: LoadedModel) -> None:
     prompt = torch.randint(0, 256, (50,), generator=torch.Generator().manual_seed(2)).tolist()
     whole = run(loaded, prompt, GREEDY)
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", 16)
-    assert run(loaded, prompt, GREEDY) == whole
+    assert run(loaded, prompt, GREEDY, chunk=16) == whole
+
+
+def test_how_far_a_prompt_is_can_be_asked_while_it_is_read(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, seen = ChatSession(loaded, GREEDY), []
+    store = loaded.runtime._store
+    read = store.read_extent
+
+    def reading(*arguments: object) -> None:
+        # In a thread of the readers, as a screen would ask.
+        seen.append(session.prompt_progress())
+        read(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "read_extent", reading)
+    assert session.prompt_progress() is None
+    ask(session, "a question that is read layer by layer")
+    told = [one for one in seen if one is not None]
+    assert session.report is not None and session.prompt_progress() is None
+    assert {one.tokens for one in told} == {session.report.prompt_tokens}
+    shares = [one.share for one in told]
+    assert shares == sorted(shares) and shares[0] == 0.0 and 0 < shares[-1] < 1
+    assert told[-1].nbytes > 0 and told[-1].seconds > told[-1].stall_s >= 0
+    assert told[0].seconds_left is None and told[-1].seconds_left is not None
 
 
 class Failing:

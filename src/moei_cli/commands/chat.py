@@ -231,7 +231,7 @@ def _answer_once(
 
     with stopping_on_interrupt(session.stop):
         if as_json:
-            pieces = list(session.reply(prompt))
+            pieces = list(render.after_prompt(session.reply(prompt), session))
         else:
             render.show_reply(session.reply(prompt), session)
     if prediction is not None and session.report is not None:

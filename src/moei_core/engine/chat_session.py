@@ -119,6 +119,23 @@ class TurnReport:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """How far the reading of a prompt is. tokens: of the prompt, those not known from before. share: of the work, up to
+    1. seconds since it began; stall_s of them waiting for experts, of which nbytes were read."""
+
+    tokens: int
+    share: float
+    seconds: float
+    stall_s: float
+    nbytes: int
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the speed so far; None while that says nothing."""
+        return self.seconds * (1 / self.share - 1) if self.share > 0.02 else None
+
+
 class ChatSession:
     """Messages, their key-value cache, and the settings of the next reply."""
 
@@ -131,6 +148,7 @@ class ChatSession:
         self._system = system
         self._cache = ConversationCache(model.adapter.config)
         self._stop = False
+        self._prompt_began: tuple[float, RuntimeStatistics] | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -181,6 +199,7 @@ class ChatSession:
                 report.device_prefetch = self.model.device_prefetch_statistics.minus(ahead_before)
 
         answer: list[str] = []
+        self._prompt_began = started, runtime_before
         self.model.scheduler.request_start()
         try:
             for piece in self._generate(prompt, report):
@@ -191,9 +210,28 @@ class ChatSession:
                 # What the reader of the pieces does with them is not the turn's time.
                 started = time.perf_counter()
         finally:
+            self._prompt_began = None
             self.model.scheduler.request_end()
             account()
         self.messages = [*messages, {"role": "assistant", "content": "".join(answer).strip()}]
+
+    def prompt_progress(self) -> PromptProgress | None:
+        """How far the prompt of the turn under way is read; may be asked from another thread. None before and after."""
+        report, began = self.report, self._prompt_began
+        if report is None or began is None or report.new_tokens:
+            return None
+        started, before = began
+        tokens, times = report.prompt_tokens - report.reused_tokens, report.times
+        layers = len(self.model.spec.num_experts) * -(-tokens // self.model.budget.prefill_chunk)
+        work = self.model.runtime.statistics
+        return PromptProgress(
+            tokens,
+            # A layer counts when it is over; the last one and the head are the rest.
+            min(1.0, max(0, times.prefill_layers - 1) / layers),
+            time.perf_counter() - started,
+            work.stall_s - before.stall_s,
+            work.bytes_read - before.bytes_read,
+        )
 
     def _generate(self, prompt: list[int], report: TurnReport) -> Iterator[TextPiece]:
         tokenizer, settings = self.model.tokenizer, self.settings
@@ -206,7 +244,9 @@ class ChatSession:
             settings.stop,
             tail,
         )
-        generator = Generator(self.model.adapter.model, self.model.runtime, self._cache, lambda: self._stop)
+        model = self.model
+        chunk = model.budget.prefill_chunk
+        generator = Generator(model.adapter.model, model.runtime, self._cache, lambda: self._stop, chunk)
         report.finish_reason = "interrupted"
         for token in generator.tokens(prompt, settings, end_tokens, report.times, self.model.context):
             report.new_tokens += 1

@@ -24,10 +24,12 @@ from moei_core.types import Phase
 class GenerationTimes:
     """Seconds that the parts of one turn have taken so far, and the tokens that went through them.
 
+    prefill_layers: MoE layers that passes over the prompt have come to, in all passes together.
     prefill_work, prefill_misses: what of the runtime's work and of the cache's misses fell to the prompt.
     """
 
     prefilled_tokens: int = 0
+    prefill_layers: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     sampling_s: float = 0.0
@@ -50,12 +52,17 @@ class Generator:
         runtime: ExpertRuntime,
         cache: ConversationCache,
         should_stop: Callable[[], bool],
+        chunk: int = PREFILL_CHUNK,
     ) -> None:
-        """should_stop: asked between tokens, and at every layer of a prefill, which may take long."""
+        """should_stop: asked between tokens, and at every layer of a prefill, which may take long.
+
+        chunk: tokens of a prompt that go through the model at once.
+        """
         self._model = model
         self._runtime = runtime
         self._cache = cache
         self._should_stop = should_stop
+        self._chunk = chunk
         self._place = model.device
         self._last = _LAST.to(self._place)
 
@@ -93,15 +100,16 @@ class Generator:
             times.token_s.append(elapsed)
 
     def _prefill(self, tokens: list[int], times: GenerationTimes) -> torch.Tensor:
-        def stop_if_asked() -> None:
+        def at_a_layer() -> None:
+            times.prefill_layers += 1
             if self._should_stop():
                 raise InterruptedTurnError("Stopped before the first token.")
 
         started, before, misses = time.perf_counter(), self._runtime.snapshot(), self._runtime.misses
-        self._runtime.before_access = stop_if_asked
+        self._runtime.before_access = at_a_layer
         try:
-            for start in range(0, len(tokens), PREFILL_CHUNK):
-                chunk = tokens[start : start + PREFILL_CHUNK]
+            for start in range(0, len(tokens), self._chunk):
+                chunk = tokens[start : start + self._chunk]
                 logits = self._forward(chunk, Phase.PREFILL)
                 times.prefilled_tokens += len(chunk)
         finally:

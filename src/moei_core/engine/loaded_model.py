@@ -38,6 +38,7 @@ from moei_core.hardware.budget import (
     kv_width,
     plan_device_slots,
     plan_slots,
+    prefill_chunk,
     too_small,
     workspace_nbytes,
 )
@@ -245,18 +246,14 @@ class LoadedModel:
 
     def _memory_use(self, process: int, slot_nbytes: int) -> MemoryUse:
         config = self.adapter.config.get_text_config()
-        workspace = workspace_nbytes(
-            config.to_dict(),
-            self.spec.num_experts_per_tok,
-            self.context,
-            self.adapter.dtype.itemsize,
-            slot_nbytes,
-            getattr(config, "_attn_implementation", None) == "eager",
-        )
+        eager = getattr(config, "_attn_implementation", None) == "eager"
+        shape = config.to_dict(), self.spec.num_experts_per_tok, self.context, self.adapter.dtype.itemsize
+        workspace = workspace_nbytes(*shape, slot_nbytes, eager)
         if self.adapter.packed is not None:
             workspace += DECODED_NBYTES
         kv = self.kv_nbytes_per_token * self.context
-        return MemoryUse(process, kv, workspace, self.adapter.dense_nbytes, self.context)
+        chunk = prefill_chunk(*shape, eager)
+        return MemoryUse(process, kv, workspace, self.adapter.dense_nbytes, self.context, chunk)
 
     @property
     def kv_nbytes_per_token(self) -> int:

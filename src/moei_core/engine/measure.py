@@ -94,7 +94,9 @@ def _request(model: LoadedModel, prompt: list[int], new_tokens: int, seed: int =
     device_before = None if device is None else replace(device)
     cache_before, runtime_before = replace(model.scheduler.statistics), model.runtime.snapshot()
     cache = ConversationCache(model.adapter.config)
-    generator = Generator(model.adapter.model, model.runtime, cache, lambda: False)
+    generator = Generator(
+        model.adapter.model, model.runtime, cache, lambda: False, model.budget.prefill_chunk
+    )
     # Sampled, since greedy decoding of random weights soon repeats one token and with it one routing.
     settings = GenerationSettings(max_new_tokens=new_tokens, temperature=1.0, seed=seed)
     started = time.perf_counter()

@@ -28,7 +28,7 @@ from moei_core.forecast.parts import ExpertTimes, Parts
 from moei_core.forecast.routing import Range, Routing, routing_of
 from moei_core.forecast.shape import ModelShape
 from moei_core.forecast.speed import Speeds
-from moei_core.hardware.budget import MemoryUse, SlotBudget, plan_slots, workspace_nbytes
+from moei_core.hardware.budget import MemoryUse, SlotBudget, plan_slots, prefill_chunk, workspace_nbytes
 from moei_core.prefetch import PrefillStream
 
 _DENSE_MATRICES = 6
@@ -81,7 +81,8 @@ def plan_budget(
     process = speeds.framework.process_nbytes + dense
     workspace = workspace_nbytes(shape.config, shape.top_k, context, 2, slot, shape.eager_attention)
     kv = 0 if on_gpu else shape.kv_nbytes_per_token * context
-    use = MemoryUse(process, kv, workspace, dense, context)
+    chunk = prefill_chunk(shape.config, shape.top_k, context, 2, shape.eager_attention)
+    use = MemoryUse(process, kv, workspace, dense, context, chunk)
     if ram is None and usable < process:
         raise DoesNotFitError(
             f"The dense part alone is larger than the free memory: {format_size(process)} of {format_size(usable)}.",
@@ -118,12 +119,19 @@ def forecast(
     }
     cold, warm = (
         {
-            name: _prefill(
-                shape, form, speeds, routing, residency, budget.slots, prompt_tokens, name, cold=is_cold
-            )
+            name: _prefill(shape, form, speeds, routing, residency, budget, prompt_tokens, name, cold=is_cold)
             if gpu is None
             else _prefill_on_gpu(
-                shape, form, speeds, routing, (nearer, residency), gpu, prompt_tokens, name, cold=is_cold
+                shape,
+                form,
+                speeds,
+                routing,
+                (nearer, residency),
+                gpu,
+                budget,
+                prompt_tokens,
+                name,
+                cold=is_cold,
             )
             for name in ("low", "value", "high")
         }
@@ -148,7 +156,9 @@ def forecast(
 
 
 def _seconds(parts: dict[str, Parts], error: float) -> Range:
-    return Range(parts["low"].total / error, parts["value"].total, parts["high"].total * error)
+    # A prompt that uses fewer experts can take longer: below a certain share the next layer's are not read ahead.
+    totals = [one.total for one in parts.values()]
+    return Range(min(totals) / error, parts["value"].total, max(totals) * error)
 
 
 def _decode(
@@ -199,19 +209,18 @@ def _prefill(
     speeds: Speeds,
     routing: Routing,
     residency: float,
-    slots: int,
+    budget: SlotBudget,
     tokens: int,
     bound: str,
     *,
     cold: bool,
 ) -> Parts:
     """Seconds of a prompt. cold: the cache is empty, so the first chunk reads every expert that it touches, into
-    ``slots`` that were never used."""
-    cost = speeds.framework
-    disk = experts = dense = 0.0
-    passes = math.ceil(tokens / PREFILL_CHUNK)
-    for number in range(passes):
-        rows = min(PREFILL_CHUNK, tokens - number * PREFILL_CHUNK)
+    slots that were never used."""
+    cost, chunk, slots = speeds.framework, budget.prefill_chunk, budget.slots
+    disk = experts = dense = framework = 0.0
+    for number in range(math.ceil(tokens / chunk)):
+        rows = min(chunk, tokens - number * chunk)
         touched = shape.experts * getattr(routing.touched(rows), bound)
         first = cold and number == 0
         missing = touched * (1.0 if first else 1 - residency)
@@ -224,7 +233,7 @@ def _prefill(
         alone = shape.moe_layers * times.wait(touched - missing, missing, reading)
         body = _dense(shape, form, speeds, rows, 1)
         # Scores and their sums: 4 operations for each pair of positions, head and dimension.
-        pairs = rows * (number * PREFILL_CHUNK + rows / 2)
+        pairs = rows * (number * chunk + rows / 2)
         width = shape.kv_nbytes_per_token / 2 / 2 / shape.layers
         heads = shape.config["num_attention_heads"] / (
             shape.config.get("num_key_value_heads") or shape.config["num_attention_heads"]
@@ -233,12 +242,13 @@ def _prefill(
         dense += body
         # Streamed, the experts of all layers are one long reading beside all computing but the first dense part.
         computing = shape.moe_layers * times.computing(touched - missing, missing) - times.arriving
-        beside = (body + shape.layers * cost.prefill_layer) * (1 - 1 / shape.layers)
+        around = shape.layers * cost.prefill_layer * max(1.0, rows / PREFILL_CHUNK)
+        framework += around + cost.token
+        beside = (body + around) * (1 - 1 / shape.layers)
         together = min(alone, max(0.0, shape.moe_layers * reading - computing - beside))
         ahead = _streamed(touched / shape.experts, missing, slots, shape, first=first)
         disk += ahead * together + (1 - ahead) * alone
-    framework = passes * (shape.layers * cost.prefill_layer + cost.token) + cost.sampling * shape.vocab_size
-    framework += cost.first_pass if cold else 0.0
+    framework += cost.sampling * shape.vocab_size + (cost.first_pass if cold else 0.0)
     return Parts(disk, experts, dense, framework)
 
 
@@ -249,6 +259,7 @@ def _prefill_on_gpu(
     routing: Routing,
     residency: tuple[float, float],
     gpu: GpuPlan,
+    budget: SlotBudget,
     tokens: int,
     bound: str,
     *,
@@ -256,8 +267,8 @@ def _prefill_on_gpu(
 ) -> Parts:
     """Seconds of a prompt. residency: shares of the experts that the GPU holds, and that it or RAM holds."""
     total = Parts(0.0, 0.0, 0.0, speeds.framework.sampling * shape.vocab_size)
-    for before in range(0, tokens, PREFILL_CHUNK):
-        rows = min(PREFILL_CHUNK, tokens - before)
+    for before in range(0, tokens, budget.prefill_chunk):
+        rows = min(budget.prefill_chunk, tokens - before)
         touched = shape.experts * getattr(routing.touched(rows), bound)
         absent = (1.0, 1.0) if cold and not before else (1 - residency[0], 1 - residency[1])
         total += prefill_on_gpu(shape, form, speeds, gpu, touched, absent, rows, before, bound)

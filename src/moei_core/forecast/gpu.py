@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from moei_core.config import PREFILL_CHUNK
 from moei_core.forecast.formats import FORMATS, StorageFormat
 from moei_core.forecast.parts import ExpertTimes, Parts
 from moei_core.forecast.shape import ModelShape
@@ -212,7 +213,7 @@ def prefill_on_gpu(
         layers * waiting,
         layers * computing,
         0.0,
-        shape.layers * cost.prefill_layer + cost.token,
+        shape.layers * cost.prefill_layer * max(1.0, rows / PREFILL_CHUNK) + cost.token,
         layers * (beside + gpu.read_back) + dense + keys,
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moei_core.config import PREFILL_CHUNK, ExpertBudget, format_size
+from moei_core.config import PREFILL_CHUNK, PREFILL_CHUNKS, ExpertBudget, format_size
 from moei_core.errors import DoesNotFitError
 from moei_core.types import ModelSpec
 
@@ -28,6 +28,29 @@ def kv_width(config: Mapping[str, Any]) -> int:
     return int(2 * (config.get("num_key_value_heads") or heads) * head_dim)
 
 
+_LARGEST_PASS = 512 << 20
+
+
+def prefill_chunk(
+    config: Mapping[str, Any], top_k: int, context: int, item: int, eager_attention: bool
+) -> int:
+    """Tokens of a prompt that go through the model in one pass: as many as half a GiB of temporary memory serves.
+
+    Each pass reads the absent experts that it needs once, and it needs nearly all, so a prompt in a quarter of the
+    passes reads a quarter of the bytes. Depends on the model's shape and the context alone, never on a budget: other
+    shapes would give other roundings (contract E1). Arguments as of ``workspace_nbytes``.
+    """
+    longest = min(context, PREFILL_CHUNKS[0])
+    fitting = (
+        chunk
+        for chunk in PREFILL_CHUNKS
+        if _pass_nbytes(config, top_k, context, item, chunk, eager_attention) <= _LARGEST_PASS
+        # A pass can have no more tokens than the context.
+        and chunk < 2 * longest
+    )
+    return next(fitting, PREFILL_CHUNK)
+
+
 def workspace_nbytes(
     config: Mapping[str, Any], top_k: int, context: int, item: int, slot_nbytes: int, eager_attention: bool
 ) -> int:
@@ -35,19 +58,25 @@ def workspace_nbytes(
 
     eager_attention: only attention without a fused kernel holds its scores (gpt-oss: its sinks have none here).
     """
-    hidden, rows = config["hidden_size"], PREFILL_CHUNK * top_k
-    width = max(hidden, config.get("intermediate_size") or 0)
-    scores = 2 * config["num_attention_heads"] * PREFILL_CHUNK * context * 4 if eager_attention else 0
-    # Expert outputs in float32 and their gathered inputs; a few activations of the widest dense layer;
-    # a native product's copy of its inputs, in float32 and in int8 with scales; the attention mask; the logits of one
-    # token; one expert reordered by a library.
-    return int(
-        rows * hidden * (4 + 4 + item)
-        + PREFILL_CHUNK * width * (4 * item + 6)
-        + 2 * PREFILL_CHUNK * context * item
-        + scores
-        + 3 * config["vocab_size"] * 4
+    chunk = prefill_chunk(config, top_k, context, item, eager_attention)
+    # Beside what grows with the pass: the logits of one token; one expert reordered by a library.
+    return (
+        _pass_nbytes(config, top_k, context, item, chunk, eager_attention)
+        + 3 * int(config["vocab_size"]) * 4
         + slot_nbytes
+    )
+
+
+def _pass_nbytes(
+    config: Mapping[str, Any], top_k: int, context: int, item: int, chunk: int, eager_attention: bool
+) -> int:
+    hidden, rows = config["hidden_size"], chunk * top_k
+    width = max(hidden, config.get("intermediate_size") or 0)
+    scores = 2 * config["num_attention_heads"] * chunk * context * 4 if eager_attention else 0
+    # Expert outputs in float32 and their gathered inputs; a few activations of the widest dense layer;
+    # a native product's copy of its inputs, in float32 and in int8 with scales; the attention mask.
+    return int(
+        rows * hidden * (4 + 4 + item) + chunk * width * (4 * item + 6) + 2 * chunk * context * item + scores
     )
 
 
@@ -56,7 +85,7 @@ class MemoryUse:
     """What the process needs beside expert slots, in bytes.
 
     process: what it holds now, of which ``dense`` are dense weights. kv: keys and values of ``context`` tokens.
-    workspace: the largest temporary memory of a forward pass.
+    workspace: the largest temporary memory of a forward pass over ``chunk`` tokens.
     """
 
     process: int
@@ -64,6 +93,7 @@ class MemoryUse:
     workspace: int
     dense: int = 0
     context: int = 0
+    chunk: int = PREFILL_CHUNK
 
     @property
     def margin(self) -> int:
@@ -81,9 +111,7 @@ class MemoryUse:
             BudgetLine("runtime", self.process - self.dense, "Python, torch and transformers, measured"),
             BudgetLine("dense weights", self.dense, "attention, norms, routers, embeddings: for every token"),
             BudgetLine("context", self.kv, context),
-            BudgetLine(
-                "workspace", self.workspace, f"the largest temporary memory of {PREFILL_CHUNK} tokens"
-            ),
+            BudgetLine("workspace", self.workspace, f"the largest temporary memory of {self.chunk} tokens"),
             BudgetLine("margin", self.margin, "allocator, threads, kernel, libraries' caches: 24 MiB and 2%"),
         ]
 
@@ -104,7 +132,7 @@ class SlotBudget:
     working: slots for misses in passing. spare: slots that prefetches arrive in. resident: slots for experts
     that stay; with a slot for every expert all of them stay, and none needs to pass. limit: bytes that the
     process may hold by this budget, None if only the experts were bounded. lines: the account: what the process
-    needs, then the slots.
+    needs, then the slots. prefill_chunk: tokens of a prompt's pass, for which there is workspace.
     """
 
     slots: int
@@ -115,6 +143,7 @@ class SlotBudget:
     spare: int = 0
     limit: int | None = None
     lines: tuple[BudgetLine, ...] = ()
+    prefill_chunk: int = PREFILL_CHUNK
 
     @property
     def nbytes(self) -> int:
@@ -193,7 +222,7 @@ def plan_slots(
         )
         limit = use.process + available
     stay = residents(slots, working, spare, total)
-    return SlotBudget(slots, working, stay, slot_nbytes, reason, spare, limit, (*lines, count))
+    return SlotBudget(slots, working, stay, slot_nbytes, reason, spare, limit, (*lines, count), use.chunk)
 
 
 RING_SLOTS = 2
@@ -260,7 +289,7 @@ def plan_device_slots(
     lines = (
         BudgetLine("GPU dense weights", dense, "attention, norms, routers, embeddings"),
         BudgetLine("GPU context", kv, "keys and values"),
-        BudgetLine("GPU workspace", workspace, f"the largest temporary memory of {PREFILL_CHUNK} tokens"),
+        BudgetLine("GPU workspace", workspace, "the largest temporary memory of a prompt's pass"),
         BudgetLine("GPU margin", margin, "libraries' own memory and rounding: 256 MiB and 2%"),
         BudgetLine(
             "GPU expert slots",

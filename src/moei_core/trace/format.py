@@ -130,16 +130,18 @@ class Trace:
             sequence_tasks=self.sequence_tasks[start:stop],
         )
 
-    def as_requests(self, requests: Sequence[tuple[int, int]], start: int = 0) -> Trace:
+    def as_requests(
+        self, requests: Sequence[tuple[int, int]], start: int = 0, chunk: int = PREFILL_CHUNK
+    ) -> Trace:
         """The tokens from ``start`` on as other requests, each a sequence of its own; after the last token comes
         the first again. requests: (tokens of the prompt, tokens of the reply).
 
-        Prompts are in passes as the engine makes them, replies one token each. Only the routing is kept.
+        Prompts are in passes of ``chunk`` tokens, replies of one token each. Only the routing is kept.
         """
         bounds, phase, ends = [0], [], [0]
         for prompt, reply in requests:
             begin, middle = bounds[-1], bounds[-1] + prompt
-            bounds += [*range(begin + PREFILL_CHUNK, middle, PREFILL_CHUNK), *([middle] if prompt else [])]
+            bounds += [*range(begin + chunk, middle, chunk), *([middle] if prompt else [])]
             bounds += range(middle + 1, middle + reply + 1)
             phase += [Phase.PREFILL] * prompt + [Phase.DECODE] * reply
             ends.append(bounds[-1])
