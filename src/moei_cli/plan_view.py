@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moei_cli import render
+from moei_cli.forecasts import short, speed_of_the_smallest
 from moei_cli.settings import DEFAULT_CONTEXT
 from moei_core.config import ExpertBudget, format_size
 from moei_core.errors import DoesNotFitError, UsageError
@@ -132,6 +133,7 @@ class Planner:
         try:
             budget = plan_budget(shape, form, speeds, self.usable, self.context, self.ram, self.experts)
         except DoesNotFitError as error:
+            error.hint += speed_of_the_smallest(error, shape, form, self.profile, self.folder)
             return Candidate(shape, form, None, error)
         one = forecast(shape, form, speeds, budget, self.prompt_tokens)
         return Candidate(shape, form, self._learned(one), None, self._disk(shape, form))
@@ -213,8 +215,8 @@ class Planner:
             notes.append(f"It {chosen.disk_problem}.")
         return notes
 
-    def ranking(self, shape: ModelShape) -> list[Candidate]:
-        """The model and all well-known ones in all their formats, the fastest that fit first."""
+    def ranking(self, shape: ModelShape, only: StorageFormat | None = None) -> list[Candidate]:
+        """The model and all well-known ones in all their formats, or in one, the fastest that fit first."""
         shapes = [shape, *(one for name in bundled_configs() if (one := bundled_shape(name)) is not None)]
         seen: set[tuple[Any, ...]] = set()
         found: list[Candidate] = []
@@ -224,7 +226,7 @@ class Planner:
             if same in seen:
                 continue
             seen.add(same)
-            found += [self.candidate(one, form) for form in formats_of(one)]
+            found += [self.candidate(one, form) for form in formats_of(one) if only in (None, form)]
         fits = [one for one in found if one.one is not None and not one.disk_problem]
         rest = [one for one in found if one not in fits and one.shape == shape]
         return sorted(fits, key=_speed, reverse=True) + rest
@@ -286,11 +288,7 @@ def _row(candidate: Candidate) -> tuple[str, ...]:
 
 
 def _span(span: Range) -> str:
-    return f"{_short(span.low)} - {_short(span.high)}"
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+    return f"{short(span.low)} - {short(span.high)}"
 
 
 def print_comparison(ranking: Sequence[Candidate], shape: ModelShape, prompt_tokens: int) -> None:
@@ -353,7 +351,7 @@ def _print_chosen(plan: Plan, one: Forecast) -> None:
             [
                 (
                     change.what,
-                    f"{_short(one.tokens_per_s.value)} -> {_short(change.tokens_per_s)}",
+                    f"{short(one.tokens_per_s.value)} -> {short(change.tokens_per_s)}",
                     f"x{change.factor:.1f}",
                 )
                 for change in plan.changes
