@@ -153,6 +153,7 @@ def _find(options: ModelBenchOptions) -> ModelFiles:
 
 
 def _report(model: LoadedModel, name: str, options: ModelBenchOptions) -> dict[str, Any]:
+    from moei_core.engine.statistics import prefetch_verdict
     from moei_core.hardware.memory import peak_memory
 
     budget = model.budget
@@ -171,6 +172,7 @@ def _report(model: LoadedModel, name: str, options: ModelBenchOptions) -> dict[s
         "device_budget": None if model.device_budget is None else asdict(model.device_budget),
         "policy": model.options.policy,
         "predictor": model.options.predictor,
+        "prefetch_verdict": prefetch_verdict(model.scheduler),
         "ram_limit_bytes": model.options.ram,
         "prompt_tokens": options.prompt_tokens,
         "new_tokens": options.new_tokens,

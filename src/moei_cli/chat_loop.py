@@ -88,6 +88,7 @@ class ChatLoop:
             actual = actual_of(self._session.report, self._session.model, cold=False)
             if actual.tokens_per_s is not None:
                 self._prediction.settle(actual)
+                render.note(f"{self._prediction.beside[0].upper()}{self._prediction.beside[1:]}.")
 
     def _command(self, text: str) -> None:
         name, _, rest = text.partition(" ")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moei_core.config import ExpertBudget
 from moei_core.errors import DoesNotFitError, MoeiError
 from moei_core.forecast.forecast import Forecast, corrected, forecast, plan_budget
 from moei_core.forecast.gpu import GpuPlan
+from moei_core.forecast.formats import StorageFormat
 from moei_core.forecast.ledger import Actual, correction, write_actual, write_prediction
 from moei_core.forecast.limits import agree, in_words
 from moei_core.forecast.shape import ModelShape, bundled_shape, shape_of_folder, shape_of_repo
@@ -67,19 +69,21 @@ class Prediction:
         """For people: what is expected and why no more."""
         speed, first = self.shown.tokens_per_s, self.shown.ttft_s
         return (
-            f"expected {speed.low:.2g} to {speed.high:.2g} tokens/s, first token of a new "
-            f"{self.one.prompt_tokens}-token prompt after {first.low:.2g} to {first.high:.2g} s; "
+            f"expected {short(speed.low)} to {short(speed.high)} tokens/s, first token of a new "
+            f"{self.one.prompt_tokens}-token prompt after {short(first.low)} to {short(first.high)} s; "
             f"the limit is {in_words(self.one.limits)}"
         )
 
     @property
     def beside(self) -> str:
-        """Predicted and actual speed in one line."""
-        came = self.actual.tokens_per_s if self.actual is not None else None
-        text = f"forecast {self.shown.tokens_per_s.value:.3g} tokens/s, limited by {_names(self.one.limits)}"
-        if came is None or self.actual is None:
-            return text
-        return f"{text}; came {came:.3g}, limited by {_names(self.actual.limits)}"
+        """Predicted and actual speed in one line, as far as the run was long enough to tell."""
+        actual, shown = self.actual, self.shown
+        text = f"forecast {short(shown.tokens_per_s.value, 3)} tokens/s, limited by {_names(self.one.limits)}"
+        if actual is not None and actual.tokens_per_s is not None:
+            text += f"; came {short(actual.tokens_per_s, 3)}, limited by {_names(actual.limits)}"
+        if actual is not None and actual.ttft_s is not None:
+            text += f"; first token forecast after {short(shown.ttft_s.value)} s, came after {short(actual.ttft_s)} s"
+        return text
 
     def settle(self, actual: Actual) -> None:
         """Set what came beside it."""
@@ -154,25 +158,36 @@ def refusals_with_speed(files: ModelFiles) -> Iterator[None]:
     try:
         yield
     except DoesNotFitError as error:
-        error.hint += speed_of_the_smallest(error, files, stored_profile())
+        profile = stored_profile()
+        with suppress(MoeiError):
+            shape = shape_of_files(files)
+            error.hint += speed_of_the_smallest(error, shape, shape.format, profile, files.folder)
         raise
 
 
-def speed_of_the_smallest(error: DoesNotFitError, files: ModelFiles, profile: HardwareProfile | None) -> str:
+def speed_of_the_smallest(
+    error: DoesNotFitError,
+    shape: ModelShape,
+    form: StorageFormat,
+    profile: HardwareProfile | None,
+    folder: Path | None,
+) -> str:
     """What the smallest budget that ``error`` names would come to, as a sentence; empty if that is not known."""
     if error.smallest_slots is None or profile is None:
         return ""
-    from moei_core.config import ExpertBudget
-
+    speeds = Speeds.of(profile, profile.disk_of(folder))
+    share = ExpertBudget(fraction=min(1.0, error.smallest_slots / shape.total_experts + 1e-6))
     try:
-        shape = shape_of_files(files)
-        speeds = Speeds.of(profile, profile.disk_of(files.folder))
-        share = ExpertBudget(fraction=min(1.0, error.smallest_slots / shape.total_experts + 1e-6))
-        budget = plan_budget(shape, shape.format, speeds, 1 << 60, 4096, experts=share)
-        one = forecast(shape, shape.format, speeds, budget, 256)
+        budget = plan_budget(shape, form, speeds, 1 << 60, 4096, experts=share)
+        one = forecast(shape, form, speeds, budget, 256)
     except MoeiError:
         return ""
-    return f" It would decode about {one.tokens_per_s.value:.2g} tokens/s."
+    return f" It would decode about {short(one.tokens_per_s.value)} tokens/s."
+
+
+def short(value: float, digits: int = 2) -> str:
+    """A speed or a duration for people: ``digits`` figures that count, and never an exponent for a large one."""
+    return f"{value:.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def actual_of(report: TurnReport, model: LoadedModel, *, cold: bool = True) -> Actual:
@@ -211,9 +226,9 @@ def print_beside(prediction: Prediction) -> None:
         ("first token, cold, s", one.ttft_s, shown.ttft_s, actual.ttft_s),
     ):
         if came:
-            span = f"{predicted.value:.3g} ({predicted.low:.3g} - {predicted.high:.3g})"
+            span = f"{short(predicted.value, 3)} ({short(predicted.low, 3)} - {short(predicted.high, 3)})"
             error = f"{predicted.value / came - 1:+.0%}"
-            rows.append((name, span, f"{learned.value:.3g}", f"{came:.3g}", error))
+            rows.append((name, span, short(learned.value, 3), short(came, 3), error))
     expected, came_by = _names(one.limits), _names(actual.limits)
     right = "" if not actual.limits else "right" if agree(one.limits, actual.limits) else "wrong"
     rows.append(("limited by", expected, expected, came_by, right))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moei_cli import render
+from moei_cli.forecasts import short
 from moei_cli.planner import Candidate, Plan, account
 from moei_core.config import format_size
 from moei_core.forecast.forecast import Forecast
@@ -36,11 +37,7 @@ def _row(candidate: Candidate) -> tuple[str, ...]:
 
 
 def _span(span: Range) -> str:
-    return f"{_short(span.low)} - {_short(span.high)}"
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+    return f"{short(span.low)} - {short(span.high)}"
 
 
 def print_comparison(ranking: Sequence[Candidate], shape: ModelShape, prompt_tokens: int) -> None:
@@ -108,7 +105,7 @@ def _print_chosen(plan: Plan, one: Forecast) -> None:
             [
                 (
                     change.what,
-                    f"{_short(one.tokens_per_s.value)} -> {_short(change.tokens_per_s)}",
+                    f"{short(one.tokens_per_s.value)} -> {short(change.tokens_per_s)}",
                     f"x{change.factor:.1f}",
                 )
                 for change in plan.changes

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moei_cli.forecasts import speed_of_the_smallest
 from moei_cli.settings import DEFAULT_CONTEXT
 from moei_core.config import ExpertBudget, format_size
 from moei_core.errors import DoesNotFitError, UsageError
@@ -129,6 +130,7 @@ class Planner:
         try:
             one = self._resources().expect(shape, form, self.prompt_tokens)
         except DoesNotFitError as error:
+            error.hint += speed_of_the_smallest(error, shape, form, self.profile, self.folder)
             return Candidate(shape, form, None, error)
         return Candidate(shape, form, self._learned(one), None, self._disk(shape, form))
 
@@ -224,8 +226,8 @@ class Planner:
             return [f"The GPU is not used: {error.what} {error.why}"]
         return []
 
-    def ranking(self, shape: ModelShape) -> list[Candidate]:
-        """The model and all well-known ones in all their formats, the fastest that fit first."""
+    def ranking(self, shape: ModelShape, only: StorageFormat | None = None) -> list[Candidate]:
+        """The model and all well-known ones in all their formats, or in one, the fastest that fit first."""
         shapes = [shape, *(one for name in bundled_configs() if (one := bundled_shape(name)) is not None)]
         seen: set[tuple[Any, ...]] = set()
         found: list[Candidate] = []
@@ -235,7 +237,7 @@ class Planner:
             if same in seen:
                 continue
             seen.add(same)
-            found += [self.candidate(one, form) for form in formats_of(one)]
+            found += [self.candidate(one, form) for form in formats_of(one) if only in (None, form)]
         fits = [one for one in found if one.one is not None and not one.disk_problem]
         rest = [one for one in found if one not in fits and one.shape == shape]
         return sorted(fits, key=_speed, reverse=True) + rest

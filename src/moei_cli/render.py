@@ -133,10 +133,11 @@ def statistics(session: ChatSession) -> None:
             "its time": f"{report.total_s:.2f} s: {parts}",
         }
         if model.options.predictor is not None:
-            done = report.prefetch
+            done, shares = report.prefetch, report.prefetch_shares
             rows["prefetching"] = (
-                f"{'on' if model.scheduler.controller.active else 'off'} now; last turn: {done.started} begun, "
-                f"{done.useful} useful, {done.late} late, {done.wasted} wasted, {done.cancelled} cancelled"
+                f"{report.verdict}; last turn: {done.started} begun, {done.useful} useful, {done.late} late, "
+                f"{done.wasted} wasted, {done.cancelled} cancelled: {shares['coverage']:.0%} of what would have been "
+                f"missing covered, {shares['lateness']:.0%} of it late, {shares['waste']:.0%} read in vain"
             )
     key_values(rows)
 

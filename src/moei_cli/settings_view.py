@@ -8,12 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 from moei_cli import render
-from moei_cli.forecasts import shape_of
+from moei_cli.forecasts import shape_of, speed_of_the_smallest
 from moei_cli.measured_machine import stored_profile
 from moei_cli.plan_view import print_budget
 from moei_cli.settings import DEFAULT_CONTEXT, Setting
 from moei_core.cache.policies import DEFAULT_POLICY
 from moei_core.config import CHUNK_NBYTES, READERS, ExpertBudget, format_size, parse_size
+from moei_core.errors import DoesNotFitError
 from moei_core.forecast.forecast import plan_budget
 from moei_core.forecast.speed import ASSUMED_FRAMEWORK, Speeds
 from moei_core.hardware.gpus import load_nvml, read_gpus, visible_gpus
@@ -77,7 +78,11 @@ def show_settings(model: str | None, chosen: Mapping[str, Setting], *, as_json: 
     tokens = int(context) if context else min(longest, DEFAULT_CONTEXT)
     limit = parse_size(ram, "--ram") if ram else None
     bound = ExpertBudget.parse(experts) if experts else None
-    budget = plan_budget(shape, shape.format, speeds, memory.usable, tokens, limit, bound)
+    try:
+        budget = plan_budget(shape, shape.format, speeds, memory.usable, tokens, limit, bound)
+    except DoesNotFitError as error:
+        error.hint += speed_of_the_smallest(error, shape, shape.format, profile, folder)
+        raise
     rows = [
         ("ram", format_size(limit) if limit else "no bound", _origin(chosen["ram"], "what is free decides")),
         ("experts", f"{budget.slots} slots of {format_size(budget.slot_nbytes)}",

@@ -150,6 +150,9 @@ def test_comparing_ranks_by_speed_and_marks_the_model(moei: Moei, measured: None
     speeds = [one["tokens_per_s"]["value"] for one in report["ranking"] if one["fits"]]
     assert speeds == sorted(speeds, reverse=True)
     assert {one["model"] for one in report["ranking"]} > {"qwen3-30b-a3b", "olmoe-1b-7b"}
+    one = json.loads(moei("plan", "qwen3-30b-a3b", "--compare", "--format", "q8_0", "--json").out)
+    assert {row["format"] for row in one["ranking"]} == {"q8_0"}
+    assert len(one["ranking"]) > 5
     shown = moei("plan", "qwen3-30b-a3b", "--compare").out
     assert sum(line.startswith("*") for line in shown.splitlines()) == 3
 
@@ -159,6 +162,7 @@ def test_comparing_ranks_by_speed_and_marks_the_model(moei: Moei, measured: None
     [
         (["plan", "mixtrall"], 3, "Did you mean"),
         (["plan", "mixtral-8x7b", "--format", "q3_x"], 2, "There are: f32"),
+        (["plan", "mixtral-8x7b", "--format", "f32", "--compare"], 2, "Leave --format out"),
         (["plan", "mixtral-8x7b", "--ram", "much"], 2, "--ram"),
         (["plan", "mixtral-8x7b", "--context", "99999999"], 2, "up to 32768 tokens"),
         (["plan", "mixtral-8x7b", "--device", "gpu"], 2, "Choose from: auto"),
@@ -230,6 +234,22 @@ def test_an_answer_is_predicted_too(moei: Moei, measured: None) -> None:
     shown = moei("chat", "moei-demo", question)
     assert "Expected" in shown.err
     assert "tokens/s" in shown.err
+    # And afterwards what came of it, as far as one answer tells.
+    told = shown.err.splitlines()[-1]
+    assert told.startswith("Forecast") and "; first token forecast after" in told and "; came" in told
+
+
+def test_large_and_small_figures_have_no_exponent() -> None:
+    from moei_cli.forecasts import short
+
+    assert [short(value) for value in (312.4, 9.96, 10.0, 0.123, 4321.0)] == [
+        "312",
+        "10",
+        "10",
+        "0.12",
+        "4321",
+    ]
+    assert [short(value, 3) for value in (312.4, 99.96, 4.567)] == ["312", "100", "4.57"]
 
 
 def test_without_a_measured_machine_nothing_is_promised(moei: Moei, chat_folder: Callable[..., Path]) -> None:
@@ -241,7 +261,17 @@ def test_without_a_measured_machine_nothing_is_promised(moei: Moei, chat_folder:
 def test_a_refused_budget_names_the_speed_of_the_smallest(
     moei: Moei, chat_folder: Callable[..., Path], measured: None
 ) -> None:
-    done = moei("bench", str(chat_folder("qwen3_moe")), "--experts", "1%", *SMALL)
-    assert done.code == 4
-    assert "It would decode about" in done.err
-    assert len(done.err.strip().splitlines()) == 3
+    folder = str(chat_folder("qwen3_moe"))
+    for command in (
+        ("bench", folder, "--experts", "1%", *SMALL),
+        ("chat", folder, "hello", "--experts", "1%"),
+        ("show", "mixtral-8x7b", "--settings", "--experts", "0.1%"),
+        ("show", "mixtral-8x7b", "--settings", "--ram", "1GiB"),
+    ):
+        done = moei(*command)
+        assert done.code == 4
+        assert "The smallest that works is" in done.err
+        assert "It would decode about" in done.err
+        assert len(done.err.strip().splitlines()) == 3
+    planned = json.loads(moei("plan", "mixtral-8x7b", "--ram", "1GiB", "--json").out)
+    assert all("It would decode about" in one["problem"][2] for one in planned["formats"])

@@ -23,7 +23,7 @@ from moei_core.engine.transfers import TransferQueue
 from moei_core.hub.resolve import resolve_model
 from moei_core.prefetch import PrefetchMode
 from moei_core.store.base import PAGE, Extent
-from moei_core.store.safetensors_store import SafetensorsStore
+from moei_core.store.file_store import FileStore
 from moei_core.types import ExpertKey, Phase
 from tests.tiny_models import FAMILIES
 
@@ -235,26 +235,34 @@ def test_buffers_and_dense_weights_equal_a_normal_load(folder: Path) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.parametrize("folder", MODELS, indirect=True)
-def test_e1_however_experts_arrive(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefetched by good and by random predictions, in chunks of any size, by any number of readers, late, and
-    however moving and computing share the time."""
-    everything, tokens, _ = ours(folder, "bfloat16", ExpertBudget(fraction=1.0))
-    read, rng = SafetensorsStore.read_extent, random.Random(5)
+WAYS = (
+    ("noise", 1, Overlap(PAGE)),
+    ("mixed", 4, Overlap(3 * PAGE, reorder=False)),
+    ("popularity", 2, Overlap(1 << 20, preempt=False)),
+    ("noise", 3, Overlap(PAGE, preempt=False, stream=False)),
+)
 
-    def read_late(self: SafetensorsStore, key: ExpertKey, extent: Extent, slot: memoryview) -> None:
+
+def check_every_way_of_arriving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are those of a run with everything resident when experts are prefetched by good and by random
+    predictions, in chunks of any size, by any number of readers, late, and however moving and computing share the
+    time."""
+    everything, tokens, _ = ours(folder, "bfloat16", ExpertBudget(fraction=1.0))
+    read, rng = FileStore.read_extent, random.Random(5)
+
+    def read_late(self: FileStore, key: ExpertKey, extent: Extent, slot: memoryview) -> None:
         time.sleep(rng.random() * 5e-4)
         read(self, key, extent, slot)
 
-    monkeypatch.setattr(SafetensorsStore, "read_extent", read_late)
-    for predictor, readers, overlap in (
-        ("noise", 1, Overlap(PAGE)),
-        ("mixed", 4, Overlap(3 * PAGE, reorder=False)),
-        ("popularity", 2, Overlap(1 << 20, preempt=False)),
-        ("noise", 3, Overlap(PAGE, preempt=False, stream=False)),
-    ):
+    monkeypatch.setattr(FileStore, "read_extent", read_late)
+    for predictor, readers, overlap in WAYS:
         monkeypatch.setattr(runtime, "TransferQueue", partial(TransferQueue, readers=readers))
         half = ExpertBudget(fraction=0.5)
         logits, _, loaded = ours(folder, "bfloat16", half, tokens, predictor, overlap)
         assert loaded.scheduler.prefetch_statistics.started > 0
         assert torch.equal(logits, everything)
+
+
+@pytest.mark.parametrize("folder", MODELS, indirect=True)
+def test_e1_however_experts_arrive(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_every_way_of_arriving(folder, monkeypatch)

@@ -24,7 +24,7 @@ from moei_core.store.base import read_expert
 from moei_core.store.memory_store import MemoryStore
 from moei_core.store.packed_manifest import read_manifest
 from moei_core.types import ExpertKey
-from tests.core.test_exactness import budgets, ours, reference
+from tests.core.test_exactness import budgets, check_every_way_of_arriving, ours, reference
 from tests.core.test_packed_exactness import stored_matrices
 from tests.mxfp4_checkpoint import dequantised, published, save_mxfp4
 from tests.native.test_expert_ffn import Expert
@@ -133,6 +133,14 @@ def test_e1_logits_are_bit_identical_whatever_is_resident_or_packed(folder: Path
     for budget in budgets(packed):
         logits, _, _ = ours(packed, "bfloat16", budget, forced=tokens)
         assert torch.equal(logits, everything), "packing changed a bit"
+
+
+@pytest.mark.parametrize("kind", ["folder", "packed"])
+def test_e1_however_experts_arrive(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place an expert is joined from two places once its last chunk is there."""
+    check_every_way_of_arriving(request.getfixturevalue(kind), monkeypatch)
 
 
 def test_e2_without_kernels_it_is_transformers_model(

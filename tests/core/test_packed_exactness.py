@@ -19,7 +19,7 @@ from moei_core.quant.formats import decode
 from moei_core.quant.layouts import from_layout
 from moei_core.store.base import read_expert
 from moei_core.types import ExpertKey
-from tests.core.test_exactness import MODELS, budgets, ours, smallest
+from tests.core.test_exactness import MODELS, budgets, check_every_way_of_arriving, ours, smallest
 from tests.packed import pack_folder
 
 FORMATS = ("Q8_0", "Q4_0")
@@ -58,6 +58,15 @@ def test_e1_logits_are_bit_identical_whatever_is_resident(
         logits, _, loaded = ours(folder, "bfloat16", budget, forced=tokens)
         assert loaded.runtime.statistics.loads > loaded.budget.slots, "the smaller budget never had to reload"
         assert torch.equal(logits, everything)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("moei-demo", "Q4_0"), ("gpt_oss", "Q8_0"), ("deepseek_v2", "Q4_0")]
+)
+def test_e1_however_packed_experts_arrive(
+    packed: Callable[..., Path], name: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_every_way_of_arriving(packed(name, form, "rows16"), monkeypatch)
 
 
 @pytest.mark.parametrize("form", FORMATS)

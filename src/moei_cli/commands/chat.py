@@ -236,6 +236,8 @@ def _answer_once(
             render.show_reply(session.reply(prompt), session)
     if prediction is not None and session.report is not None:
         prediction.settle(actual_of(session.report, session.model))
+        if not as_json:
+            render.note(f"{prediction.beside[0].upper()}{prediction.beside[1:]}.")
     if as_json:
         told = None if prediction is None else prediction.report()
         render.print_json(_report(session, files, pieces) | {"prediction": told})

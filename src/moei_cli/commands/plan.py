@@ -71,7 +71,12 @@ def plan(
     gpu = gpu_for(profile, device, vram)
     planner = Planner(profile, folder, tokens, prompt, limit, budget, gpu, on_gpu)
     if compare:
-        ranking = planner.ranking(shape)
+        ranking = planner.ranking(shape, FORMATS[form] if form else None)
+        if not ranking:
+            raise UsageError(
+                f"Neither {shape.name} nor any well-known model is stored as {form}.",
+                hint="Leave --format out to compare all formats.",
+            )
         if as_json:
             render.print_json({"model": shape.name, "ranking": [one.report() for one in ranking]})
         else:

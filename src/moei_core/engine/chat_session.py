@@ -12,7 +12,7 @@ from moei_core.config import GenerationSettings
 from moei_core.engine.generate import GenerationTimes, Generator
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel
-from moei_core.engine.statistics import RuntimeStatistics
+from moei_core.engine.statistics import RuntimeStatistics, prefetch_shares, prefetch_verdict
 from moei_core.engine.text_stream import TextPiece, TextStream, thinking_markers
 from moei_core.engine.time_split import decode_shares, percentiles, time_split
 from moei_core.errors import UsageError
@@ -25,7 +25,7 @@ class TurnReport:
     """What one turn was and cost; complete once the turn has ended, valid so far while it runs.
 
     cache: lookups in RAM; device: those in a device's memory before, if there is one. prefetch: into RAM;
-    device_prefetch: into a device's memory.
+    device_prefetch: into a device's memory. verdict: of the controller of prefetching, at the end.
     finish_reason: ``stop`` (the model ended it), ``stop-string``, ``length``, ``context`` or ``interrupted``.
     """
 
@@ -41,6 +41,7 @@ class TurnReport:
     prefetch: PrefetchStatistics = field(default_factory=PrefetchStatistics)
     device: CacheStatistics | None = None
     device_prefetch: PrefetchStatistics = field(default_factory=PrefetchStatistics)
+    verdict: str = ""
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -58,6 +59,11 @@ class TurnReport:
     def time_split(self) -> dict[str, float]:
         """Seconds by what they were spent on."""
         return time_split(self.times, self.runtime, self.total_s)
+
+    @property
+    def prefetch_shares(self) -> dict[str, float]:
+        """Coverage, waste and lateness of prefetching into RAM."""
+        return prefetch_shares(self.prefetch, self.cache.misses)
 
     @property
     def device_coverage(self) -> float:
@@ -95,7 +101,10 @@ class TurnReport:
             "total_s": round(self.total_s, 4),
             "time_split_s": {name: round(seconds, 4) for name, seconds in self.time_split.items()},
             "token_s": percentiles(self.times.token_s),
-            "prefetch": asdict(self.prefetch) | {"bytes": self.runtime.bytes_prefetched},
+            "prefetch": asdict(self.prefetch)
+            | {"bytes": self.runtime.bytes_prefetched}
+            | {name: round(share, 4) for name, share in self.prefetch_shares.items()}
+            | {"verdict": self.verdict},
             "device": None
             if self.device is None
             else asdict(self.device)
@@ -194,6 +203,7 @@ class ChatSession:
             report.cache = self.model.scheduler.statistics.minus(cache_before)
             report.runtime = self.model.runtime.statistics.minus(runtime_before)
             report.prefetch = self.model.scheduler.prefetch_statistics.minus(prefetch_before)
+            report.verdict = prefetch_verdict(self.model.scheduler)
             if device is not None and device_before is not None:
                 report.device = device.minus(device_before)
                 report.device_prefetch = self.model.device_prefetch_statistics.minus(ahead_before)

@@ -121,6 +121,7 @@ class LoadedModel:
             if device is not None:
                 self._move_dense(device, options, store, slot_nbytes)
                 if self.device_budget is None:
+                    device.close()
                     self.adapter.compute_natively()
             use = self._memory_use(resident_memory(), slot_nbytes)
             if self.device_budget is not None:
@@ -179,6 +180,8 @@ class LoadedModel:
             self.runtime.hinter = hinter
         except BaseException:
             store.close()
+            if device is not None:
+                device.close()
             raise
         self.adapter.install(self.runtime)
         self.options = options

@@ -18,6 +18,7 @@ from moei_core.engine.generate import GenerationTimes, Generator
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel
 from moei_core.engine.time_split import decode_shares, percentiles, time_split
+from moei_core.engine.statistics import prefetch_shares
 from moei_core.errors import UsageError
 from moei_core.types import ModelSpec
 
@@ -27,7 +28,8 @@ class Request:
     """One measured request. Times in seconds, sizes in bytes. Shares are of the time after the first token; prefill_*
     are of the time before it.
 
-    hits, misses: of lookups in RAM, to which a GPU (gpu_*) leaves only what it does not hold.
+    hits, misses: of lookups in RAM, to which a GPU (gpu_*) leaves only what it does not hold. prefetch_*: see
+    ``prefetch_shares``.
     """
 
     ttft_s: float
@@ -56,6 +58,9 @@ class Request:
     gpu_s: float = 0.0
     gpu_hit_rate: float = 0.0
     bytes_copied: int = 0
+    prefetch_coverage: float = 0.0
+    prefetch_waste: float = 0.0
+    prefetch_lateness: float = 0.0
 
 
 def measure_requests(
@@ -93,6 +98,7 @@ def _request(model: LoadedModel, prompt: list[int], new_tokens: int, seed: int =
     device = model.device_statistics
     device_before = None if device is None else replace(device)
     cache_before, runtime_before = replace(model.scheduler.statistics), model.runtime.snapshot()
+    prefetch_before = replace(model.scheduler.prefetch_statistics)
     cache = ConversationCache(model.adapter.config)
     generator = Generator(
         model.adapter.model, model.runtime, cache, lambda: False, model.budget.prefill_chunk
@@ -127,6 +133,12 @@ def _request(model: LoadedModel, prompt: list[int], new_tokens: int, seed: int =
         token_s=times.token_s,
         gpu_hit_rate=device.minus(device_before).hit_rate if device and device_before else 0.0,
         bytes_copied=work.bytes_copied,
+        **{
+            f"prefetch_{name}": share
+            for name, share in prefetch_shares(
+                model.scheduler.prefetch_statistics.minus(prefetch_before), counts.misses
+            ).items()
+        },
         **{f"{name}_s": seconds for name, seconds in time_split(times, work, total_s).items()},
     )
 

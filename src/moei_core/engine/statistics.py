@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from moei_core.prefetch import PrefetchMode
+from moei_core.scheduler import ExpertScheduler, PrefetchStatistics
+
 
 @dataclass(slots=True)
 class RuntimeStatistics:
@@ -39,3 +42,35 @@ class RuntimeStatistics:
         return RuntimeStatistics(
             *(getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self))
         )
+
+
+def prefetch_shares(done: PrefetchStatistics, misses: int) -> dict[str, float]:
+    """What prefetching was good for, as shares, 0 of nothing. misses: lookups in RAM that found no resident expert.
+
+    coverage: of the experts that would have been missing, those that had been begun before. waste: of those begun,
+    those that were not chosen. lateness: of those begun rightly, those that were not complete in time.
+    """
+    right = done.useful + done.late
+
+    def share(part: int, whole: int) -> float:
+        return part / whole if whole else 0.0
+
+    return {
+        "coverage": share(right, done.useful + misses),
+        "waste": share(done.wasted + done.cancelled, done.started),
+        "lateness": share(done.late, right),
+    }
+
+
+def prefetch_verdict(scheduler: ExpertScheduler) -> str:
+    """What the controller holds of prefetching by now, in words."""
+    controller = scheduler.controller
+    if controller.mode is PrefetchMode.OFF:
+        return "off"
+    if controller.mode is PrefetchMode.ON:
+        return "on, as asked"
+    if not controller.trials:
+        return "off: no trial has ended yet"
+    if controller.kept is None:
+        return f"off: not faster in {controller.trials} trials"
+    return f"on by {scheduler.prefetching_by}, which was faster; {controller.trials} trials"

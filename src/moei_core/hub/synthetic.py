@@ -297,6 +297,10 @@ def _lock() -> Iterator[None]:
     try:
         synthetic_root().mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MoeiError(f"{synthetic_root()} cannot be made.", f"{error.strerror or error}.") from error
+        raise MoeiError(
+            f"{synthetic_root()} cannot be made.",
+            f"{error.strerror or error}.",
+            "Set MOEI_HOME to a folder that you may write, or ask its owner.",
+        ) from error
     with WeakFileLock(synthetic_root() / ".lock"):
         yield

@@ -1,0 +1,276 @@
+"""Everything that a disk can do to a turn: it fails, stops short, hangs, gives other bytes; once, or for good.
+
+The faults are injected below all of our code, in the call that reads a file.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from mmap import mmap
+from pathlib import Path
+
+import psutil
+import pytest
+
+from moei_core.adapters.transformers_adapter import TransformersAdapter
+from moei_core.config import ExpertBudget, GenerationSettings
+from moei_core.engine import runtime, transfers
+from moei_core.engine.chat_session import ChatSession
+from moei_core.engine.devices import CpuDevice
+from moei_core.engine.loaded_model import LoadedModel, LoadOptions
+from moei_core.engine.transfers import TransferQueue
+from moei_core.errors import DoesNotFitError, ExpertReadError
+from moei_core.prefetch import PrefetchMode
+from moei_core.store.base import PAGE, read_expert
+from moei_core.tiers import LinkCosts
+from tests.packed import pack_folder
+
+GREEDY = GenerationSettings(max_new_tokens=12, temperature=0)
+LASTING = 1 << 30
+PATIENCE_S = 0.3
+
+
+class Disk:
+    """Reads of the queue's threads: ``after`` of them are well, then ``left`` are not, as ``kind`` says."""
+
+    def __init__(self) -> None:
+        self.kind, self.after, self.left, self.spoilt = "", 0, 0, 0
+        self.lock = threading.Lock()
+        self.gate = threading.Event()
+        self.read = os.preadv
+
+    def fault(self, kind: str, after: int, left: int) -> None:
+        self.gate.clear()
+        self.kind, self.after, self.left, self.spoilt = kind, after, left, 0
+
+    def heal(self) -> None:
+        self.left = 0
+        self.gate.set()
+
+    def preadv(self, descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if not threading.current_thread().name.startswith("moei-reader"):
+            return self.read(descriptor, buffers, offset)
+        with self.lock:
+            self.after -= 1
+            bad = self.after < 0 and self.left > 0
+            self.left -= bad
+            self.spoilt += bad
+        if not bad:
+            return self.read(descriptor, buffers, offset)
+        if self.kind == "fails":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if self.kind == "ends too early":
+            return 0
+        if self.kind == "is late":
+            time.sleep(PATIENCE_S / 3)
+        if self.kind == "hangs":
+            self.gate.wait()
+        if self.kind == "takes two calls":
+            return self.read(descriptor, [buffers[0][:PAGE]], offset)
+        count = self.read(descriptor, buffers, offset)
+        if self.kind == "gives other bytes":
+            # In the middle, where the expert's own bytes are for certain.
+            buffers[0][count // 2] ^= 1
+        return count
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("moei-reader")]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    until = time.monotonic() + 10
+    while readers():
+        assert time.monotonic() < until, "a model was closed and its threads still run"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    disk = Disk()
+    monkeypatch.setattr(os, "preadv", disk.preadv)
+    monkeypatch.setattr(runtime, "TransferQueue", partial(TransferQueue, patience_s=PATIENCE_S))
+    monkeypatch.setattr(transfers, "_CLOSING_S", 0.2)
+    yield disk
+    disk.heal()
+
+
+@pytest.fixture(params=["in place", "packed"])
+def folder(request: pytest.FixtureRequest, chat_folder: Callable[..., Path], tmp_path: Path) -> Path:
+    """A model whose checksums are known, as they are once every expert has been read."""
+    folder = chat_folder("qwen3_moe")
+    if request.param == "packed":
+        pack_folder(folder, tmp_path / "store", "Q8_0")
+        return tmp_path / "store"
+    store = TransformersAdapter(folder).open_store()
+    for key in store.experts():
+        read_expert(store, key, memoryview(mmap(-1, store.layout(key).slot_nbytes)))
+    store.close()
+    return folder
+
+
+def ask(session: ChatSession, text: str) -> str:
+    return "".join(piece.text for piece in session.reply(text))
+
+
+def options(predictor: str | None = None, share: float = 0.4) -> LoadOptions:
+    return LoadOptions(
+        experts=ExpertBudget(fraction=share), predictor=predictor, prefetch=PrefetchMode.ON, context=512
+    )
+
+
+def untouched(folder: Path) -> list[str]:
+    """What a machine without faults answers."""
+    with LoadedModel(folder, options()) as model:
+        session = ChatSession(model, GREEDY)
+        return [ask(session, "one"), ask(session, "three, at last")]
+
+
+def nothing_is_lost(model: LoadedModel) -> None:
+    """Cache and slots agree, and every slot is free, held, or with the queue."""
+    engine = model.runtime
+    assert set(model.scheduler.residents()) == set(engine._held) == set(engine._slots)
+    until = time.monotonic() + 10
+    while True:
+        engine._take_returned()
+        queue = engine._transfers
+        with queue._lock:
+            busy = {load.slot for load in queue._active} | {load.slot for load in queue._prefetches.values()}
+            others = busy | {*queue._spares}
+        if engine._pool.free + len(engine._slots) + len(others) == engine._pool.count:
+            return
+        assert time.monotonic() < until, "a slot is lost"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("predictor", [None, "noise"])
+@pytest.mark.parametrize("after", [0, 25])
+@pytest.mark.parametrize("kind", ["fails", "ends too early", "gives other bytes", "hangs"])
+def test_a_fault_that_lasts_costs_the_turn_and_nothing_else(
+    disk: Disk, folder: Path, kind: str, after: int, predictor: str | None
+) -> None:
+    first, last = untouched(folder)
+    with LoadedModel(folder, options(predictor)) as model:
+        session = ChatSession(model, GREEDY)
+        assert ask(session, "one") == first
+        before = list(session.messages)
+        disk.fault(kind, after, LASTING)
+        with pytest.raises(ExpertReadError, match=r"layer \d+ expert \d+") as caught:
+            ask(session, "two, which needs many experts that are not here: !?xyz 0123456789")
+        assert disk.spoilt >= (1 if kind == "hangs" else 2), "everything is tried twice"
+        assert 1 <= len(caught.value.lines()) <= 3
+        assert session.messages == before
+        disk.heal()
+        nothing_is_lost(model)
+        assert ask(session, "three, at last") == last
+        nothing_is_lost(model)
+
+
+@pytest.mark.parametrize("predictor", [None, "noise"])
+@pytest.mark.parametrize(
+    "kind", ["fails", "ends too early", "gives other bytes", "is late", "takes two calls"]
+)
+def test_a_fault_that_passes_is_not_noticed(
+    disk: Disk, folder: Path, kind: str, predictor: str | None
+) -> None:
+    first, last = untouched(folder)
+    with LoadedModel(folder, options(predictor)) as model:
+        session = ChatSession(model, GREEDY)
+        disk.fault(kind, 5, LASTING if kind in ("takes two calls", "is late") else 1)
+        if kind == "is late":
+            disk.left = 3
+        assert [ask(session, "one"), ask(session, "three, at last")] == [first, last]
+        assert disk.spoilt > 0
+        nothing_is_lost(model)
+
+
+@pytest.mark.parametrize("kind", ["fails", "gives other bytes", "hangs"])
+def test_with_a_device_in_front_it_is_the_same(
+    disk: Disk, chat_folder: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    pack_folder(chat_folder("qwen3_moe"), tmp_path / "store", "Q8_0")
+    costs = LinkCosts(20e9, 1e-6, 40e9)
+    with LoadedModel(tmp_path / "store", options(), CpuDevice(), costs) as model:
+        session = ChatSession(model, GREEDY)
+        expected = ask(session, "one")
+        assert model.device_budget is not None
+    with LoadedModel(tmp_path / "store", options(), CpuDevice(), costs) as model:
+        session = ChatSession(model, GREEDY)
+        disk.fault(kind, 9, LASTING)
+        with pytest.raises(ExpertReadError, match=r"layer \d+ expert \d+"):
+            ask(session, "one")
+        disk.heal()
+        assert session.messages == []
+        assert ask(session, "one") == expected
+
+
+def test_ctrl_c_in_the_middle_of_a_read_leaves_the_conversation_as_it_was(
+    disk: Disk, chat_folder: Callable[..., Path]
+) -> None:
+    """A second Ctrl-C raises wherever the program is: here it waits for a disk that does not answer."""
+    folder = chat_folder("qwen3_moe")
+    first, last = untouched(folder)
+    with LoadedModel(folder, options()) as model:
+        session = ChatSession(model, GREEDY)
+        assert ask(session, "one") == first
+        before = list(session.messages)
+        disk.fault("hangs", 3, LASTING)
+        timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            ask(session, "two, which needs many experts that are not here: !?xyz 0123456789")
+        timer.join()
+        assert session.messages == before
+        disk.heal()
+        nothing_is_lost(model)
+        assert ask(session, "three, at last") == last
+
+
+def open_files(folder: Path) -> list[str]:
+    return [one.path for one in psutil.Process().open_files() if one.path.startswith(str(folder))]
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_closing_in_the_middle_of_a_reply_leaves_no_thread_no_file_and_no_slot(
+    folder: Path, share: float
+) -> None:
+    """Also with prefetches on their way."""
+    threads = threading.active_count()
+    model = LoadedModel(folder, options("noise", share))
+    session = ChatSession(model, GREEDY)
+    reply = session.reply("one")
+    for _ in range(3):
+        next(reply)
+    slots = weakref.ref(model.runtime._pool)
+    assert readers() and open_files(folder)
+    reply.close()
+    model.close()
+    assert not readers() and not open_files(folder)
+    del model, session, reply
+    gc.collect()
+    assert slots() is None, "something still holds the memory of the slots"
+    assert threading.active_count() == threads
+
+
+def test_what_cannot_be_loaded_leaves_no_thread_and_no_file(folder: Path) -> None:
+    threads = threading.active_count()
+    for vram in (None, 1 << 20):
+        # Too few slots for one token, and a device that is too small: found out when files and queues are open.
+        with pytest.raises(DoesNotFitError):
+            LoadedModel(
+                folder, LoadOptions(experts=ExpertBudget(fraction=0.01), vram=vram), CpuDevice(1 << 20)
+            )
+        assert threading.active_count() == threads and not open_files(folder)
+    with LoadedModel(folder, options(), CpuDevice(1 << 20)) as model:
+        assert model.device_budget is None
+        assert threading.active_count() == threads + len(readers()), "the queues of a device that is not used"
