@@ -9,9 +9,11 @@
 
 namespace moei {
 
-// A row of activations as int8 blocks of 32: cols int8 values, then a float scale for each block, then for each block
-// an int32 correction (minus the sum of its values times the offset of the weight format).
-static inline int64_t quantized_row_nbytes(int64_t cols) { return (cols + cols / 32 * 8 + 63) / 64 * 64; }
+// A row of activations as integers in blocks of 32: cols int8 values, then a float scale for each block, then for each
+// block an int32 correction (minus the sum of its values times the offset of the weight format). Rows for Q8_0 are `wide`:
+// a value is kWide * high + low, cols int8 values `high` being followed by cols int8 values `low`, -64 to 63.
+static inline int64_t quantized_row_nbytes(int64_t cols, bool wide) { return ((wide ? 2 : 1) * cols + cols / 32 * 8 + 63) / 64 * 64; }
+constexpr int kWideBits = 7, kWide = 1 << kWideBits;
 constexpr int kQ8Offset = 128;  // what turns Q8_0's signed weights into the unsigned ones that integer dots want
 constexpr int kQ4Offset = 8;    // Q4_0's own zero point
 constexpr int kFp4Offset = 12;  // what turns the doubled FP4 values, -12 to 12, into unsigned ones

@@ -58,22 +58,31 @@ inline Lanes half_scales(const uint8_t* tile) { return load(F16{}, tile); }
 
 struct Q8 {
     static constexpr int tile_nbytes = 16 * 34, scales_nbytes = 32;
+    static constexpr bool wide = true;
     static Lanes scales(const uint8_t* tile) { return half_scales(tile); }
     template <int N>
-    static void dots(const uint8_t* quants, const int8_t* const* x, int64_t at, __m512i* dot) {
+    static void dots(const uint8_t* quants, const int8_t* const* x, int64_t at, int64_t cols, __m512i* dot) {
         // Weights become unsigned by flipping the sign bit (adding 128); the correction is in `dot` already.
         const __m512i sign = _mm512_set1_epi8(-128);
+        const int64_t low = at + cols;
+        __m512i high[N];
+        for (int t = 0; t < N; ++t) high[t] = _mm512_setzero_si512();
         for (int k = 0; k < 8; ++k) {
             const __m512i w = _mm512_xor_si512(_mm512_loadu_si512(quants + 64 * k), sign);
-            for (int t = 0; t < N; ++t) dot[t] = _mm512_dpbusd_epi32(dot[t], w, four(x[t] + at + 4 * k));
+            for (int t = 0; t < N; ++t) {
+                high[t] = _mm512_dpbusd_epi32(high[t], w, four(x[t] + at + 4 * k));
+                dot[t] = _mm512_dpbusd_epi32(dot[t], w, four(x[t] + low + 4 * k));
+            }
         }
+        for (int t = 0; t < N; ++t) dot[t] = _mm512_add_epi32(dot[t], _mm512_slli_epi32(high[t], kWideBits));
     }
 };
 struct Q4 {
     static constexpr int tile_nbytes = 16 * 18, scales_nbytes = 32;
+    static constexpr bool wide = false;
     static Lanes scales(const uint8_t* tile) { return half_scales(tile); }
     template <int N>
-    static void dots(const uint8_t* quants, const int8_t* const* x, int64_t at, __m512i* dot) {
+    static void dots(const uint8_t* quants, const int8_t* const* x, int64_t at, int64_t, __m512i* dot) {
         const __m512i nibble = _mm512_set1_epi8(15);
         for (int k = 0; k < 4; ++k) {
             const __m512i pairs = _mm512_loadu_si512(quants + 64 * k);
@@ -89,6 +98,7 @@ struct Q4 {
 
 struct Fp4 {
     static constexpr int tile_nbytes = 16 * 17, scales_nbytes = 16;
+    static constexpr bool wide = false;
     static Lanes scales(const uint8_t* tile) {
         const __m512i exponents = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(tile)));
         const __m512i bits = _mm512_slli_epi32(_mm512_sub_epi32(exponents, _mm512_set1_epi32(1)), 23);
@@ -96,7 +106,7 @@ struct Fp4 {
         return _mm512_castsi512_ps(_mm512_mask_sllv_epi32(bits, small, _mm512_set1_epi32(kFp4Subnormal), exponents));
     }
     template <int N>
-    static void dots(const uint8_t* quants, const int8_t* const* x, int64_t at, __m512i* dot) {
+    static void dots(const uint8_t* quants, const int8_t* const* x, int64_t at, int64_t, __m512i* dot) {
         const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kFp4Doubled));
         const __m512i table = _mm512_add_epi8(_mm512_broadcast_i32x4(values), _mm512_set1_epi8(kFp4Offset));
         const __m512i nibble = _mm512_set1_epi8(15);
@@ -129,10 +139,10 @@ void tile_tokens(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
             }
         }
         const __m512 scales = Q::scales(tiles);
-        const int64_t at_scale = cols + 4 * b, at_correction = cols + cols / 8 + 4 * b;
+        const int64_t at_scale = (Q::wide ? 2 : 1) * cols + 4 * b, at_correction = at_scale + cols / 8;
         __m512i dot[N];
         for (int t = 0; t < N; ++t) dot[t] = four(x[t] + at_correction);
-        Q::template dots<N>(tiles + Q::scales_nbytes, x, 32 * b, dot);
+        Q::template dots<N>(tiles + Q::scales_nbytes, x, 32 * b, cols, dot);
         for (int t = 0; t < N; ++t) {
             const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(load_f32(x[t] + at_scale)));
             sums[t] = _mm512_add_ps(sums[t], _mm512_mul_ps(_mm512_cvtepi32_ps(dot[t]), scale));

@@ -79,7 +79,7 @@ void add_bias(Format format, const uint8_t* bias, int64_t begin, int64_t count, 
 
 // Bytes of one row of activations for weights of this format.
 int64_t input_nbytes(Format format, int64_t cols) {
-    return is_integer_dot(format) ? quantized_row_nbytes(cols) : round_up(cols * static_cast<int64_t>(sizeof(float)), 64);
+    return is_integer_dot(format) ? quantized_nbytes(format, cols) : round_up(cols * static_cast<int64_t>(sizeof(float)), 64);
 }
 
 const uint8_t* pointer(int64_t address) { return reinterpret_cast<const uint8_t*>(address); }
@@ -121,7 +121,7 @@ struct Plan {
 
 Plan plan_of(const FfnLayout& l, int64_t tokens, int64_t pairs, int threads) {
     Plan plan{};
-    plan.x_nbytes = is_integer_dot(l.gate_up_format) ? quantized_row_nbytes(l.hidden) : 0;
+    plan.x_nbytes = quantized_nbytes(l.gate_up_format, l.hidden);
     plan.middle_nbytes = input_nbytes(l.down_format, l.intermediate);
     plan.middle_at = tokens * plan.x_nbytes;
     plan.x_pointers_at = plan.middle_at + pairs * plan.middle_nbytes;
@@ -164,7 +164,7 @@ void gate_up_strip(const Kernels& kernels, const FfnLayout& l, const Expert& exp
             float* const out = quantized ? values : reinterpret_cast<float*>(row) + begin;
             activate(l.activation, gate + t * ld, up ? up + t * ld : nullptr, step, count, out);
             if (quantized) {
-                quantize(values, 1, begin / kBlock, l.intermediate, zero_point(l.down_format), reinterpret_cast<int8_t*>(row));
+                quantize(l.down_format, values, 1, begin / kBlock, l.intermediate, reinterpret_cast<int8_t*>(row));
             }
         }
     }
@@ -238,7 +238,7 @@ void moe_ffn(const FfnLayout& l, const FfnCall& call, ThreadPool& pool, Workspac
 
     if (plan.x_nbytes) {
         const auto quantize_token = [&](int64_t token, int) noexcept {
-            quantize(call.x + token * l.hidden, l.hidden / kBlock, 0, l.hidden, zero_point(l.gate_up_format),
+            quantize(l.gate_up_format, call.x + token * l.hidden, l.hidden / kBlock, 0, l.hidden,
                      reinterpret_cast<int8_t*>(memory + token * plan.x_nbytes));
         };
         // A few rows take less time than waking the workers.

@@ -23,8 +23,9 @@ inline int64_t strips_per_task(int64_t strip_nbytes) {
     return strips < 1 ? 1 : strips;
 }
 
-inline int zero_point(Format format) {
-    return format == Format::Q8_0 ? kQ8Offset : format == Format::Q4_0 ? kQ4Offset : kFp4Offset;
+// Bytes of a quantised row of activations; 0 for weights that are multiplied by float32 ones.
+inline int64_t quantized_nbytes(Format format, int64_t cols) {
+    return is_integer_dot(format) ? quantized_row_nbytes(cols, format == Format::Q8_0) : 0;
 }
 
 // Denormals and rounding must not depend on what the calling thread was set to (torch.set_flush_denormal).
