@@ -138,9 +138,15 @@ void tile_kernel(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
     }
 }
 
+template <typename Q>
+void token_kernel(const uint8_t* const* tiles, const uint8_t* const*, int rows, int64_t cols, const void* activations, float* sums) {
+    for (int i = 0; i < 16 * rows; ++i) sums[i] = 0;
+    for (int r = 0; r < rows; ++r) tile_kernel<Q>(tiles[r], 0, cols / 32, cols, &activations, 1, sums + 16 * r);
+}
+
 }  // namespace
 
-const Kernels kPortable{"portable", tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, kRowsKernels, kColumnsKernels,
+const Kernels kPortable{"portable", tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, token_kernel<Q8>, token_kernel<Q4>, token_kernel<Fp4>, kRowsKernels, kColumnsKernels,
                         {read_streams<1>, read_streams<2>, read_streams<4>}, softmax_kernel};
 
 }  // namespace moei

@@ -21,6 +21,9 @@ constexpr int64_t kLargestTile = kTileRows * 34;
 TileKernel tile_kernel(const Kernels& kernels, Format format) {
     return format == Format::Q8_0 ? kernels.q8_0 : format == Format::Q4_0 ? kernels.q4_0 : kernels.mxfp4;
 }
+TokenKernel token_kernel(const Kernels& kernels, Format format) {
+    return format == Format::Q8_0 ? kernels.token_q8_0 : format == Format::Q4_0 ? kernels.token_q4_0 : kernels.token_mxfp4;
+}
 FloatKernel float_kernel(const FloatKernels& kernels, Format format) {
     return format == Format::F16 ? kernels.f16 : format == Format::BF16 ? kernels.bf16 : kernels.f32;
 }
@@ -51,6 +54,33 @@ void project_tiles(const Kernels& kernels, const Matrix& w, int64_t begin, int64
                 std::memcpy(out + (start + t) * ld + row - begin, sums + t * kTileRows, static_cast<size_t>(width) * sizeof(float));
             }
         }
+    }
+}
+
+// One token's rows of a matrix in tiles, of which up to kStreams begin at `row` and end before `end`, followed by what is
+// read behind them: the same matrix, or from `after` on.
+struct Streams {
+    const uint8_t *tiles[kStreams], *next[kStreams];
+    int count = 0;
+
+    void add(const Matrix& w, int64_t row, int64_t end, int64_t most, const uint8_t* after) {
+        const int64_t stride = kTileRows * row_nbytes(w.format, w.cols);
+        const int64_t rows = std::min(most, round_up(end - row, kTileRows) / kTileRows);
+        const uint8_t* const first = w.data + row / kTileRows * stride;
+        for (int64_t r = 0; r < rows; ++r, ++count) {
+            tiles[count] = first + r * stride;
+            next[count] = (after ? after : first + rows * stride) + r * stride;
+        }
+    }
+};
+
+void project_token(const Kernels& kernels, const Matrix& w, int64_t begin, int64_t end, const void* x, float* out) {
+    alignas(64) float sums[kStreams * kTileRows];
+    for (int64_t row = begin; row < end; row += kStreams * kTileRows) {
+        Streams streams;
+        streams.add(w, row, end, kStreams, nullptr);
+        token_kernel(kernels, w.format)(streams.tiles, streams.next, streams.count, w.cols, x, sums);
+        std::memcpy(out + row - begin, sums, static_cast<size_t>(std::min<int64_t>(kStreams * kTileRows, end - row)) * sizeof(float));
     }
 }
 
@@ -143,7 +173,15 @@ void gate_up_strip(const Kernels& kernels, const FfnLayout& l, const Expert& exp
         const Inputs tile = x + start;
         const float *gate = products, *up = products + kStrip;
         int64_t step = 1;
-        if (l.gating == Gating::Interleaved) {
+        if (n == 1 && expert.up.data && l.gating != Gating::Interleaved && expert.gate.order == Order::Rows16) {
+            Streams streams;
+            streams.add(expert.gate, begin, end, kStreams / 2, nullptr);
+            streams.add(expert.up, begin, end, kStreams / 2, nullptr);
+            token_kernel(kernels, l.gate_up_format)(streams.tiles, streams.next, streams.count, l.hidden, tile[0], products);
+            up = products + streams.count / 2 * kTileRows;
+            if (expert.gate_bias) add_bias(l.bias_format, expert.gate_bias, begin, count, products, ld, 1);
+            if (expert.up_bias) add_bias(l.bias_format, expert.up_bias, begin, count, products + (up - products), ld, 1);
+        } else if (l.gating == Gating::Interleaved) {
             step = 2;
             up = products + 1;
             project(kernels, expert.gate, 2 * begin, 2 * end, tile, tokens, products, ld, scratch);
@@ -179,7 +217,9 @@ int64_t scratch_floats(Format format, int64_t cols) {
 void project(const Kernels& kernels, const Matrix& w, int64_t begin, int64_t end, Inputs x, int64_t n, float* out,
              int64_t ld, float* scratch) {
     const int64_t element = format_info(w.format).block_nbytes;
-    if (is_integer_dot(w.format)) {
+    if (is_integer_dot(w.format) && w.order == Order::Rows16 && n == 1) {
+        project_token(kernels, w, begin, end, x[0], out);
+    } else if (is_integer_dot(w.format)) {
         project_tiles(kernels, w, begin, end, x, n, out, ld);
     } else if (!is_float(w.format)) {
         project_decoded(kernels, w, begin, end, x, n, out, ld, scratch);

@@ -17,10 +17,11 @@ constexpr int64_t kWorthWaking = 256 << 10;  // bytes of weights that take longe
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Strips a task takes, so that a task is worth its claim and many enough remain to share.
+// Strips a task takes, so that a task is worth its claim and many enough remain to share; pairs of strips, where
+// it can be, are kStreams rows of tiles.
 inline int64_t strips_per_task(int64_t strip_nbytes) {
     const int64_t strips = kTaskNbytes / (strip_nbytes < 1 ? 1 : strip_nbytes);
-    return strips < 1 ? 1 : strips;
+    return strips < 2 ? 1 : strips / 2 * 2;
 }
 
 // Bytes of a quantised row of activations; 0 for weights that are multiplied by float32 ones.

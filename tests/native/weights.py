@@ -85,8 +85,9 @@ def product_bound(fmt: str, weights: Doubles, x: Doubles, x_error: Doubles | flo
     error = np.broadcast_to(np.asarray(x_error, np.float64), x.shape)
     if fmt in INTEGER_FORMATS:
         largest = np.abs(x).reshape(len(x), -1, 32).max(axis=-1)
+        # Finding a step's number rounds too, by up to three units in the last place of the number.
         steps, least = (127 * 128, 2e-34) if fmt == "Q8_0" else (127, 1.5e-36)
-        error = error + np.repeat(largest, 32, axis=-1) / (2 * steps) * 1.001 + least
+        error = error + np.repeat(largest, 32, axis=-1) * (0.5 / steps + 3 * UNIT) + least
     rounding = (weights.shape[1] + 8) * UNIT * ((np.abs(x) + error) @ sizes.T)
     return np.asarray(error @ sizes.T + rounding + 1e-37)
 
