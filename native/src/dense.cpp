@@ -49,7 +49,7 @@ void quantize_row(const Activations& x, Format format, int64_t t) {
     quantize(format, x.values + t * x.cols, x.cols / kBlock, 0, x.cols, reinterpret_cast<int8_t*>(x.quantized + t * x.quantized_nbytes));
 }
 
-int64_t rows_of_task(const Matrix& w) { return kStrip * strips_per_task(kStrip * row_nbytes(w.format, w.cols)); }
+int64_t rows_of_task(const Matrix& w) { return kStrip * strips_per_task(kStrip * row_nbytes(w.format, w.cols), 2); }
 
 // Rows [begin, end) of a product and its bias, into float32.
 void project_with_bias(const Kernels& table, const Weights& w, int64_t begin, int64_t end, Inputs x, int64_t n,

@@ -289,8 +289,8 @@ void moe_ffn(const FfnLayout& l, const FfnCall& call, ThreadPool& pool, Workspac
         }
     }
 
-    const auto for_strips = [&](int64_t width, int64_t strip_nbytes, const auto& body) {
-        const int64_t strips = round_up(width, kStrip) / kStrip, per_task = strips_per_task(strip_nbytes);
+    const auto for_strips = [&](int64_t width, int64_t strip_nbytes, int64_t matrices, const auto& body) {
+        const int64_t strips = round_up(width, kStrip) / kStrip, per_task = strips_per_task(strip_nbytes, 2 / matrices);
         const int64_t tasks = round_up(strips, per_task) / per_task;
         share(pool, call.experts * tasks, call.experts * strips * strip_nbytes, [&](int64_t task, int thread) noexcept {
             const int64_t e = task / tasks, pair = call.offsets[e], n = call.offsets[e + 1] - pair;
@@ -300,15 +300,15 @@ void moe_ffn(const FfnLayout& l, const FfnCall& call, ThreadPool& pool, Workspac
         });
     };
 
-    const int64_t gate_up_row = row_nbytes(l.gate_up_format, l.hidden) * (l.gating == Gating::None ? 1 : 2);
-    for_strips(l.intermediate, kStrip * gate_up_row,
+    const int64_t halves = l.gating == Gating::None ? 1 : 2;
+    for_strips(l.intermediate, halves * kStrip * row_nbytes(l.gate_up_format, l.hidden), halves,
                [&](const Expert& expert, int64_t pair, int64_t n, int64_t first, int64_t last, float* scratch) {
                    for (int64_t begin = first; begin < last; begin += kStrip) {
                        gate_up_strip(table, l, expert, begin, std::min(last, begin + kStrip), x_rows + pair, n,
                                      memory + plan.middle_at + pair * plan.middle_nbytes, plan.middle_nbytes, scratch);
                    }
                });
-    for_strips(l.hidden, kStrip * row_nbytes(l.down_format, l.intermediate),
+    for_strips(l.hidden, kStrip * row_nbytes(l.down_format, l.intermediate), 1,
                [&](const Expert& expert, int64_t pair, int64_t n, int64_t first, int64_t last, float* scratch) {
                    float* const out = call.out + pair * l.hidden + first;
                    project(table, expert.down, first, last, middle_rows + pair, n, out, l.hidden, scratch);
