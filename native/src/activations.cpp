@@ -43,6 +43,46 @@ void clamped_swiglu(const ActivationSettings& s, const float* gate, const float*
     }
 }
 
+template <bool Wide>
+void quantize_blocks(const float* x, int64_t blocks, int64_t first, int64_t cols, int offset, int8_t* out) {
+    constexpr float most = 127.0f * (Wide ? kWide : 1);
+    int8_t* const scales = out + (Wide ? 2 : 1) * cols;
+    for (int64_t b = first; b < first + blocks; ++b, x += 32) {
+        // Compared as integers, the magnitudes order as floats do and NaN is above all.
+        int32_t largest = 0;
+        for (int i = 0; i < 32; ++i) {
+            const int32_t bits = std::bit_cast<int32_t>(x[i]) & 0x7fffffff;
+            largest = bits > largest ? bits : largest;
+        }
+        const auto magnitude = std::bit_cast<float>(largest);
+        float scale = magnitude / most;
+        float inverse = most / magnitude;
+        if (largest >= 0x7f800000) {
+            scale = std::numeric_limits<float>::quiet_NaN();
+            inverse = 0.0f;
+        } else if (scale < std::numeric_limits<float>::min()) {
+            scale = inverse = 0.0f;  // its inverse would overflow; the values are below 1.5e-36, wide 2e-34
+        }
+        int32_t sum = 0;
+        int8_t* const quants = out + 32 * b;
+        for (int i = 0; i < 32; ++i) {
+            const float rounded = (x[i] * inverse + 12582912.0f) - 12582912.0f;  // to nearest, ties to even
+            const auto quant = inverse == 0.0f ? int32_t{0} : static_cast<int32_t>(rounded);
+            if constexpr (Wide) {
+                const int32_t high = (quant + kWide / 2) >> kWideBits;
+                quants[i] = static_cast<int8_t>(high);
+                quants[cols + i] = static_cast<int8_t>(quant - kWide * high);
+            } else {
+                quants[i] = static_cast<int8_t>(quant);
+            }
+            sum += quant;
+        }
+        const int32_t correction = -offset * sum;
+        std::memcpy(scales + 4 * b, &scale, sizeof scale);
+        std::memcpy(scales + cols / 8 + 4 * b, &correction, sizeof correction);
+    }
+}
+
 }  // namespace
 
 Activation activation_from_name(std::string_view name) {
@@ -64,34 +104,11 @@ void activate(const ActivationSettings& settings, const float* gate, const float
     }
 }
 
-void quantize(const float* x, int64_t blocks, int64_t first, int64_t cols, int offset, int8_t* out) {
-    for (int64_t b = first; b < first + blocks; ++b, x += 32) {
-        // Compared as integers, the magnitudes order as floats do and NaN is above all.
-        int32_t largest = 0;
-        for (int i = 0; i < 32; ++i) {
-            const int32_t bits = std::bit_cast<int32_t>(x[i]) & 0x7fffffff;
-            largest = bits > largest ? bits : largest;
-        }
-        const auto magnitude = std::bit_cast<float>(largest);
-        float scale = magnitude / 127.0f;
-        float inverse = 127.0f / magnitude;
-        if (largest >= 0x7f800000) {
-            scale = std::numeric_limits<float>::quiet_NaN();
-            inverse = 0.0f;
-        } else if (scale < std::numeric_limits<float>::min()) {
-            scale = inverse = 0.0f;  // its inverse would overflow; the values are below 1.5e-36
-        }
-        int32_t sum = 0;
-        int8_t* const quants = out + 32 * b;
-        for (int i = 0; i < 32; ++i) {
-            const float rounded = (x[i] * inverse + 12582912.0f) - 12582912.0f;  // to nearest, ties to even
-            const auto quant = inverse == 0.0f ? int32_t{0} : static_cast<int32_t>(rounded);
-            quants[i] = static_cast<int8_t>(quant);
-            sum += quant;
-        }
-        const int32_t correction = -offset * sum;
-        std::memcpy(out + cols + 4 * b, &scale, sizeof scale);
-        std::memcpy(out + cols + cols / 8 + 4 * b, &correction, sizeof correction);
+void quantize(Format format, const float* x, int64_t blocks, int64_t first, int64_t cols, int8_t* out) {
+    switch (format) {
+        case Format::Q8_0: return quantize_blocks<true>(x, blocks, first, cols, kQ8Offset, out);
+        case Format::Q4_0: return quantize_blocks<false>(x, blocks, first, cols, kQ4Offset, out);
+        default: return quantize_blocks<false>(x, blocks, first, cols, kFp4Offset, out);
     }
 }
 

@@ -46,11 +46,10 @@ struct Activations {
 };
 
 void quantize_row(const Activations& x, Format format, int64_t t) {
-    quantize(x.values + t * x.cols, x.cols / kBlock, 0, x.cols, zero_point(format),
-             reinterpret_cast<int8_t*>(x.quantized + t * x.quantized_nbytes));
+    quantize(format, x.values + t * x.cols, x.cols / kBlock, 0, x.cols, reinterpret_cast<int8_t*>(x.quantized + t * x.quantized_nbytes));
 }
 
-int64_t rows_of_task(const Matrix& w) { return kStrip * strips_per_task(kStrip * row_nbytes(w.format, w.cols)); }
+int64_t rows_of_task(const Matrix& w) { return kStrip * strips_per_task(kStrip * row_nbytes(w.format, w.cols), 2); }
 
 // Rows [begin, end) of a product and its bias, into float32.
 void project_with_bias(const Kernels& table, const Weights& w, int64_t begin, int64_t end, Inputs x, int64_t n,
@@ -115,7 +114,7 @@ void linear(const Weights& weights, Format type, const uint8_t* x, int64_t token
     const Matrix& w = weights.matrix;
     const int64_t item = format_info(type).block_nbytes, per_task = rows_of_task(w);
     const bool wide = type == Format::F32;
-    const int64_t quantized = is_integer_dot(w.format) ? quantized_row_nbytes(w.cols) : 0;
+    const int64_t quantized = quantized_nbytes(w.format, w.cols);
     // x in float32, then quantised, pointers to its rows, then for each thread scratch and the results of a task.
     const int64_t quantized_at = wide ? 0 : round_up(tokens * w.cols * 4, 64);
     const int64_t pointers_at = quantized_at + tokens * quantized, scratch_at = pointers_at + round_up(tokens * 8, 64);
@@ -195,7 +194,7 @@ void attend(const AttentionLayout& l, const AttentionCall& call, ThreadPool& poo
     const auto floats = [](int64_t count) { return round_up(count, 16); };
     const int64_t total = floats(l.hidden) + 2 * floats(q_width) + 2 * floats(kv_width) + floats(2 * l.rotary) +
                           l.heads * floats(length) + pool.threads() * scratch_each;
-    uint8_t* const memory = workspace.reserve(4 * total + quantized_row_nbytes(round_up(widest, kBlock)));
+    uint8_t* const memory = workspace.reserve(4 * total + quantized_row_nbytes(round_up(widest, kBlock), true));
     const DefaultFloatingPoint guard;
     auto* at = reinterpret_cast<float*>(memory);
     const auto take = [&](int64_t count) { return std::exchange(at, at + floats(count)); };
@@ -208,7 +207,7 @@ void attend(const AttentionLayout& l, const AttentionCall& call, ThreadPool& poo
     widen(call.type, call.cosine, l.rotary, turn);
     widen(call.type, call.sine, l.rotary, turn + l.rotary);
     const auto activations = [&](const float* values, const Matrix& w) {
-        const Activations made{is_integer_dot(w.format) ? quantized_row_nbytes(w.cols) : 0, values, quantized, w.cols};
+        const Activations made{quantized_nbytes(w.format, w.cols), values, quantized, w.cols};
         if (made.quantized_nbytes) quantize_row(made, w.format, 0);
         return made;
     };

@@ -9,9 +9,11 @@
 
 namespace moei {
 
-// A row of activations as int8 blocks of 32: cols int8 values, then a float scale for each block, then for each block
-// an int32 correction (minus the sum of its values times the offset of the weight format).
-static inline int64_t quantized_row_nbytes(int64_t cols) { return (cols + cols / 32 * 8 + 63) / 64 * 64; }
+// A row of activations as integers in blocks of 32: cols int8 values, then a float scale for each block, then for each
+// block an int32 correction (minus the sum of its values times the offset of the weight format). Rows for Q8_0 are `wide`:
+// a value is kWide * high + low, cols int8 values `high` being followed by cols int8 values `low`, -64 to 63.
+static inline int64_t quantized_row_nbytes(int64_t cols, bool wide) { return ((wide ? 2 : 1) * cols + cols / 32 * 8 + 63) / 64 * 64; }
+constexpr int kWideBits = 7, kWide = 1 << kWideBits;
 constexpr int kQ8Offset = 128;  // what turns Q8_0's signed weights into the unsigned ones that integer dots want
 constexpr int kQ4Offset = 8;    // Q4_0's own zero point
 constexpr int kFp4Offset = 12;  // what turns the doubled FP4 values, -12 to 12, into unsigned ones
@@ -30,6 +32,11 @@ static inline uint32_t fp4_scale_bits(uint32_t exponent) {
 // block after block, each operation rounded, so all instruction sets and all n give the same bits.
 using TileKernel = void (*)(const uint8_t* tiles, int64_t first, int64_t count, int64_t cols,
                             const void* const* activations, int64_t n, float* sums);
+// The same for one activation row and 1 to kStreams rows of tiles at once, all columns; sums[rows][16] need no value before.
+// One token waits for memory, which gives more to several streams. `next`: what will be read after each of them.
+constexpr int kStreams = 4;
+using TokenKernel = void (*)(const uint8_t* const* tiles, const uint8_t* const* next, int rows, int64_t cols,
+                             const void* activations, float* sums);
 
 // out[t * ld + r] = sum over c of w[r * stride + c] * x[t][c] (rows), or w[c * stride + r] * x[t][c] (columns).
 // rows: sixteen partial sums, c modulo 16, each in ascending c with fused multiply-adds (the portable path rounds
@@ -51,6 +58,7 @@ struct FloatKernels {
 struct Kernels {
     const char* isa;
     TileKernel q8_0, q4_0, mxfp4;
+    TokenKernel token_q8_0, token_q4_0, token_mxfp4;
     FloatKernels rows, columns;
     ReadKernel read[3];  // one, two and four streams
     SoftmaxKernel softmax;

@@ -53,16 +53,18 @@ inline __m256i four(const int8_t* x) { return _mm256_set1_epi32(static_cast<int>
 struct Q8 {
     static constexpr int tile_nbytes = 16 * 34, scales_nbytes = 32;
     static Lanes scales(const uint8_t* tile) { return load(F16{}, tile); }
-    static constexpr bool corrected = false;
-    static void dots(const uint8_t* quants, const int8_t* x, __m256i* dot) {
-        const __m256i ones = _mm256_set1_epi16(1);
+    static constexpr bool corrected = false, wide = true;
+    static void dots(const uint8_t* quants, const int8_t* x, int64_t cols, __m256i* dot) {
+        const __m256i ones = _mm256_set1_epi16(1), wide = _mm256_set1_epi16(kWide);
         for (int k = 0; k < 8; ++k) {
-            const __m256i activations = four(x + 4 * k);
+            const __m256i high = four(x + 4 * k), low = four(x + cols + 4 * k);
             for (int half = 0; half < 2; ++half) {
                 // |w| * (x with w's sign): |w| <= 128 and |x| <= 127, so a pair's sum fits into 16 bits.
-                const __m256i w = load_32(quants + 64 * k + 32 * half);
-                const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(activations, w));
-                dot[half] = _mm256_add_epi32(dot[half], _mm256_madd_epi16(pairs, ones));
+                const __m256i w = load_32(quants + 64 * k + 32 * half), size = _mm256_abs_epi8(w);
+                const __m256i highs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(high, w));
+                const __m256i lows = _mm256_maddubs_epi16(size, _mm256_sign_epi8(low, w));
+                const __m256i sums = _mm256_add_epi32(_mm256_madd_epi16(highs, wide), _mm256_madd_epi16(lows, ones));
+                dot[half] = _mm256_add_epi32(dot[half], sums);
             }
         }
     }
@@ -70,8 +72,8 @@ struct Q8 {
 struct Q4 {
     static constexpr int tile_nbytes = 16 * 18, scales_nbytes = 32;
     static Lanes scales(const uint8_t* tile) { return load(F16{}, tile); }
-    static constexpr bool corrected = true;
-    static void dots(const uint8_t* quants, const int8_t* x, __m256i* dot) {
+    static constexpr bool corrected = true, wide = false;
+    static void dots(const uint8_t* quants, const int8_t* x, int64_t, __m256i* dot) {
         // A block's eight pair sums of at most 2 * 15 * 127 fit into 16 bits together.
         const __m256i nibble = _mm256_set1_epi8(15);
         __m256i pairs[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
@@ -91,7 +93,7 @@ struct Q4 {
 
 struct Fp4 {
     static constexpr int tile_nbytes = 16 * 17, scales_nbytes = 16;
-    static constexpr bool corrected = true;
+    static constexpr bool corrected = true, wide = false;
     static __m256 scales_8(const uint8_t* from) {
         const __m256i exponents = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
         const __m256i bits = _mm256_slli_epi32(_mm256_sub_epi32(exponents, _mm256_set1_epi32(1)), 23);
@@ -99,7 +101,7 @@ struct Fp4 {
         return _mm256_castsi256_ps(_mm256_blendv_epi8(bits, small, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), exponents)));
     }
     static Lanes scales(const uint8_t* tile) { return {scales_8(tile), scales_8(tile + 8)}; }
-    static void dots(const uint8_t* quants, const int8_t* x, __m256i* dot) {
+    static void dots(const uint8_t* quants, const int8_t* x, int64_t, __m256i* dot) {
         // Four pair sums of at most 2 * 24 * 127 fit into 16 bits together, eight do not.
         const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kFp4Doubled));
         const __m256i table = _mm256_add_epi8(_mm256_broadcastsi128_si256(values), _mm256_set1_epi8(kFp4Offset));
@@ -134,11 +136,12 @@ void tile_tokens(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
     for (int64_t b = first; b < first + count; ++b, tiles += Q::tile_nbytes) {
         const Lanes loaded = Q::scales(tiles);
         const __m256 scales[2] = {loaded.low, loaded.high};
+        const int64_t at_scale = (Q::wide ? 2 : 1) * cols + 4 * b;
         for (int t = 0; t < N; ++t) {
-            const __m256i start = Q::corrected ? four(x[t] + cols + cols / 8 + 4 * b) : _mm256_setzero_si256();
+            const __m256i start = Q::corrected ? four(x[t] + at_scale + cols / 8) : _mm256_setzero_si256();
             __m256i dot[2] = {start, start};
-            Q::dots(tiles + Q::scales_nbytes, x[t] + 32 * b, dot);
-            const __m256 activation_scale = _mm256_set1_ps(load_f32(x[t] + cols + 4 * b));
+            Q::dots(tiles + Q::scales_nbytes, x[t] + 32 * b, cols, dot);
+            const __m256 activation_scale = _mm256_set1_ps(load_f32(x[t] + at_scale));
             for (int half = 0; half < 2; ++half) {
                 const __m256 scale = _mm256_mul_ps(scales[half], activation_scale);
                 sums[t][half] = _mm256_add_ps(sums[t][half], _mm256_mul_ps(_mm256_cvtepi32_ps(dot[half]), scale));
@@ -157,6 +160,12 @@ void tile_kernel(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
     for (; t < n; ++t) tile_tokens<Q, 1>(tiles, first, count, cols, x + t, sums + 16 * t);
 }
 
+template <typename Q>
+void token_kernel(const uint8_t* const* tiles, const uint8_t* const*, int rows, int64_t cols, const void* activations, float* sums) {
+    for (int i = 0; i < 16 * rows; ++i) sums[i] = 0;
+    for (int r = 0; r < rows; ++r) tile_kernel<Q>(tiles[r], 0, cols / 32, cols, &activations, 1, sums + 16 * r);
+}
+
 }  // namespace
 }  // namespace moei
 
@@ -164,7 +173,7 @@ void tile_kernel(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
 
 namespace moei {
 
-const Kernels kAvx2{"avx2", tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, kRowsKernels, kColumnsKernels,
+const Kernels kAvx2{"avx2", tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, token_kernel<Q8>, token_kernel<Q4>, token_kernel<Fp4>, kRowsKernels, kColumnsKernels,
                     {read_streams<1>, read_streams<2>, read_streams<4>}, softmax_kernel};
 
 }  // namespace moei

@@ -69,21 +69,26 @@ inline int8x16_t four(const int8_t* x) { return vreinterpretq_s8_u32(vdupq_n_u32
 struct Q8 {
     static constexpr int tile_nbytes = 16 * 34, scales_nbytes = 32;
     static Lanes scales(const uint8_t* tile) { return load(F16{}, tile); }
-    static constexpr bool corrected = false;
-    static void dots(const uint8_t* quants, const int8_t* x, int32x4_t* dot) {
+    static constexpr bool corrected = false, wide = true;
+    static void dots(const uint8_t* quants, const int8_t* x, int64_t cols, int32x4_t* dot) {
+        int32x4_t highs[4];
+        for (int32x4_t& part : highs) part = vdupq_n_s32(0);
         for (int k = 0; k < 8; ++k) {
-            const int8x16_t activations = four(x + 4 * k);
+            const int8x16_t high = four(x + 4 * k), low = four(x + cols + 4 * k);
             for (int i = 0; i < 4; ++i) {
-                dot[i] = add_dots(dot[i], vreinterpretq_s8_u8(vld1q_u8(quants + 64 * k + 16 * i)), activations);
+                const int8x16_t w = vreinterpretq_s8_u8(vld1q_u8(quants + 64 * k + 16 * i));
+                highs[i] = add_dots(highs[i], w, high);
+                dot[i] = add_dots(dot[i], w, low);
             }
         }
+        for (int i = 0; i < 4; ++i) dot[i] = vaddq_s32(dot[i], vshlq_n_s32(highs[i], kWideBits));
     }
 };
 struct Q4 {
     static constexpr int tile_nbytes = 16 * 18, scales_nbytes = 32;
     static Lanes scales(const uint8_t* tile) { return load(F16{}, tile); }
-    static constexpr bool corrected = true;
-    static void dots(const uint8_t* quants, const int8_t* x, int32x4_t* dot) {
+    static constexpr bool corrected = true, wide = false;
+    static void dots(const uint8_t* quants, const int8_t* x, int64_t, int32x4_t* dot) {
         for (int k = 0; k < 4; ++k) {
             const int8x16_t first = four(x + 4 * k), second = four(x + 16 + 4 * k);
             for (int i = 0; i < 4; ++i) {
@@ -97,7 +102,7 @@ struct Q4 {
 
 struct Fp4 {
     static constexpr int tile_nbytes = 16 * 17, scales_nbytes = 16;
-    static constexpr bool corrected = false;
+    static constexpr bool corrected = false, wide = false;
     static Lanes scales(const uint8_t* tile) {
         const uint8x16_t exponents = vld1q_u8(tile);
         const uint16x8_t halves[2] = {vmovl_u8(vget_low_u8(exponents)), vmovl_u8(vget_high_u8(exponents))};
@@ -110,7 +115,7 @@ struct Fp4 {
         }
         return lanes;
     }
-    static void dots(const uint8_t* quants, const int8_t* x, int32x4_t* dot) {
+    static void dots(const uint8_t* quants, const int8_t* x, int64_t, int32x4_t* dot) {
         const int8x16_t table = vld1q_s8(kFp4Doubled);
         for (int k = 0; k < 4; ++k) {
             const int8x16_t first = four(x + 4 * k), second = four(x + 16 + 4 * k);
@@ -132,12 +137,13 @@ void tile_tokens(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
         for (int i = 0; i < 4; ++i) sums[t].v[i] = vld1q_f32(out + 16 * t + 4 * i);
     for (int64_t b = first; b < first + count; ++b, tiles += Q::tile_nbytes) {
         const Lanes scales = Q::scales(tiles);
+        const int64_t at_scale = (Q::wide ? 2 : 1) * cols + 4 * b;
         for (int t = 0; t < N; ++t) {
-            const int32_t start = Q::corrected ? static_cast<int32_t>(load_u32(x[t] + cols + cols / 8 + 4 * b)) : 0;
+            const int32_t start = Q::corrected ? static_cast<int32_t>(load_u32(x[t] + at_scale + cols / 8)) : 0;
             int32x4_t dot[4];
             for (int32x4_t& part : dot) part = vdupq_n_s32(start);
-            Q::dots(tiles + Q::scales_nbytes, x[t] + 32 * b, dot);
-            const float activation_scale = load_f32(x[t] + cols + 4 * b);
+            Q::dots(tiles + Q::scales_nbytes, x[t] + 32 * b, cols, dot);
+            const float activation_scale = load_f32(x[t] + at_scale);
             for (int i = 0; i < 4; ++i) {
                 const float32x4_t scale = vmulq_n_f32(scales.v[i], activation_scale);
                 sums[t].v[i] = vaddq_f32(sums[t].v[i], vmulq_f32(vcvtq_f32_s32(dot[i]), scale));
@@ -155,6 +161,12 @@ void tile_kernel(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
     for (; t < n; ++t) tile_tokens<Q, 1>(tiles, first, count, cols, x + t, sums + 16 * t);
 }
 
+template <typename Q>
+void token_kernel(const uint8_t* const* tiles, const uint8_t* const*, int rows, int64_t cols, const void* activations, float* sums) {
+    for (int i = 0; i < 16 * rows; ++i) sums[i] = 0;
+    for (int r = 0; r < rows; ++r) tile_kernel<Q>(tiles[r], 0, cols / 32, cols, &activations, 1, sums + 16 * r);
+}
+
 }  // namespace
 }  // namespace moei
 
@@ -167,7 +179,7 @@ const Kernels kNeonDotprod{"neon-dotprod",
 #else
 const Kernels kNeon{"neon",
 #endif
-                  tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, kRowsKernels, kColumnsKernels,
+                  tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, token_kernel<Q8>, token_kernel<Q4>, token_kernel<Fp4>, kRowsKernels, kColumnsKernels,
                   {read_streams<1>, read_streams<2>, read_streams<4>}, softmax_kernel};
 
 }  // namespace moei

@@ -83,17 +83,19 @@ inline float half_scale(const uint8_t* tile, int r) {
 struct Q8 {
     static constexpr int tile_nbytes = 16 * 34, scales_nbytes = 32;
     static float scale(const uint8_t* tile, int r) { return half_scale(tile, r); }
-    static void dots(const uint8_t* quants, const int8_t* x, int32_t* dot) {
+    static constexpr bool wide = true;
+    static void dots(const uint8_t* quants, const int8_t* x, int64_t cols, int32_t* dot) {
         for (int k = 0; k < 8; ++k)
             for (int r = 0; r < 16; ++r)
                 for (int i = 0; i < 4; ++i)
-                    dot[r] += static_cast<int8_t>(quants[64 * k + 4 * r + i]) * x[4 * k + i];
+                    dot[r] += static_cast<int8_t>(quants[64 * k + 4 * r + i]) * (kWide * x[4 * k + i] + x[cols + 4 * k + i]);
     }
 };
 struct Q4 {
     static constexpr int tile_nbytes = 16 * 18, scales_nbytes = 32;
     static float scale(const uint8_t* tile, int r) { return half_scale(tile, r); }
-    static void dots(const uint8_t* quants, const int8_t* x, int32_t* dot) {
+    static constexpr bool wide = false;
+    static void dots(const uint8_t* quants, const int8_t* x, int64_t, int32_t* dot) {
         for (int k = 0; k < 4; ++k)
             for (int r = 0; r < 16; ++r)
                 for (int i = 0; i < 4; ++i) {
@@ -109,7 +111,8 @@ struct Fp4 {
         const uint32_t bits = fp4_scale_bits(tile[r]);
         return load_f32(&bits);
     }
-    static void dots(const uint8_t* quants, const int8_t* x, int32_t* dot) {
+    static constexpr bool wide = false;
+    static void dots(const uint8_t* quants, const int8_t* x, int64_t, int32_t* dot) {
         for (int k = 0; k < 4; ++k)
             for (int r = 0; r < 16; ++r)
                 for (int i = 0; i < 4; ++i) {
@@ -128,16 +131,22 @@ void tile_kernel(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
         for (int64_t t = 0; t < n; ++t) {
             const auto* x = static_cast<const int8_t*>(activations[t]);
             int32_t dot[16] = {};
-            Q::dots(tiles + Q::scales_nbytes, x + 32 * (first + b), dot);
-            const float scale = load_f32(x + cols + 4 * (first + b));
+            Q::dots(tiles + Q::scales_nbytes, x + 32 * (first + b), cols, dot);
+            const float scale = load_f32(x + (Q::wide ? 2 : 1) * cols + 4 * (first + b));
             for (int r = 0; r < 16; ++r) sums[16 * t + r] += static_cast<float>(dot[r]) * (scales[r] * scale);
         }
     }
 }
 
+template <typename Q>
+void token_kernel(const uint8_t* const* tiles, const uint8_t* const*, int rows, int64_t cols, const void* activations, float* sums) {
+    for (int i = 0; i < 16 * rows; ++i) sums[i] = 0;
+    for (int r = 0; r < rows; ++r) tile_kernel<Q>(tiles[r], 0, cols / 32, cols, &activations, 1, sums + 16 * r);
+}
+
 }  // namespace
 
-const Kernels kPortable{"portable", tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, kRowsKernels, kColumnsKernels,
+const Kernels kPortable{"portable", tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, token_kernel<Q8>, token_kernel<Q4>, token_kernel<Fp4>, kRowsKernels, kColumnsKernels,
                         {read_streams<1>, read_streams<2>, read_streams<4>}, softmax_kernel};
 
 }  // namespace moei

@@ -21,6 +21,9 @@ constexpr int64_t kLargestTile = kTileRows * 34;
 TileKernel tile_kernel(const Kernels& kernels, Format format) {
     return format == Format::Q8_0 ? kernels.q8_0 : format == Format::Q4_0 ? kernels.q4_0 : kernels.mxfp4;
 }
+TokenKernel token_kernel(const Kernels& kernels, Format format) {
+    return format == Format::Q8_0 ? kernels.token_q8_0 : format == Format::Q4_0 ? kernels.token_q4_0 : kernels.token_mxfp4;
+}
 FloatKernel float_kernel(const FloatKernels& kernels, Format format) {
     return format == Format::F16 ? kernels.f16 : format == Format::BF16 ? kernels.bf16 : kernels.f32;
 }
@@ -54,6 +57,33 @@ void project_tiles(const Kernels& kernels, const Matrix& w, int64_t begin, int64
     }
 }
 
+// One token's rows of a matrix in tiles, of which up to kStreams begin at `row` and end before `end`, followed by what is
+// read behind them: the same matrix, or from `after` on.
+struct Streams {
+    const uint8_t *tiles[kStreams], *next[kStreams];
+    int count = 0;
+
+    void add(const Matrix& w, int64_t row, int64_t end, int64_t most, const uint8_t* after) {
+        const int64_t stride = kTileRows * row_nbytes(w.format, w.cols);
+        const int64_t rows = std::min(most, round_up(end - row, kTileRows) / kTileRows);
+        const uint8_t* const first = w.data + row / kTileRows * stride;
+        for (int64_t r = 0; r < rows; ++r, ++count) {
+            tiles[count] = first + r * stride;
+            next[count] = (after ? after : first + rows * stride) + r * stride;
+        }
+    }
+};
+
+void project_token(const Kernels& kernels, const Matrix& w, int64_t begin, int64_t end, const void* x, float* out) {
+    alignas(64) float sums[kStreams * kTileRows];
+    for (int64_t row = begin; row < end; row += kStreams * kTileRows) {
+        Streams streams;
+        streams.add(w, row, end, kStreams, nullptr);
+        token_kernel(kernels, w.format)(streams.tiles, streams.next, streams.count, w.cols, x, sums);
+        std::memcpy(out + row - begin, sums, static_cast<size_t>(std::min<int64_t>(kStreams * kTileRows, end - row)) * sizeof(float));
+    }
+}
+
 void project_decoded(const Kernels& kernels, const Matrix& w, int64_t begin, int64_t end, Inputs x, int64_t n,
                      float* out, int64_t ld, float* scratch) {
     const int64_t stride = row_nbytes(w.format, w.cols);
@@ -79,7 +109,7 @@ void add_bias(Format format, const uint8_t* bias, int64_t begin, int64_t count, 
 
 // Bytes of one row of activations for weights of this format.
 int64_t input_nbytes(Format format, int64_t cols) {
-    return is_integer_dot(format) ? quantized_row_nbytes(cols) : round_up(cols * static_cast<int64_t>(sizeof(float)), 64);
+    return is_integer_dot(format) ? quantized_nbytes(format, cols) : round_up(cols * static_cast<int64_t>(sizeof(float)), 64);
 }
 
 const uint8_t* pointer(int64_t address) { return reinterpret_cast<const uint8_t*>(address); }
@@ -121,7 +151,7 @@ struct Plan {
 
 Plan plan_of(const FfnLayout& l, int64_t tokens, int64_t pairs, int threads) {
     Plan plan{};
-    plan.x_nbytes = is_integer_dot(l.gate_up_format) ? quantized_row_nbytes(l.hidden) : 0;
+    plan.x_nbytes = quantized_nbytes(l.gate_up_format, l.hidden);
     plan.middle_nbytes = input_nbytes(l.down_format, l.intermediate);
     plan.middle_at = tokens * plan.x_nbytes;
     plan.x_pointers_at = plan.middle_at + pairs * plan.middle_nbytes;
@@ -143,7 +173,15 @@ void gate_up_strip(const Kernels& kernels, const FfnLayout& l, const Expert& exp
         const Inputs tile = x + start;
         const float *gate = products, *up = products + kStrip;
         int64_t step = 1;
-        if (l.gating == Gating::Interleaved) {
+        if (n == 1 && expert.up.data && l.gating != Gating::Interleaved && expert.gate.order == Order::Rows16) {
+            Streams streams;
+            streams.add(expert.gate, begin, end, kStreams / 2, nullptr);
+            streams.add(expert.up, begin, end, kStreams / 2, nullptr);
+            token_kernel(kernels, l.gate_up_format)(streams.tiles, streams.next, streams.count, l.hidden, tile[0], products);
+            up = products + streams.count / 2 * kTileRows;
+            if (expert.gate_bias) add_bias(l.bias_format, expert.gate_bias, begin, count, products, ld, 1);
+            if (expert.up_bias) add_bias(l.bias_format, expert.up_bias, begin, count, products + (up - products), ld, 1);
+        } else if (l.gating == Gating::Interleaved) {
             step = 2;
             up = products + 1;
             project(kernels, expert.gate, 2 * begin, 2 * end, tile, tokens, products, ld, scratch);
@@ -164,7 +202,7 @@ void gate_up_strip(const Kernels& kernels, const FfnLayout& l, const Expert& exp
             float* const out = quantized ? values : reinterpret_cast<float*>(row) + begin;
             activate(l.activation, gate + t * ld, up ? up + t * ld : nullptr, step, count, out);
             if (quantized) {
-                quantize(values, 1, begin / kBlock, l.intermediate, zero_point(l.down_format), reinterpret_cast<int8_t*>(row));
+                quantize(l.down_format, values, 1, begin / kBlock, l.intermediate, reinterpret_cast<int8_t*>(row));
             }
         }
     }
@@ -179,7 +217,9 @@ int64_t scratch_floats(Format format, int64_t cols) {
 void project(const Kernels& kernels, const Matrix& w, int64_t begin, int64_t end, Inputs x, int64_t n, float* out,
              int64_t ld, float* scratch) {
     const int64_t element = format_info(w.format).block_nbytes;
-    if (is_integer_dot(w.format)) {
+    if (is_integer_dot(w.format) && w.order == Order::Rows16 && n == 1) {
+        project_token(kernels, w, begin, end, x[0], out);
+    } else if (is_integer_dot(w.format)) {
         project_tiles(kernels, w, begin, end, x, n, out, ld);
     } else if (!is_float(w.format)) {
         project_decoded(kernels, w, begin, end, x, n, out, ld, scratch);
@@ -238,7 +278,7 @@ void moe_ffn(const FfnLayout& l, const FfnCall& call, ThreadPool& pool, Workspac
 
     if (plan.x_nbytes) {
         const auto quantize_token = [&](int64_t token, int) noexcept {
-            quantize(call.x + token * l.hidden, l.hidden / kBlock, 0, l.hidden, zero_point(l.gate_up_format),
+            quantize(l.gate_up_format, call.x + token * l.hidden, l.hidden / kBlock, 0, l.hidden,
                      reinterpret_cast<int8_t*>(memory + token * plan.x_nbytes));
         };
         // A few rows take less time than waking the workers.
@@ -249,8 +289,8 @@ void moe_ffn(const FfnLayout& l, const FfnCall& call, ThreadPool& pool, Workspac
         }
     }
 
-    const auto for_strips = [&](int64_t width, int64_t strip_nbytes, const auto& body) {
-        const int64_t strips = round_up(width, kStrip) / kStrip, per_task = strips_per_task(strip_nbytes);
+    const auto for_strips = [&](int64_t width, int64_t strip_nbytes, int64_t matrices, const auto& body) {
+        const int64_t strips = round_up(width, kStrip) / kStrip, per_task = strips_per_task(strip_nbytes, 2 / matrices);
         const int64_t tasks = round_up(strips, per_task) / per_task;
         share(pool, call.experts * tasks, call.experts * strips * strip_nbytes, [&](int64_t task, int thread) noexcept {
             const int64_t e = task / tasks, pair = call.offsets[e], n = call.offsets[e + 1] - pair;
@@ -260,15 +300,15 @@ void moe_ffn(const FfnLayout& l, const FfnCall& call, ThreadPool& pool, Workspac
         });
     };
 
-    const int64_t gate_up_row = row_nbytes(l.gate_up_format, l.hidden) * (l.gating == Gating::None ? 1 : 2);
-    for_strips(l.intermediate, kStrip * gate_up_row,
+    const int64_t halves = l.gating == Gating::None ? 1 : 2;
+    for_strips(l.intermediate, halves * kStrip * row_nbytes(l.gate_up_format, l.hidden), halves,
                [&](const Expert& expert, int64_t pair, int64_t n, int64_t first, int64_t last, float* scratch) {
                    for (int64_t begin = first; begin < last; begin += kStrip) {
                        gate_up_strip(table, l, expert, begin, std::min(last, begin + kStrip), x_rows + pair, n,
                                      memory + plan.middle_at + pair * plan.middle_nbytes, plan.middle_nbytes, scratch);
                    }
                });
-    for_strips(l.hidden, kStrip * row_nbytes(l.down_format, l.intermediate),
+    for_strips(l.hidden, kStrip * row_nbytes(l.down_format, l.intermediate), 1,
                [&](const Expert& expert, int64_t pair, int64_t n, int64_t first, int64_t last, float* scratch) {
                    float* const out = call.out + pair * l.hidden + first;
                    project(table, expert.down, first, last, middle_rows + pair, n, out, l.hidden, scratch);

@@ -34,70 +34,72 @@ ThreadPool::ThreadPool(int threads) {
 }
 
 ThreadPool::~ThreadPool() {
+    stop_.store(true);
     {
-        const std::lock_guard lock(mutex_);
-        stop_ = true;
+        const std::lock_guard lock(mutex_);  // a worker is either before its last look at stop_, or waits
     }
-    generation_.fetch_add(1);
     wake_.notify_all();
     for (std::thread& worker : workers_) worker.join();
 }
 
-void ThreadPool::drain(Loop& loop, int thread) {
+void ThreadPool::drain(int thread) {
     // Its own run in order: what comes next was asked for while the task before was read.
-    for (int i = 0; i < loop.count; ++i) {
-        Run& run = loop.runs[(thread + i) % loop.count];
+    for (int i = 0; i < loop_.count; ++i) {
+        Run& run = loop_.runs[(thread + i) % loop_.count];
         for (int64_t task; (task = run.next.fetch_add(1, std::memory_order_relaxed)) < run.end;) {
-            loop.call(loop.body, task, thread);
+            loop_.call(loop_.body, task, thread);
         }
     }
 }
 
 void ThreadPool::run(int64_t tasks, const void* body, Call call) {
-    Loop loop{body, call, static_cast<int>(std::min<int64_t>({tasks, threads(), kRuns}))};
-    for (int i = 0; i < loop.count; ++i) {
-        loop.runs[i].next.store(tasks * i / loop.count, std::memory_order_relaxed);
-        loop.runs[i].end = tasks * (i + 1) / loop.count;
+    loop_.body = body;
+    loop_.call = call;
+    loop_.count = static_cast<int>(std::min<int64_t>({tasks, threads(), kRuns}));
+    for (int i = 0; i < loop_.count; ++i) {
+        loop_.runs[i].next.store(tasks * i / loop_.count, std::memory_order_relaxed);
+        loop_.runs[i].end = tasks * (i + 1) / loop_.count;
     }
-    const bool alone = workers_.empty() || tasks < 2;
-    if (!alone) {
+    if (workers_.empty() || tasks < 2) return drain(0);
+    state_.store((state_.load(std::memory_order_relaxed) & ~kOpen) + kNextLoop + kOpen);
+    // A worker counts itself before it looks for a loop for the last time, so either it finds this one or is counted here.
+    if (sleepers_.load() > 0) {
         {
             const std::lock_guard lock(mutex_);
-            loop_ = &loop;
-            generation_.fetch_add(1, std::memory_order_release);
         }
         wake_.notify_all();
     }
-    drain(loop, 0);
-    if (alone) return;
-    {
-        const std::lock_guard lock(mutex_);
-        loop_ = nullptr;  // late workers find nothing; those inside are counted
-    }
-    if (spin_until([&] { return loop.active.load(std::memory_order_acquire) == 0; })) {
-        // The last worker still holds the mutex while it tells us: only then may `loop` go out of scope.
-        const std::lock_guard lock(mutex_);
-        return;
-    }
+    drain(0);
+    state_.fetch_and(~kOpen);  // late workers find nothing; those inside are counted
+    if (spin_until([&] { return empty(); })) return;
     std::unique_lock lock(mutex_);
-    done_.wait(lock, [&] { return loop.active.load(std::memory_order_acquire) == 0; });
+    caller_sleeps_.store(true);
+    done_.wait(lock, [&] { return empty(); });
+    caller_sleeps_.store(false);
 }
 
 void ThreadPool::work(int thread) {
     uint64_t seen = 0;
+    const auto wanted = [&] { return open(seen) || stop_.load(); };
     for (;;) {
-        spin_until([&] { return generation_.load(std::memory_order_acquire) != seen; });
-        std::unique_lock lock(mutex_);
-        wake_.wait(lock, [&] { return stop_ || generation_.load(std::memory_order_relaxed) != seen; });
-        if (stop_) return;
-        seen = generation_.load(std::memory_order_relaxed);
-        Loop* const loop = loop_;
-        if (!loop) continue;
-        loop->active.fetch_add(1, std::memory_order_relaxed);
-        lock.unlock();
-        drain(*loop, thread);
-        lock.lock();
-        if (loop->active.fetch_sub(1, std::memory_order_release) == 1) done_.notify_one();
+        if (!spin_until(wanted)) {
+            std::unique_lock lock(mutex_);
+            sleepers_.fetch_add(1);
+            wake_.wait(lock, wanted);
+            sleepers_.fetch_sub(1);
+        }
+        if (stop_.load()) return;
+        uint64_t state = state_.load();
+        if (!(state & kOpen) || !state_.compare_exchange_strong(state, state + 1)) continue;
+        seen = state / kNextLoop;
+        drain(thread);
+        state_.fetch_sub(1);
+        if (caller_sleeps_.load() && empty()) {
+            {
+                const std::lock_guard lock(mutex_);
+            }
+            done_.notify_one();
+        }
     }
 }
 

@@ -80,13 +80,16 @@ std::vector<uint8_t> transpose(const std::vector<uint8_t>& w, int64_t rows, int6
 std::vector<float> seen_activations(Format format, const std::vector<float>& x, int64_t cols) {
     if (!is_integer_dot(format)) return x;
     std::vector<float> out(x.size());
-    std::vector<int8_t> row(static_cast<size_t>(quantized_row_nbytes(cols)));
-    quantize(x.data(), cols / 32, 0, cols, 0, row.data());
+    const bool wide = format == Format::Q8_0;
+    std::vector<int8_t> row(static_cast<size_t>(quantized_row_nbytes(cols, wide)));
+    quantize(format, x.data(), cols / 32, 0, cols, row.data());
     for (int64_t c = 0; c < cols; ++c) {
-        const float scale = load_f32(row.data() + cols + 4 * (c / 32));
-        out[static_cast<size_t>(c)] = scale * static_cast<float>(row[static_cast<size_t>(c)]);
+        const float scale = load_f32(row.data() + (wide ? 2 : 1) * cols + 4 * (c / 32));
+        const int value = wide ? kWide * row[static_cast<size_t>(c)] + row[static_cast<size_t>(cols + c)] : row[static_cast<size_t>(c)];
+        CHECK(std::abs(value) <= (wide ? 127 * kWide : 127), "a value of %d", value);
+        out[static_cast<size_t>(c)] = scale * static_cast<float>(value);
         const double error = std::fabs(static_cast<double>(out[static_cast<size_t>(c)]) - static_cast<double>(x[static_cast<size_t>(c)]));
-        CHECK(error <= 0.5001 * static_cast<double>(scale) + 1.5e-36, "quantisation error %g, scale %g", error, static_cast<double>(scale));
+        CHECK(error <= (wide ? 0.503 : 0.5001) * static_cast<double>(scale) + (wide ? 2e-34 : 1.5e-36), "quantisation error %g, scale %g", error, static_cast<double>(scale));
     }
     return out;
 }
@@ -226,9 +229,13 @@ void test_nonfinite() {
     CHECK(!all_finite(Format::Q8_0, Order::Rows16, 17, 64, tiles.data()), "an infinite scale in a tile");
     std::vector<float> x(64, 1.0f);
     x[40] = std::numeric_limits<float>::infinity();
-    std::vector<int8_t> row(static_cast<size_t>(quantized_row_nbytes(64)));
-    quantize(x.data(), 2, 0, 64, 0, row.data());
-    CHECK(!std::isnan(load_f32(row.data() + 64)) && std::isnan(load_f32(row.data() + 68)), "an infinite activation");
+    for (const Format format : {Format::Q8_0, Format::Q4_0}) {
+        const bool wide = format == Format::Q8_0;
+        std::vector<int8_t> row(static_cast<size_t>(quantized_row_nbytes(64, wide)));
+        quantize(format, x.data(), 2, 0, 64, row.data());
+        const int8_t* const scales = row.data() + (wide ? 128 : 64);
+        CHECK(!std::isnan(load_f32(scales)) && std::isnan(load_f32(scales + 4)), "an infinite activation");
+    }
 }
 
 void test_read() {

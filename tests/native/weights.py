@@ -78,13 +78,16 @@ def product_bound(fmt: str, weights: Doubles, x: Doubles, x_error: Doubles | flo
     """What a product [tokens, rows] may differ by from the exact one of the true inputs, contract E3.
 
     ``x`` [tokens, cols] is what the kernel gets, ``x_error`` how far that is from the truth. Integer formats add half
-    a quantisation step (the block's largest activation / 127 / 2) for each weight; every addition rounds once.
+    a quantisation step for each weight: half of the block's largest activation / 127, for Q8_0 / (127 * 128); every
+    addition rounds once.
     """
     sizes = np.abs(weights)
     error = np.broadcast_to(np.asarray(x_error, np.float64), x.shape)
     if fmt in INTEGER_FORMATS:
         largest = np.abs(x).reshape(len(x), -1, 32).max(axis=-1)
-        error = error + np.repeat(largest, 32, axis=-1) / 254 * 1.0001 + 1.5e-36
+        # Finding a step's number rounds too, by up to three units in the last place of the number.
+        steps, least = (127 * 128, 2e-34) if fmt == "Q8_0" else (127, 1.5e-36)
+        error = error + np.repeat(largest, 32, axis=-1) * (0.5 / steps + 3 * UNIT) + least
     rounding = (weights.shape[1] + 8) * UNIT * ((np.abs(x) + error) @ sizes.T)
     return np.asarray(error @ sizes.T + rounding + 1e-37)
 
