@@ -55,11 +55,10 @@ class ExpertRuntime(ResidentLayers):
         store: ExpertStore,
         pool: SlotPool,
         scheduler: ExpertScheduler,
-        prefetch_slots: int = 0,
         threads: int = 1,
         overlap: Overlap = FULL_OVERLAP,
     ) -> None:
-        """prefetch_slots: of the pool's slots, those that prefetches arrive in. threads: for torch to compute with.
+        """threads: for torch to compute with.
 
         torch's waiting threads spin: beside the native kernels, which have threads of their own, it gets one
         in decoding. The counts follow the phase and never a budget (other counts may round otherwise).
@@ -68,7 +67,8 @@ class ExpertRuntime(ResidentLayers):
         self._pool = pool
         self._scheduler = scheduler
         self._total_experts = sum(1 for _ in store.experts())
-        self._prefetch_slots = prefetch_slots
+        # Slots that the queue has, or that prefetches are arriving in.
+        self._prefetch_slots = 0
         self._slots: dict[ExpertKey, int] = {}
         self._held: dict[ExpertKey, HeldExpert] = {}
         self._kinds: dict[tuple[object, ...], int] = {}
@@ -80,8 +80,6 @@ class ExpertRuntime(ResidentLayers):
         self._transfers = TransferQueue(
             store, pool.view, chunk_nbytes=overlap.chunk_nbytes, preempt=overlap.preempt
         )
-        for _ in range(prefetch_slots):
-            self._transfers.add_spare(pool.take())
         self._phase = Phase.PREFILL
         self._threads = {Phase.PREFILL: threads, Phase.DECODE: 1 if native.available() else threads}
         self._pass_started = 0.0
@@ -211,7 +209,7 @@ class ExpertRuntime(ResidentLayers):
         """
         self.settle()
         working = self._scheduler.working_slots
-        capacity = residents(slots, working, self._prefetch_slots, self._total_experts)
+        capacity = residents(slots, working, self._total_experts)
         self._note(TraceEvent.RESIZE, capacity)
         for key in self._scheduler.resize(capacity):
             self._forget(key)
@@ -234,6 +232,8 @@ class ExpertRuntime(ResidentLayers):
         for wave in plan.waves:
             for key in wave.evict:
                 self._forget(key)
+        if self._prefetch_slots != plan.prefetch_slots:
+            self._share_with_prefetches(plan.prefetch_slots)
         loads = [key for wave in plan.waves for key in wave.load]
         arriving = len(loads)
         leaving = {key for wave in plan.waves for key in wave.release}
@@ -294,6 +294,17 @@ class ExpertRuntime(ResidentLayers):
         if not load.borrowed:
             self._transfers.add_spare(self._pool.take())
         return True
+
+    def _share_with_prefetches(self, wanted: int) -> None:
+        """Let prefetches have ``wanted`` slots. Some may come at later accesses: not all that are free of experts are
+        free of readers."""
+        if wanted < self._prefetch_slots:
+            self._transfers.end_prefetching()
+            self._take_returned()
+            self._prefetch_slots = 0
+        while self._prefetch_slots < wanted and self._pool.free:
+            self._transfers.add_spare(self._pool.take())
+            self._prefetch_slots += 1
 
     def _ask(self, absent: deque[ExpertKey]) -> None:
         """Demand as many of ``absent`` as there are free slots for."""
