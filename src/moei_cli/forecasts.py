@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from moei_core.config import ExpertBudget
 from moei_core.errors import DoesNotFitError, MoeiError
 from moei_core.forecast.forecast import Forecast, corrected, forecast, plan_budget
-from moei_core.forecast.gpu import GpuPlan
 from moei_core.forecast.formats import StorageFormat
+from moei_core.forecast.gpu import GpuPlan
 from moei_core.forecast.ledger import Actual, correction, write_actual, write_prediction
 from moei_core.forecast.limits import agree, in_words
 from moei_core.forecast.shape import ModelShape, bundled_shape, shape_of_folder, shape_of_repo

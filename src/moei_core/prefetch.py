@@ -76,11 +76,15 @@ def _power(base: NDArray[np.float64], exponent: int) -> NDArray[np.float64]:
 class PrefetchController:
     """Trials predictors in windows of decode passes and keeps the one that wins; nothing is one of them.
 
-    What counts is how long passes take: waiting, predicting, and what reading takes from computing are all in it. A
-    predictor that is not being tried or kept does not even observe. The first one learns for ``EVIDENCE`` passes, since
-    predictors know nothing before; later ones, and those tried again, for ``LEARN``. Then it challenges what is kept
-    (at first: no prefetching): windows kept, challenger, kept, ...; a window of the challenger is compared with the
-    mean of its neighbours, since texts drift. While what is kept is nothing, its windows compute no predictions.
+    What counts is how long passes take: waiting, predicting, and what reading takes from computing are all in it. What
+    prefetching can save is the waiting for experts, so while that is below ``LEAST_WAITING`` of a pass nobody is tried.
+    A predictor that is not being tried or kept does not even observe.
+
+    A trial goes in windows: kept (at first: no prefetching), challenger, kept, ...; a window of the challenger is
+    compared with the mean of its neighbours, since texts drift. While what is kept is nothing, its windows compute no
+    predictions. First the challenger only observes in its windows, until it has seen ``EVIDENCE`` passes, since
+    predictors know nothing before, and ``LEARN`` since its last trial; it has lost already if that takes so long that
+    saving all of the waiting would not make it good. Then it prefetches.
 
     A trial is lost as soon as, after ``FEW_PAIRS``, the mean gain plus ``DOUBT`` standard errors is below ``MARGIN``,
     or at once if the pairs lose more than ``ABORT``; it is won from ``LEAST_PAIRS`` pairs on when the mean gain less
@@ -90,7 +94,10 @@ class PrefetchController:
     again, beat no prefetching.
     """
 
-    EVIDENCE = 256
+    WARM_UP = 64
+    LEAST_WAITING = 0.06
+    RECENT = 32
+    EVIDENCE = 128
     LEARN = 32
     WINDOW = 8
     FEW_PAIRS = 4
@@ -112,73 +119,97 @@ class PrefetchController:
         self._passes = 0
         # None, too, is a challenger: what was kept once must still beat no prefetching later.
         options: list[int | None] = [*range(predictors), None]
-        self._next_trial = dict.fromkeys(options, 0)
+        self._next_trial = dict.fromkeys(options, self.WARM_UP)
         self._wait = {option: self.RECHECK if option is None else self.WAIT for option in options}
-        self._challenger: int | None = 0 if predictors else None
-        # Passes that the challenger still learns before its trial begins.
-        self._learning = self.EVIDENCE
+        self._challenger: int | None = None
+        # Passes that each has observed; how many the challenger must have before it prefetches, if it does not yet.
+        self._observed = dict.fromkeys(range(predictors), 0)
+        self._evidence: int | None = None
         # Total duration of each window of the trial that runs, kept and challenger in turn.
         self._windows: list[float] = []
         self._left = 0
+        # The share of a pass that waits for experts, lately.
+        self._waiting = 0.0
 
     @property
     def active(self) -> int | None:
         """The predictor that the next plan should prefetch by; None: do not prefetch."""
         if self.mode is not PrefetchMode.AUTO:
             return 0 if self.mode is PrefetchMode.ON else None
-        return self._challenger if self._windows and len(self._windows) % 2 == 0 else self.kept
+        return self._challenger if self._challenging and self._evidence is None else self.kept
 
     @property
     def watching(self) -> tuple[int, ...]:
         """The predictors that must observe the next pass: what is active, and what learns for its trial."""
         wanted = {self.active}
-        if self.mode is PrefetchMode.AUTO and self._learning:
+        if self.mode is PrefetchMode.AUTO and self._challenging:
             wanted.add(self._challenger)
         found = sorted(option for option in wanted if option is not None)
         return (0,) if 0 in found else tuple(found)
 
-    def on_pass(self, duration: float) -> None:
-        """A decode pass took ``duration``, in any unit."""
+    @property
+    def _challenging(self) -> bool:
+        return bool(self._windows) and len(self._windows) % 2 == 0
+
+    def on_pass(self, duration: float, waited: float) -> None:
+        """A decode pass took ``duration``, of which it ``waited`` for what prefetching might have brought in time; in
+        any unit."""
         self._passes += 1
         if self.mode is not PrefetchMode.AUTO:
             return
-        if self._learning:
-            self._learning -= 1
-            if not self._learning:
-                self._windows, self._left = [0.0], self.WINDOW
-        elif self._windows:
-            self._windows[-1] += duration
-            self._left -= 1
-            if not self._left:
-                self._close_window(self._windows)
-        else:
+        if duration > 0:
+            self._waiting += (waited / duration - self._waiting) / self.RECENT
+        if not self._windows:
             self._begin_trial()
+            return
+        watching = self.watching
+        for option in self._observed if 0 in watching else watching:
+            self._observed[option] += 1
+        self._windows[-1] += duration
+        self._left -= 1
+        if not self._left:
+            self._close_window(self._windows)
 
     def _begin_trial(self) -> None:
         due = [
             option
             for option, start in self._next_trial.items()
-            if option != self.kept and start <= self._passes
+            if option != self.kept
+            and start <= self._passes
+            and (option is None or self._waiting >= self.LEAST_WAITING)
         ]
         if due:
             self._challenger = due[0]
-            self._learning = 0 if due[0] is None else self.LEARN
-            if not self._learning:
-                self._windows, self._left = [0.0], self.WINDOW
+            self._evidence = None
+            if self._challenger is not None:
+                self._evidence = max(self.EVIDENCE, self._observed[self._challenger] + self.LEARN)
+            self._open_window([])
+
+    def _open_window(self, windows: list[float]) -> None:
+        self._windows, self._left = [*windows, 0.0], self.WINDOW
 
     def _close_window(self, windows: list[float]) -> None:
+        if len(windows) % 2 == 0:
+            self._open_window(windows)
+            return
+        if self._evidence is not None and self._waiting < self.LEAST_WAITING:
+            # Nothing is left to be saved. That is no verdict.
+            self._windows = []
+            return
         # The window after the challenger's is needed to judge it, so a decision comes a window late but fairly.
         gains = [
             1 - windows[i] / ((windows[i - 1] + windows[i + 1]) / 2)
             for i in range(1, len(windows) - 1, 2)
             if windows[i - 1] + windows[i + 1] > 0
         ]
-        won = self._verdict(gains) if len(windows) % 2 else None
-        if won is None:
-            windows.append(0.0)
-            self._left = self.WINDOW
-        else:
+        won = self._verdict(gains)
+        if won is not None:
             self._decide(won)
+        elif self._evidence is not None and self._observed[self._challenger or 0] >= self._evidence:
+            self._evidence = None
+            self._open_window(windows[-1:])
+        else:
+            self._open_window(windows)
 
     def _verdict(self, gains: list[float]) -> bool | None:
         """Whether the challenger has won; None: not known yet."""
@@ -190,8 +221,11 @@ class PrefetchController:
         if len(gains) < self.FEW_PAIRS:
             return None
         error = statistics.stdev(gains) / math.sqrt(len(gains))
-        if gain + self.DOUBT * error < self.MARGIN:
+        to_save = 0.0 if self._evidence is None else self._waiting
+        if gain + to_save + self.DOUBT * error < self.MARGIN:
             return False
+        if self._evidence is not None:
+            return None
         if len(gains) >= self.LEAST_PAIRS and gain - self.CERTAINTY * error > self.MARGIN:
             return True
         return False if len(gains) == self.MOST_PAIRS else None

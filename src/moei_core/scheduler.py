@@ -46,7 +46,11 @@ class ExpertScheduler:
     the next layers, most certain first and nearer layers first, at most as much as the budget. Whoever
     moves bytes takes from that list only while no demand load waits, one chunk at a time, and reports
     ``start_load`` and ``finish_load``. A prefetch in flight when its gate speaks is finished first if it was
-    right and is in ``FetchPlan.cancel`` if it was wrong. It needs one slot beside the working set.
+    right and is in ``FetchPlan.cancel`` if it was wrong.
+
+    Prefetches need slots to arrive in, beside the working set. They are the residents' until a predictor is followed,
+    when the policy's victims leave them, and again as soon as none is: so a predictor that is not followed costs no
+    hit. What is in flight then is cancelled.
 
     Streaming: in a pass over many tokens ``FetchPlan.stream`` lists the absent experts of the next layer that it
     is all but certain to need. They use slots that are free then, and change nothing about what is resident.
@@ -62,6 +66,7 @@ class ExpertScheduler:
         look_ahead: int = 2,
         least_score: float = 0.3,
         prefetch_budget: int | None = None,
+        prefetch_slots: int = 0,
         num_experts: Mapping[int, int] | None = None,
     ) -> None:
         """working_slots: W of ``ExpertCache``, at least the largest top-k of the model.
@@ -69,10 +74,13 @@ class ExpertScheduler:
         predictor: None switches prefetching off for good. look_ahead: how many layers ahead. least_score:
         predictions below this probability are not worth the link. prefetch_budget: what one plan may ask
         for, in the unit of the cache's capacity (experts, or bytes where sizes differ); None: working_slots
-        experts. num_experts: by layer, to stream with; None: no streaming.
+        experts. prefetch_slots: of the cache's capacity, what residents give up while a predictor is followed; 0:
+        there is room for prefetches beside it. num_experts: by layer, to stream with; None: no streaming.
         """
         assert working_slots >= 1
         self._cache = cache
+        self._capacity, self._prefetch_slots = cache.capacity, prefetch_slots
+        self._slots_taken, self._taken = False, 0
         self._working_slots = working_slots
         self._predictor = predictor
         self._look_ahead, self._least_score = look_ahead, least_score
@@ -84,6 +92,8 @@ class ExpertScheduler:
         self.prefetch_statistics = PrefetchStatistics()
         # Predictors that observe this pass; the others are not worth their time now.
         self._watching: tuple[ExpertPredictor, ...] = ()
+        # The number of the one to prefetch by.
+        self._followed: int | None = None
         self._watch()
         self._in_flight: dict[ExpertKey, float] = {}
         # Prefetched residents whose layer has not run yet, with their scores. They must survive until then.
@@ -160,7 +170,7 @@ class ExpertScheduler:
         """
         if self._phase is Phase.DECODE:
             # Whole nanoseconds, which is what a trace keeps, so that a replay compares the same numbers.
-            self.controller.on_pass(round(seconds * 1e9))
+            self.controller.on_pass(round(seconds * 1e9), round(stall_seconds * 1e9))
 
     def foresee(self, next_use: Sequence[int]) -> None:
         """The next uses of the experts of the access that follows; only for policies that need the future."""
@@ -173,17 +183,20 @@ class ExpertScheduler:
         order, those in flight first, as many at a time as the working set holds.
         """
         cache, width = self._cache, self._working_slots
-        hits, misses = cache.touch(access, self._layer_keys(access))
+        left: tuple[ExpertKey, ...] = ()
         cancel: tuple[ExpertKey, ...] = ()
+        if self._slots_taken is (self._followed is None):
+            left, cancel = self._share_slots()
+        hits, misses = cache.touch(access, self._layer_keys(access))
         excluded: set[ExpertKey] = set(hits)
         if self._in_flight or self._waiting:
-            cancel = self._gate_spoke(access, misses)
+            cancel += self._gate_spoke(access, misses)
             excluded.update(self._waiting)
         if self._streamed:
             needed = set(misses)
             cancel += tuple(key for key in self._streamed if key not in needed)
             self._streamed = ()
-        waves = [Wave((), (), tuple(hits), ())] if hits else []
+        waves = [Wave(left, (), tuple(hits), ())] if hits or left else []
         for start in range(0, len(misses), width):
             load = misses[start : start + width]
             evict: list[ExpertKey] = []
@@ -203,10 +216,18 @@ class ExpertScheduler:
         if self._watching:
             for predictor in self._watching:
                 predictor.observe(routed or access)
-            active = self.controller.active
-            if active is not None and not self._streamed:
-                prefetch = self._plan_prefetch(access, self._candidates[active])
-        return FetchPlan(access.layer, tuple(waves), len(hits), len(misses), cancel, prefetch, self._streamed)
+            if self._followed is not None and not self._streamed:
+                prefetch = self._plan_prefetch(access, self._candidates[self._followed])
+        return FetchPlan(
+            access.layer,
+            tuple(waves),
+            len(hits),
+            len(misses),
+            cancel,
+            prefetch,
+            self._streamed,
+            self._taken,
+        )
 
     def start_load(self, key: ExpertKey) -> None:
         """The prefetch of ``key``, taken from the latest plan, has begun."""
@@ -240,11 +261,30 @@ class ExpertScheduler:
             self._cache.drop(key)
 
     def resize(self, capacity: int) -> tuple[ExpertKey, ...]:
-        """The residents may now take ``capacity``. Returns who must go before anything else is loaded."""
-        gone = tuple(self._cache.resize(capacity))
+        """The residents may now take ``capacity``, less what prefetches arrive in. Returns who must go before anything
+        else is loaded."""
+        self._capacity = capacity
+        return self._fit()
+
+    def _fit(self) -> tuple[ExpertKey, ...]:
+        self._taken = min(self._prefetch_slots, self._capacity) if self._slots_taken else 0
+        gone = tuple(self._cache.resize(self._capacity - self._taken))
         for key in gone:
-            self._waiting.pop(key, None)
+            if self._waiting.pop(key, None) is not None:
+                self.prefetch_statistics.wasted += 1
         return gone
+
+    def _share_slots(self) -> tuple[tuple[ExpertKey, ...], tuple[ExpertKey, ...]]:
+        """Take slots for prefetches, or give them back: (residents that go, prefetches in flight that end).
+
+        Before the access is looked at: none of its experts is spared yet, so all slots can be had at once.
+        """
+        self._slots_taken = not self._slots_taken
+        ended = () if self._slots_taken else tuple(self._in_flight)
+        self.prefetch_statistics.cancelled += len(ended)
+        if ended:
+            self._in_flight.clear()
+        return (self._fit() if self._prefetch_slots else ()), ended
 
     def prefetch_mode(self, mode: PrefetchMode) -> None:
         """The person or the engine has switched prefetching off, on, or to deciding for itself."""
@@ -254,6 +294,7 @@ class ExpertScheduler:
 
     def _watch(self) -> None:
         self._watching = tuple(self._candidates[at] for at in self.controller.watching)
+        self._followed = self.controller.active
 
     def _layer_keys(self, access: LayerAccess) -> tuple[ExpertKey, ...]:
         layer = access.layer

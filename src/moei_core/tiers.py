@@ -73,10 +73,13 @@ class DeviceTier:
         """By layer: copy_from: tokens from which an absent expert is copied and computed on the device; 1: always.
         promote_share: experts that the link carries while RAM computes one.
 
-        prefetch_slots: device slots beside the residents', for experts that no router has asked for yet.
+        prefetch_slots: device slots that residents give up, while a predictor is followed, to experts that no router
+        has asked for yet.
         """
         self.cache = cache
         self.prefetch_slots = prefetch_slots
+        self._capacity, self._taken = cache.capacity, 0
+        self._prefetching = False
         # Prefetched experts whose layer has not run yet.
         self.ahead: dict[ExpertKey, None] = {}
         # started = useful + wasted + those still ahead: whether the bytes came in time is the engine's knowledge.
@@ -85,8 +88,20 @@ class DeviceTier:
         self._copy_from, self._promote_share = copy_from, promote_share
         self._credit = 0.0
 
-    def plan(self, access: LayerAccess) -> tuple[DevicePlan, LayerAccess]:
-        """What the device does, and the part of ``access`` that is left to RAM."""
+    def plan(self, access: LayerAccess, prefetching: bool = False) -> tuple[DevicePlan, LayerAccess]:
+        """What the device does, and the part of ``access`` that is left to RAM.
+
+        prefetching: whether experts may be copied ahead from this access on.
+        """
+        evict: list[ExpertKey] = []
+        dropped: list[ExpertKey] = []
+        if self._prefetching is not prefetching:
+            # As in RAM: slots for prefetches are the residents' while none may come.
+            self._prefetching = prefetching
+            dropped += self.ahead
+            self.ahead.clear()
+            self.prefetch_statistics.wasted += len(dropped)
+            evict += self._fit()
         layer = access.layer
         keys = layer_keys(layer, self._num_experts[layer])
         hits, misses = self.cache.touch(access, keys)
@@ -96,7 +111,6 @@ class DeviceTier:
         copy = [key for key in misses if counts[key.expert] >= least]
         in_ram = [key for key in misses if counts[key.expert] < least]
         excluded: set[ExpertKey] = {*hits, *foreseen, *copy}
-        evict: list[ExpertKey] = []
         release: list[ExpertKey] = []
         for key in (*foreseen, *copy):
             stays, evicted = self.cache.place(key, excluded)
@@ -109,7 +123,7 @@ class DeviceTier:
             tuple(copy),
             tuple(release),
             foreseen=tuple(foreseen),
-            cancel=tuple(cancel),
+            cancel=(*dropped, *cancel),
         )
         if in_ram:
             plan = self._promote(plan, access, in_ram, excluded)
@@ -124,11 +138,20 @@ class DeviceTier:
             order=tuple(expert for expert in access.order if expert in absent),
         )
 
+    def resize(self, capacity: int) -> list[ExpertKey]:
+        """The residents may now be ``capacity``, less those slots that prefetches take. Returns who must go."""
+        self._capacity = capacity
+        return self._fit()
+
+    def _fit(self) -> list[ExpertKey]:
+        self._taken = min(self.prefetch_slots, self._capacity) if self._prefetching else 0
+        return self.cache.resize(self._capacity - self._taken)
+
     def prefetch(self, keys: Iterable[ExpertKey]) -> tuple[ExpertKey, ...]:
         """Those of ``keys``, likeliest first, that are to be copied ahead: what is absent, while there are slots."""
         found: list[ExpertKey] = []
         for key in keys:
-            if len(self.ahead) >= self.prefetch_slots:
+            if len(self.ahead) >= self._taken:
                 break
             if key not in self.cache and key not in self.ahead:
                 self.ahead[key] = None
@@ -189,9 +212,12 @@ class TieredScheduler(ExpertScheduler):
         predictor: ExpertPredictor | None = None,
         mode: PrefetchMode = PrefetchMode.AUTO,
         *,
+        prefetch_slots: int = 0,
         num_experts: Mapping[int, int] | None = None,
     ) -> None:
-        super().__init__(cache, working_slots, predictor, mode, num_experts=num_experts)
+        super().__init__(
+            cache, working_slots, predictor, mode, prefetch_slots=prefetch_slots, num_experts=num_experts
+        )
         self.device = device
         self._nearer = device.cache
         self._to_device: tuple[ExpertKey, ...] = ()
@@ -219,19 +245,26 @@ class TieredScheduler(ExpertScheduler):
         super().forward_pass(phase, tokens)
 
     def access(self, access: LayerAccess, routed: LayerAccess | None = None) -> FetchPlan:
-        front, rest = self.device.plan(access)
+        front, rest = self.device.plan(access, self._into_both)
         self._to_device = ()
         plan = super().access(rest, access)
         return replace(plan, device=replace(front, prefetch=self._to_device))
 
+    def pass_end(self, stall_seconds: float, seconds: float) -> None:
+        # Prefetches to the device save copies and computing in RAM, and how much of a pass those take is not known.
+        super().pass_end(seconds if self.device.prefetch_slots else stall_seconds, seconds)
+
     def resize_device(self, capacity: int) -> tuple[ExpertKey, ...]:
         """The device's residents may now be ``capacity``. Returns who must go before anything else is copied."""
-        return tuple(self.device.cache.resize(capacity))
+        return tuple(self.device.resize(capacity))
+
+    @property
+    def _into_both(self) -> bool:
+        return self._followed is not None and self._followed < self._both
 
     def _plan_prefetch(self, access: LayerAccess, predictor: ExpertPredictor) -> tuple[ExpertKey, ...]:
         found = super()._plan_prefetch(access, predictor)
-        active = self.controller.active
-        if active is not None and active < self._both:
+        if self._into_both:
             self._to_device = self.device.prefetch(key for key in self._predicted if key in self._cache)
         return found
 

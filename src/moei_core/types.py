@@ -112,6 +112,8 @@ class FetchPlan:
         loading.
     prefetch: what to move, in this order, while no demand load waits, until the next plan replaces the list.
         A load that has begun is reported by ``ExpertScheduler.start_load`` and ``finish_load``.
+    prefetch_slots: how many slots are there for prefetches to arrive in from this plan on. Those of before that are
+        too many are the residents' and the working set's again, once what the plan cancels is out of them.
     stream: what the next layer of a pass over many tokens almost certainly needs: to be read once nothing else
         is demanded, into slots that are free, and kept there, reported to nobody, until the next plan loads or
         cancels it.
@@ -125,6 +127,7 @@ class FetchPlan:
     cancel: tuple[ExpertKey, ...] = ()
     prefetch: tuple[ExpertKey, ...] = ()
     stream: tuple[ExpertKey, ...] = ()
+    prefetch_slots: int = 0
     device: DevicePlan | None = None
 
 

@@ -118,15 +118,17 @@ def test_each_tier_sees_the_misses_of_the_nearer_one() -> None:
 
 def test_what_is_prefetched_has_a_slot_until_its_router_speaks() -> None:
     one = DeviceTier(
-        ExpertCache(2, LayerLRU(2, EXPERTS)),
+        ExpertCache(5, LayerLRU(5, EXPERTS)),
         EXPERTS,
         dict.fromkeys(EXPERTS, 99),
         dict.fromkeys(EXPERTS, 0.0),
         prefetch_slots=3,
     )
+    assert one.prefetch(keys(1)) == (), "the slots are the residents'"
+    one.plan(access(), prefetching=True)
     assert one.prefetch(keys(1, 2) + keys(7, 6, layer=1)) == keys(1, 2) + keys(7, layer=1)
     assert one.prefetch(keys(3, layer=1)) == (), "all slots are taken"
-    plan, rest = one.plan(access(2, 4))
+    plan, rest = one.plan(access(2, 4), prefetching=True)
     assert (plan.foreseen, plan.cancel, plan.hits, plan.release) == (keys(2), keys(1), (), ())
     assert rest.experts == (4,), "what is on the device is no access of RAM"
     assert ExpertKey(0, 2) in one.cache, "its slot changes roles"
@@ -139,14 +141,15 @@ def test_what_is_prefetched_has_a_slot_until_its_router_speaks() -> None:
 
 def test_a_prefetched_expert_stays_only_by_the_policy() -> None:
     one = DeviceTier(
-        ExpertCache(0, LayerLRU(0, EXPERTS)),
+        ExpertCache(1, LayerLRU(1, EXPERTS)),
         EXPERTS,
         dict.fromkeys(EXPERTS, 99),
         dict.fromkeys(EXPERTS, 0.0),
         prefetch_slots=1,
     )
-    one.prefetch(keys(5))
-    plan, _ = one.plan(access(5, 6))
+    one.plan(access(), prefetching=True)
+    assert one.prefetch(keys(5)) == keys(5)
+    plan, _ = one.plan(access(5, 6), prefetching=True)
     assert plan.foreseen == plan.release == keys(5) and not one.ahead
 
 
@@ -168,7 +171,7 @@ class Sure:
 
 def test_predictions_go_to_ram_and_from_ram_to_the_device() -> None:
     front = DeviceTier(
-        ExpertCache(0, LayerLRU(0, EXPERTS)),
+        ExpertCache(2, LayerLRU(2, EXPERTS)),
         EXPERTS,
         dict.fromkeys(EXPERTS, 99),
         dict.fromkeys(EXPERTS, 0.0),
@@ -194,7 +197,7 @@ def test_the_controller_may_keep_prefetches_into_ram_alone() -> None:
         ExpertCache(8, LayerLRU(8, EXPERTS)),
         3,
         DeviceTier(
-            ExpertCache(0, LayerLRU(0, EXPERTS)),
+            ExpertCache(2, LayerLRU(2, EXPERTS)),
             EXPERTS,
             dict.fromkeys(EXPERTS, 99),
             dict.fromkeys(EXPERTS, 0.0),
@@ -209,6 +212,7 @@ def test_the_controller_may_keep_prefetches_into_ram_alone() -> None:
         (0, keys(6, layer=1), keys(4, 5, layer=1)),
     ):
         both.controller.kept = kept
+        both.forward_pass(Phase.DECODE)
         plan = both.access(access(1))
         assert plan.device is not None
         assert (plan.prefetch, plan.device.prefetch) == (into_ram, to_device)

@@ -23,7 +23,7 @@ from moei_core.sim.hardware import PRESETS
 from moei_core.sim.replay import passes
 from moei_core.sim.sweep import Run, simulate
 from moei_core.trace import write_trace
-from moei_core.types import ExpertKey, LayerAccess, Phase, ScoredExpert
+from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase, ScoredExpert
 
 from .synthetic import access, make_trace
 
@@ -269,6 +269,55 @@ def test_off_means_off() -> None:
     assert scheduler.access(_hinted(0, 0, hints=((1, 5, 0.9),))).prefetch
 
 
+def _followed_or_not(predictor: str | None) -> tuple[ExpertScheduler, list[tuple[int | None, FetchPlan]]]:
+    """A request of two layers in which one prefetch is always on its way; by which predictor, and each plan."""
+    shape, random = {0: 16, 1: 16}, np.random.default_rng(0)
+    cache = ExpertCache(8, POLICIES["learned"](8, shape))
+    made = PREDICTORS[predictor](shape) if predictor else None
+    scheduler = ExpertScheduler(cache, 2, made, prefetch_slots=2)
+    seen, in_flight = [], None
+    for _ in range(500):
+        scheduler.forward_pass(Phase.DECODE)
+        for layer in shape:
+            plan = scheduler.access(access(layer, *sorted(random.choice(16, 2, replace=False).tolist())))
+            seen.append((scheduler.controller.active, plan))
+            if in_flight in plan.cancel or in_flight in [key for wave in plan.waves for key in wave.load]:
+                in_flight = None
+            if plan.prefetch and in_flight is None:
+                in_flight = plan.prefetch[0]
+                scheduler.start_load(in_flight)
+        scheduler.pass_end(0.4, 1.0 + 0.1 * (scheduler.controller.active is not None))
+    return scheduler, seen
+
+
+def test_slots_for_prefetches_are_the_residents_while_no_predictor_is_followed() -> None:
+    scheduler, seen = _followed_or_not("noise")
+    assert scheduler.controller.trials == 1 and scheduler.controller.kept is None
+    count = 0
+    for active, plan in seen:
+        stay = [key for wave in plan.waves for key in wave.load if key not in wave.release]
+        gone = [key for wave in plan.waves for key in wave.evict]
+        count += len(stay) - len(gone)
+        assert plan.prefetch_slots == (0 if active is None else 2)
+        assert count + plan.prefetch_slots <= 8, "never more slots than there are"
+    assert count == 8 and scheduler.residents() == sorted(set(scheduler.residents()))
+    # Until the trial the plans are those of a brain without a predictor, and what is cached, too.
+    _, alone = _followed_or_not(None)
+    first = next(at for at, (active, _) in enumerate(seen) if active is not None)
+    assert first >= 2 * PrefetchController.EVIDENCE
+    assert [plan for _, plan in seen[:first]] == [plan for _, plan in alone[:first]]
+
+
+def test_what_is_in_flight_when_nobody_follows_any_more_is_cancelled() -> None:
+    scheduler = _scheduler()
+    plan = scheduler.access(_hinted(0, 0, hints=((1, 5, 0.9),)))
+    scheduler.start_load(plan.prefetch[0])
+    scheduler.prefetch_mode(PrefetchMode.OFF)
+    assert scheduler.access(access(0, 1)).cancel == (ExpertKey(1, 5),)
+    assert scheduler.prefetch_statistics.cancelled == 1
+    assert scheduler.finish_load(ExpertKey(1, 5)) == (False, ()), "it was not told in time"
+
+
 def _drive(
     controller: PrefetchController,
     costs: dict[int | None, float],
@@ -285,14 +334,14 @@ def _drive(
         if texts is not None:
             drift = 0.95 * drift + texts.normal(0.0, 0.02)
             duration *= 1 + drift + texts.normal(0.0, 0.1)
-        controller.on_pass(duration)
+        controller.on_pass(duration, 0.3 * duration)
     return active
 
 
 def test_prefetch_is_off_until_it_has_proved_itself() -> None:
     controller = PrefetchController()
     costs = {None: 1.0, 0: 0.5}
-    learning = controller.EVIDENCE + controller.WINDOW
+    learning = controller.WARM_UP + 2 * controller.EVIDENCE
     assert set(_drive(controller, costs, learning)) == {None}
     assert _drive(controller, costs, 1000).count(0) > 800
     assert controller.kept == 0
@@ -370,7 +419,7 @@ def test_a_gain_that_varies_as_much_as_the_text_is_not_believed() -> None:
         while not controller.trials:
             window = random.normal(1.0, 0.15)
             for _ in range(controller.WINDOW):
-                controller.on_pass(window * (0.97 if controller.active == 0 else 1.0))
+                controller.on_pass(window * (0.97 if controller.active == 0 else 1.0), 0.3)
         kept += controller.kept is not None
     assert kept <= 2
 
@@ -389,7 +438,7 @@ def test_only_who_is_tried_or_kept_observes() -> None:
     for _ in range(6000):
         seen.add(controller.watching)
         assert controller.active is None or {controller.active, 0} & set(controller.watching)
-        controller.on_pass({None: 1.0, 0: 0.9, 1: 1.4, 2: 0.6}[controller.active])
+        controller.on_pass({None: 1.0, 0: 0.9, 1: 1.4, 2: 0.6}[controller.active], 0.3)
     assert seen >= {(), (0,), (2,)}
     assert controller.watching == (2,)
 
@@ -414,7 +463,7 @@ def test_the_parts_of_a_mixture_can_be_kept_alone() -> None:
         if scheduler.controller.active == 2:
             assert set(plan.prefetch) <= {ExpertKey(1, 5)}
         scheduler.access(access(1, 5))
-        scheduler.pass_end(0.0, costs[scheduler.controller.active])
+        scheduler.pass_end(0.3, costs[scheduler.controller.active])
     assert scheduler.prefetching_by == "HintPredictor"
 
 

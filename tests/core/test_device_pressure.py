@@ -122,6 +122,7 @@ def test_resizes_between_accesses_change_no_answer_and_replay(tmp_path: Path) ->
         device_tier(model.device_budget, front, spec, "copy", COSTS),
         PREDICTORS["markov"](spec.num_experts),
         PrefetchMode.ON,
+        prefetch_slots=budget.spare,
         num_experts=spec.num_experts,
     )
     replay(read_trace(tmp_path / "t"), simulated, recorded_events=True)

@@ -214,6 +214,7 @@ def test_hints_of_a_live_run_replay_to_the_same_plans(kind: str, tmp_path: Path,
         budget.working,
         PREDICTORS[name](spec.num_experts),
         PrefetchMode.ON,
+        prefetch_slots=budget.spare,
         num_experts=spec.num_experts,
     )
     collector = Collector()

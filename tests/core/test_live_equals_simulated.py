@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,16 +68,13 @@ def replayed(path: Path, model: LoadedModel) -> tuple[list[FetchPlan], ExpertSch
     cache = ExpertCache(budget.resident, POLICIES[options.policy](budget.resident, spec.num_experts))
     predictor = PREDICTORS[options.predictor](spec.num_experts) if options.predictor else None
     simulated: ExpertScheduler
+    beside: dict[str, Any] = {"prefetch_slots": budget.spare, "num_experts": spec.num_experts}
     if model.device_budget is None:
-        simulated = ExpertScheduler(
-            cache, budget.working, predictor, options.prefetch, num_experts=spec.num_experts
-        )
+        simulated = ExpertScheduler(cache, budget.working, predictor, options.prefetch, **beside)
     else:
         front = POLICIES[options.policy](model.device_budget.resident, spec.num_experts)
         tier = device_tier(model.device_budget, front, spec, options.misses, COSTS)
-        simulated = TieredScheduler(
-            cache, budget.working, tier, predictor, options.prefetch, num_experts=spec.num_experts
-        )
+        simulated = TieredScheduler(cache, budget.working, tier, predictor, options.prefetch, **beside)
     collector = Collector()
     replay(read_trace(path), simulated, collector, recorded_events=True)
     return collector.plans, simulated
@@ -109,8 +107,9 @@ def test_when_the_controller_decides_by_the_time_that_passes_took(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a few passes for each of its steps, some learn, some prefetch and most do neither."""
-    for name in ("EVIDENCE", "LEARN", "WINDOW", "WAIT", "FEW_PAIRS", "LEAST_PAIRS", "MOST_PAIRS"):
+    for name in ("WARM_UP", "EVIDENCE", "LEARN", "WINDOW", "WAIT", "FEW_PAIRS", "LEAST_PAIRS", "MOST_PAIRS"):
         monkeypatch.setattr(PrefetchController, name, 2)
+    monkeypatch.setattr(PrefetchController, "LEAST_WAITING", 0.0)
     options = LoadOptions(experts=ExpertBudget(fraction=0.25), predictor="mixed", prefetch=PrefetchMode.AUTO)
     plans, model = record(options, tmp_path / "t")
     expected, simulated = replayed(tmp_path / "t", model)
@@ -119,6 +118,7 @@ def test_when_the_controller_decides_by_the_time_that_passes_took(
     assert simulated.controller.kept == model.scheduler.controller.kept
     assert simulated.prefetch_statistics == model.scheduler.prefetch_statistics
     assert simulated.prefetch_statistics.started > 0
+    assert {plan.prefetch_slots for plan in plans} == {0, model.budget.spare}
 
 
 @pytest.mark.parametrize("misses", ["auto", "copy"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from mmap import mmap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +14,17 @@ import torch
 
 from moei_core.adapters.skeleton import experts_modules
 from moei_core.adapters.transformers_adapter import TransformersAdapter
+from moei_core.config import ExpertBudget
+from moei_core.engine import runtime
 from moei_core.engine.expert_compute import HeldExpert, expert_forward, stored_alike
-from moei_core.engine.native_compute import FEW_TOKENS, native_experts
+from moei_core.engine.generate import Generator
+from moei_core.engine.kv_cache import ConversationCache
+from moei_core.engine.loaded_model import LoadedModel, LoadOptions
+from moei_core.engine.native_compute import FEW_TOKENS, NativeExperts, native_experts
+from moei_core.hub.resolve import resolve_model
 from moei_core.quant import native
 from moei_core.store.base import read_expert
+from moei_core.types import Phase
 from tests.tiny_models import FAMILIES
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.unavailable_reason())
@@ -65,3 +74,38 @@ def test_floats_with_many_tokens_are_left_to_torch(chat_folder: Callable[..., Pa
     (expert, *_) = held(adapter)
     kernel = native_experts(next(m for _, _, m in experts_modules(adapter.model)), expert.layout)
     assert kernel is not None and kernel.takes(FEW_TOKENS) and not kernel.takes(FEW_TOKENS + 1)
+
+
+@pytest.mark.parametrize("share", [0.04, 0.25])
+def test_a_token_of_small_experts_is_one_call_whatever_is_absent(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where experts are worth computing as they come, there are more calls and the same bits."""
+
+    def reply() -> tuple[list[float], int, int]:
+        calls: Counter[str] = Counter()
+        with monkeypatch.context() as patch:
+            for name in ("token", "__call__"):
+                one = getattr(NativeExperts, name)
+
+                def counted(self: NativeExperts, *given: Any, name: str = name, one: Any = one) -> Any:
+                    calls[name] += 1
+                    return one(self, *given)
+
+                patch.setattr(NativeExperts, name, counted)
+            options = LoadOptions(experts=ExpertBudget(fraction=share))
+            with LoadedModel(resolve_model("moei-demo").folder, options) as model:
+                cache = ConversationCache(model.adapter.config)
+                generator = Generator(model.adapter.model, model.runtime, cache, lambda: False)
+                generator._forward([5, 6, 7], Phase.PREFILL)
+                calls.clear()
+                logits = [generator._forward([token], Phase.DECODE) for token in (8, 9, 10, 11, 12, 13)]
+                assert model.scheduler.statistics.misses > 0
+        return torch.cat(logits).tolist(), calls["token"], calls["__call__"]
+
+    logits, whole, parts = reply()
+    assert (whole, parts) == (6 * 4, 0)
+    monkeypatch.setattr(runtime, "_WORTH_BEGINNING", 0)
+    again, whole, parts = reply()
+    assert again == logits and parts > 0
+    assert whole < 6 * 4

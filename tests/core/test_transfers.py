@@ -204,6 +204,25 @@ def test_a_cancelled_prefetch_frees_its_slot_only_when_nothing_writes_to_it(benc
     assert [key for key, _ in bench.store.reads[1:]] == [KEYS[1]] * 3
 
 
+def test_slots_of_prefetches_come_back_when_no_thread_writes_to_them(bench: Bench) -> None:
+    bench.store.gate.clear()
+    for slot in (0, 1):
+        bench.queue.add_spare(slot)
+    bench.queue.prefetch([KEYS[0]])
+    bench.wait_for_begun(1)
+    bench.queue.take_events()
+    bench.queue.cancel(KEYS[0])
+    bench.queue.end_prefetching()
+    assert bench.queue.take_returned() == [0]
+    # Prefetching goes on before that: the slot that is still being written is nobody's until then.
+    bench.queue.add_spare(2)
+    bench.store.gate.set()
+    assert bench.queue.take_returned(wait=True) == [1]
+    bench.queue.prefetch([KEYS[1]])
+    (_, load) = _until_finished(bench)[-1]
+    assert (load.key, load.slot) == (KEYS[1], 2)
+
+
 def test_a_transient_failure_is_retried_once(bench: Bench) -> None:
     bench.store.failures[KEYS[0]] = 1
     bench.queue.demand(KEYS[0], 0)

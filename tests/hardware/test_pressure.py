@@ -216,7 +216,7 @@ def test_resizes_change_no_answer_and_replay_to_the_same_counters(tmp_path: Path
     assert trace.events is not None
     budget = resized.budget
     capacities = [row[2] for row in trace.events.tolist() if row[1] == TraceEvent.RESIZE]
-    assert capacities == [slots - budget.working - budget.spare for slots in resizes.values()]
+    assert capacities == [slots - budget.working for slots in resizes.values()]
     budget, experts = resized.budget, resized.spec.num_experts
     simulated = ExpertScheduler(
         ExpertCache(budget.resident, POLICIES[resized.options.policy](budget.resident, experts)),

@@ -150,12 +150,15 @@ class LoadedModel:
             self.runtime: ExpertRuntime
             if device is None or self.device_budget is None:
                 self.scheduler = ExpertScheduler(
-                    cache, self.budget.working, predictor, options.prefetch, num_experts=streamed
+                    cache,
+                    self.budget.working,
+                    predictor,
+                    options.prefetch,
+                    prefetch_slots=self.budget.spare,
+                    num_experts=streamed,
                 )
                 pool = SlotPool(self.budget.slots, slot_nbytes)
-                self.runtime = ExpertRuntime(
-                    store, pool, self.scheduler, self.budget.spare, threads, options.overlap
-                )
+                self.runtime = ExpertRuntime(store, pool, self.scheduler, threads, options.overlap)
             else:
                 linked = LinkedSlotPool(self.budget.slots, slot_nbytes, device)
                 staying = self.device_budget.slots - RING_SLOTS
@@ -164,13 +167,17 @@ class LoadedModel:
                 front = make_policy(self.device_budget.resident, self.spec.num_experts)
                 tier = device_tier(self.device_budget, front, self.spec, options.misses, costs)
                 tiers = TieredScheduler(
-                    cache, self.budget.working, tier, predictor, options.prefetch, num_experts=streamed
+                    cache,
+                    self.budget.working,
+                    tier,
+                    predictor,
+                    options.prefetch,
+                    prefetch_slots=self.budget.spare,
+                    num_experts=streamed,
                 )
                 self.scheduler = tiers
                 at_once = max(1, int(AHEAD_S / costs.copy_seconds(slot_nbytes)))
-                tiered = TieredRuntime(
-                    store, linked, tiers, device, slots, self.budget.spare, threads, options.overlap, at_once
-                )
+                tiered = TieredRuntime(store, linked, tiers, device, slots, threads, options.overlap, at_once)
                 tiered.device_governor = device_governor(device, self.device_budget, slots)
                 for _, layer, module in experts_modules(self.adapter.model):
                     tiered.warm_up(module, layer, self.spec.hidden_size, self.adapter.dtype)

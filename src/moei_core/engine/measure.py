@@ -17,8 +17,8 @@ from moei_core.config import GenerationSettings
 from moei_core.engine.generate import GenerationTimes, Generator
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel
-from moei_core.engine.time_split import decode_shares, percentiles, time_split
 from moei_core.engine.statistics import prefetch_shares
+from moei_core.engine.time_split import decode_shares, percentiles, time_split
 from moei_core.errors import UsageError
 from moei_core.types import ModelSpec
 

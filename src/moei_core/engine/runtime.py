@@ -5,9 +5,10 @@ summed in ascending expert order. So what was resident, and the order in which e
 a bit of the result.
 
 Order (reordered execution: ProMoE, arXiv 2410.22134, section 4): resident experts are computed while the absent
-ones are on their way, and each absent one as it arrives, which frees its slot for the next. An absent expert is
-asked for as soon as a slot is free, in the order of the files; when all are, a long prompt streams those of the
-next layer into what becomes free.
+ones are on their way, and each absent one as it arrives, which frees its slot for the next. A single token computes all
+that is there in one call, and if its experts are small nothing until all are there. An absent expert is asked for as
+soon as a slot is free, in the order of the files; when all are, a long prompt streams those of the next layer into what
+becomes free.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from moei_core.engine.forced_routing import ForcedRouting
 from moei_core.engine.hints import Hinter
 from moei_core.engine.layer_work import LayerWork, TokenWork
 from moei_core.engine.native_compute import NativeExperts, native_experts
+from moei_core.engine.prefetched_experts import PrefetchedExperts
 from moei_core.engine.resident_layers import ResidentLayers
 from moei_core.engine.slots import SlotPool
 from moei_core.engine.statistics import RuntimeStatistics
-from moei_core.engine.transfers import Load, Step, TransferQueue
+from moei_core.engine.transfers import Load, TransferQueue
 from moei_core.hardware.budget import residents
 from moei_core.hardware.pressure import MemoryGovernor
 from moei_core.quant import native
@@ -40,8 +42,11 @@ from moei_core.trace.hidden import HiddenSampler
 from moei_core.trace.writer import TraceWriter
 from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase, ScoredExpert
 
+_WORTH_BEGINNING = 2 << 20
+"""Bytes of a token's experts in a layer from which it pays to compute some before the others are there."""
 
-class ExpertRuntime(ResidentLayers):
+
+class ExpertRuntime(PrefetchedExperts, ResidentLayers):
     """An ``ExpertsRuntime`` over a store, a slot pool and a scheduler.
 
     before_access is called at the start of every access; it may raise to abandon the forward pass.
@@ -55,11 +60,10 @@ class ExpertRuntime(ResidentLayers):
         store: ExpertStore,
         pool: SlotPool,
         scheduler: ExpertScheduler,
-        prefetch_slots: int = 0,
         threads: int = 1,
         overlap: Overlap = FULL_OVERLAP,
     ) -> None:
-        """prefetch_slots: of the pool's slots, those that prefetches arrive in. threads: for torch to compute with.
+        """threads: for torch to compute with.
 
         torch's waiting threads spin: beside the native kernels, which have threads of their own, it gets one
         in decoding. The counts follow the phase and never a budget (other counts may round otherwise).
@@ -68,7 +72,7 @@ class ExpertRuntime(ResidentLayers):
         self._pool = pool
         self._scheduler = scheduler
         self._total_experts = sum(1 for _ in store.experts())
-        self._prefetch_slots = prefetch_slots
+        self._prefetch_slots = 0
         self._slots: dict[ExpertKey, int] = {}
         self._held: dict[ExpertKey, HeldExpert] = {}
         self._kinds: dict[tuple[object, ...], int] = {}
@@ -80,8 +84,6 @@ class ExpertRuntime(ResidentLayers):
         self._transfers = TransferQueue(
             store, pool.view, chunk_nbytes=overlap.chunk_nbytes, preempt=overlap.preempt
         )
-        for _ in range(prefetch_slots):
-            self._transfers.add_spare(pool.take())
         self._phase = Phase.PREFILL
         self._threads = {Phase.PREFILL: threads, Phase.DECODE: 1 if native.available() else threads}
         self._pass_started = 0.0
@@ -211,7 +213,7 @@ class ExpertRuntime(ResidentLayers):
         """
         self.settle()
         working = self._scheduler.working_slots
-        capacity = residents(slots, working, self._prefetch_slots, self._total_experts)
+        capacity = residents(slots, working, self._total_experts)
         self._note(TraceEvent.RESIZE, capacity)
         for key in self._scheduler.resize(capacity):
             self._forget(key)
@@ -234,6 +236,8 @@ class ExpertRuntime(ResidentLayers):
         for wave in plan.waves:
             for key in wave.evict:
                 self._forget(key)
+        if self._prefetch_slots != plan.prefetch_slots:
+            self._share_with_prefetches(plan.prefetch_slots)
         loads = [key for wave in plan.waves for key in wave.load]
         arriving = len(loads)
         leaving = {key for wave in plan.waves for key in wave.release}
@@ -242,6 +246,9 @@ class ExpertRuntime(ResidentLayers):
         resident = plan.waves[0].compute if plan.hits else ()
         # One call for all is fastest, but while a prompt computes slots must become free as experts arrive.
         batch = 1 if loads and work.tokens > 1 else len(resident)
+        whole = isinstance(work, TokenWork)
+        # What is computed while the rest arrives takes a call of its own.
+        patient = whole and (len(resident) + len(loads)) * self._pool.slot_nbytes < _WORTH_BEGINNING
         looking_ahead, to_stream = False, len(plan.stream)
         while True:
             self._ask(absent)
@@ -252,11 +259,17 @@ class ExpertRuntime(ResidentLayers):
             while looking_ahead and to_stream and self._pool.free > self._prefetch_slots:
                 self._transfers.lend(self._pool.take())
                 to_stream -= 1
-            if arriving and (self._transfers.has_ready or not resident or not self._reorder):
-                key = self._arrival()
-                arriving -= 1
-                self._compute(work, (key,))
-                if key in leaving:
+            if arriving and (self._transfers.has_ready or not resident or not self._reorder or patient):
+                keys = [self._arrival()]
+                while whole and (
+                    self._transfers.has_ready or (patient and len(keys) < arriving and not absent)
+                ):
+                    keys.append(self._arrival())
+                arriving -= len(keys)
+                if whole and not absent and (self._reorder or not arriving):
+                    keys, resident = sorted((*keys, *resident)), ()
+                self._compute(work, keys)
+                for key in leaving.intersection(keys):
                     self._forget(key)
             elif resident:
                 self._compute(work, resident[:batch])
@@ -285,16 +298,6 @@ class ExpertRuntime(ResidentLayers):
             self._kind_of[load.key] = kind
         self._held[load.key] = HeldExpert(load.key, layout, load.view, self._pool.address(load.slot), kind)
 
-    def _promote(self, key: ExpertKey) -> bool:
-        """Whether ``key`` was on its way; then it is demanded now, and the queue gets another spare."""
-        load = self._transfers.promote(key)
-        if load is None:
-            return False
-        self._slots[key] = load.slot
-        if not load.borrowed:
-            self._transfers.add_spare(self._pool.take())
-        return True
-
     def _ask(self, absent: deque[ExpertKey]) -> None:
         """Demand as many of ``absent`` as there are free slots for."""
         if not absent:
@@ -305,10 +308,6 @@ class ExpertRuntime(ResidentLayers):
             key = absent.popleft()
             self._slots[key] = self._pool.take()
             self._transfers.demand(key, self._slots[key])
-
-    def _take_returned(self, wait: bool = False) -> None:
-        for slot in self._transfers.take_returned(wait):
-            self._pool.give_back(slot)
 
     def _arrival(self) -> ExpertKey:
         """The next demanded expert that is complete. Raises: what reading it has raised."""
@@ -322,37 +321,6 @@ class ExpertRuntime(ResidentLayers):
         self.statistics.bytes_read += load.nbytes
         self._hold(load)
         return load.key
-
-    def _settle_prefetches(self) -> None:
-        """Tell the scheduler what became of prefetches, in order. Raises: what reading one of them has raised."""
-        self._transfers.end_stream()
-        self._take_returned()
-        failure: Exception | None = None
-        for step, load in self._transfers.take_events():
-            key = load.key
-            if step is Step.STARTED:
-                self._scheduler.start_load(key)
-                self._note(TraceEvent.START_LOAD, *key)
-            elif step is Step.FAILED:
-                self._scheduler.cancel_load(key)
-                self._note(TraceEvent.CANCEL_LOAD, *key)
-                failure = load.failure
-            else:
-                stays, evicted = self._scheduler.finish_load(key)
-                self._note(TraceEvent.FINISH_LOAD, *key)
-                self.statistics.prefetches += 1
-                self.statistics.bytes_read += load.nbytes
-                self.statistics.bytes_prefetched += load.nbytes
-                for victim in evicted:
-                    self._forget(victim)
-                if stays:
-                    self._slots[key] = load.slot
-                    self._hold(load)
-                    self._transfers.add_spare(self._pool.take())
-                else:
-                    self._transfers.add_spare(load.slot)
-        if failure is not None:
-            raise failure
 
     def _place_on_disk(self, key: ExpertKey) -> tuple[str, int]:
         first = self._store.layout(key).extents[0]

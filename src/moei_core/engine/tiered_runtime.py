@@ -48,13 +48,12 @@ class TieredRuntime(ExpertRuntime):
         scheduler: TieredScheduler,
         device: Device,
         slots: DeviceSlots,
-        prefetch_slots: int = 0,
         threads: int = 1,
         overlap: Overlap = FULL_OVERLAP,
         at_once: int = 1,
     ) -> None:
         """at_once: copies for later layers that may be on their way together."""
-        super().__init__(store, pool, scheduler, prefetch_slots, threads, overlap)
+        super().__init__(store, pool, scheduler, threads, overlap)
         self.device = device
         self._linked_pool, self._tiers, self._device_slots = pool, scheduler, slots
         self._on_device: dict[ExpertKey, DeviceExpert] = {}
@@ -218,10 +217,8 @@ class TieredRuntime(ExpertRuntime):
             wanted = place.usable
         if wanted == before:
             return False
-        prefetches = self._tiers.device.prefetch_slots
-        capacity = max(0, wanted - prefetches)
-        self._note(TraceEvent.RESIZE_DEVICE, capacity)
-        for key in self._tiers.resize_device(capacity):
+        self._note(TraceEvent.RESIZE_DEVICE, wanted)
+        for key in self._tiers.resize_device(wanted):
             place.give_back(self._on_device.pop(key).slot)
         if wanted > before:
             return False

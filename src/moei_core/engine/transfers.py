@@ -39,7 +39,8 @@ class Step(Enum):
 class Load:
     """One expert on its way to ``slot``. waiting: chunks that no thread has begun. missing: not read yet.
 
-    borrowed: streamed into a slot that is lent; neither its start nor its end is an event.
+    borrowed: into a slot that goes back when it is not demanded. So are streamed ones, of which neither the start nor
+        the end is an event.
     """
 
     key: ExpertKey
@@ -149,6 +150,19 @@ class TransferQueue:
         with self._lock:
             self._spares.append(slot)
             self._work.notify()
+
+    def end_prefetching(self) -> None:
+        """Take back the slots to prefetch into, after every prefetch has been cancelled.
+
+        They come by ``take_returned``, those of cancelled prefetches once no thread writes to them.
+        """
+        with self._lock:
+            self._wishes.clear()
+            self._returned += self._spares
+            self._spares.clear()
+            for load in self._active:
+                if load.abandoned and not load.demand:
+                    load.borrowed = True
 
     def take_events(self) -> list[tuple[Step, Load]]:
         """What became of prefetches since the last call. A finished load's slot is the caller's now.

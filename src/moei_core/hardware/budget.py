@@ -150,9 +150,9 @@ class SlotBudget:
         return self.slots * self.slot_nbytes
 
 
-def residents(slots: int, working: int, spare: int, total: int) -> int:
+def residents(slots: int, working: int, total: int) -> int:
     """How many of ``slots`` experts may stay: all if there is a slot for each, else all but those in passing."""
-    return total if slots == total else slots - working - spare
+    return total if slots == total else slots - working
 
 
 def plan_slots(
@@ -164,7 +164,9 @@ def plan_slots(
     experts: ExpertBudget | None = None,
     spare: int = 0,
 ) -> SlotBudget:
-    """How many slots of ``slot_nbytes`` to have, ``spare`` of them (if there are so many) for prefetching.
+    """How many slots of ``slot_nbytes`` to have.
+
+    Residents give ``spare`` of theirs, if there are so many, to prefetches while a predictor is followed.
 
     available: bytes that can still be taken beside ``use.process``. ram: bound on the whole process. experts:
     bound on the slots alone. With both, the smaller counts; with neither, what ``available`` memory allows.
@@ -221,7 +223,7 @@ def plan_slots(
             "margin", available // SYSTEM_SHARE, "a tenth of free memory, left to the system"
         )
         limit = use.process + available
-    stay = residents(slots, working, spare, total)
+    stay = residents(slots, working, total)
     return SlotBudget(slots, working, stay, slot_nbytes, reason, spare, limit, (*lines, count), use.chunk)
 
 
@@ -234,7 +236,8 @@ DEVICE_MARGIN = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class DeviceBudget:
-    """How the memory of a device is shared out, and why so. slots: of residents, of prefetches and of the ring."""
+    """How the memory of a device is shared out, and why so. slots: of residents and of the ring. prefetch: of the
+    residents' slots, those that experts copied ahead take while a predictor is followed."""
 
     slots: int
     resident: int
@@ -280,10 +283,9 @@ def plan_device_slots(
     source = f"{format_size(free)} free GPU memory" if limit == free else f"--vram {format_size(limit)}"
     room = slots - RING_SLOTS
     prefetch = 0 if room == total else min(prefetch, room // 4)
-    resident = room - prefetch
     reason = (
         f"all {total} routed experts fit"
-        if resident == total
+        if room == total
         else f"{source} - {format_size(use)} for dense weights, context, workspace and margin"
     )
     lines = (
@@ -294,11 +296,11 @@ def plan_device_slots(
         BudgetLine(
             "GPU expert slots",
             slots * slot_nbytes,
-            f"{resident} of {total} stay, {RING_SLOTS} for those in passing"
-            f"{f', {prefetch} for those ahead' if prefetch else ''}: {reason}",
+            f"{room} of {total} stay{f', {prefetch} fewer while others are copied ahead' if prefetch else ''}, "
+            f"{RING_SLOTS} for those in passing: {reason}",
         ),
     )
-    return DeviceBudget(slots, resident, slot_nbytes, reason, lines, prefetch)
+    return DeviceBudget(slots, room, slot_nbytes, reason, lines, prefetch)
 
 
 def too_small(ram: int, use: MemoryUse, working: int, slot_nbytes: int) -> DoesNotFitError:

@@ -1,0 +1,87 @@
+"""Experts that arrive before their router has spoken, and the slots that they arrive in."""
+
+from __future__ import annotations
+
+from moei_core.engine.slots import SlotPool
+from moei_core.engine.statistics import RuntimeStatistics
+from moei_core.engine.transfers import Load, Step, TransferQueue
+from moei_core.scheduler import ExpertScheduler
+from moei_core.trace.format import TraceEvent
+from moei_core.types import ExpertKey
+
+
+class PrefetchedExperts:
+    """The part of an ``ExpertRuntime`` that settles prefetches with the brain."""
+
+    _scheduler: ExpertScheduler
+    _transfers: TransferQueue
+    _pool: SlotPool
+    _slots: dict[ExpertKey, int]
+    _prefetch_slots: int
+    """Slots that the queue has, or that prefetches are arriving in."""
+    statistics: RuntimeStatistics
+
+    def _settle_prefetches(self) -> None:
+        """Tell the scheduler what became of prefetches, in order. Raises: what reading one of them has raised."""
+        self._transfers.end_stream()
+        self._take_returned()
+        failure: Exception | None = None
+        for step, load in self._transfers.take_events():
+            key = load.key
+            if step is Step.STARTED:
+                self._scheduler.start_load(key)
+                self._note(TraceEvent.START_LOAD, *key)
+            elif step is Step.FAILED:
+                self._scheduler.cancel_load(key)
+                self._note(TraceEvent.CANCEL_LOAD, *key)
+                failure = load.failure
+            else:
+                stays, evicted = self._scheduler.finish_load(key)
+                self._note(TraceEvent.FINISH_LOAD, *key)
+                self.statistics.prefetches += 1
+                self.statistics.bytes_read += load.nbytes
+                self.statistics.bytes_prefetched += load.nbytes
+                for victim in evicted:
+                    self._forget(victim)
+                if stays:
+                    self._slots[key] = load.slot
+                    self._hold(load)
+                    self._transfers.add_spare(self._pool.take())
+                else:
+                    self._transfers.add_spare(load.slot)
+        if failure is not None:
+            raise failure
+
+    def _share_with_prefetches(self, wanted: int) -> None:
+        """Let prefetches have ``wanted`` slots. Some may come at later accesses: not all that are free of experts are
+        free of readers."""
+        if wanted < self._prefetch_slots:
+            self._transfers.end_prefetching()
+            self._take_returned()
+            self._prefetch_slots = 0
+        while self._prefetch_slots < wanted and self._pool.free:
+            self._transfers.add_spare(self._pool.take())
+            self._prefetch_slots += 1
+
+    def _promote(self, key: ExpertKey) -> bool:
+        """Whether ``key`` was on its way; then it is demanded now, and the queue gets another spare."""
+        load = self._transfers.promote(key)
+        if load is None:
+            return False
+        self._slots[key] = load.slot
+        if not load.borrowed:
+            self._transfers.add_spare(self._pool.take())
+        return True
+
+    def _take_returned(self, wait: bool = False) -> None:
+        for slot in self._transfers.take_returned(wait):
+            self._pool.give_back(slot)
+
+    def _hold(self, load: Load) -> None:
+        raise NotImplementedError
+
+    def _forget(self, key: ExpertKey) -> None:
+        raise NotImplementedError
+
+    def _note(self, kind: TraceEvent, a: int = 0, b: int = 0) -> None:
+        raise NotImplementedError
