@@ -32,7 +32,19 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 
-NATIVE_ATTENTION = frozenset({"ernie4_5_moe", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe"})
+NATIVE_ATTENTION = frozenset(
+    {
+        "axk1",
+        "deepseek_v2",
+        "deepseek_v3",
+        "ernie4_5_moe",
+        "glm4_moe_lite",
+        "mixtral",
+        "phimoe",
+        "qwen2_moe",
+        "qwen3_moe",
+    }
+)
 """Kinds of models whose attention the engine computes natively. It finds out by trying (``adapters/native_decode.py``);
 a test compares."""
 
