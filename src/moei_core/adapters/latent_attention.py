@@ -38,7 +38,7 @@ _KNOWN_ATTRIBUTES = _NEEDED | {
 }  # fmt: skip
 
 _ROUNDED = 0.05
-"""Tolerance where something is rounded: of blocks, the module quantises each token's latent and we what is mixed of all."""
+"""Tolerance where something is rounded: with blocks, the module quantises each latent and we what is mixed of them."""
 
 
 class NativeLatentAttention(NativeAttention):
@@ -103,7 +103,7 @@ def latent_attention_modules(model: nn.Module) -> list[nn.Module]:
     found = []
     for module in model.modules():
         children = {name for name, _ in module.named_children()}
-        if children not in ({"q_proj", *_ALWAYS}, {*_LOW_QUERY, *_ALWAYS}):
+        if children - {*_ALWAYS} not in ({"q_proj"}, {*_LOW_QUERY}) or not children >= {*_ALWAYS}:
             continue
         # A child that is missing is an attribute that is None.
         own = {
@@ -112,7 +112,7 @@ def latent_attention_modules(model: nn.Module) -> list[nn.Module]:
             if not name.startswith("_") and not (value is None and name in ("q_proj", *_LOW_QUERY))
         }
         plain = not dict(module.named_parameters(recurse=False)) and not list(module.buffers(recurse=False))
-        if plain and _NEEDED <= own and own <= _KNOWN_ATTRIBUTES:
+        if plain and own >= _NEEDED and own <= _KNOWN_ATTRIBUTES:
             found.append(module)
     return found
 

@@ -192,8 +192,10 @@ class NativeAttention:
         return layer.place_for_token(self.kv_heads, self.head_dim, like)
 
     def random_turns(self, like: Any, tokens: int, generator: torch.Generator) -> Any:
-        """Numbers where ``like`` are cosines and sines: no rotation, so a variant that pairs other values cannot agree by
-        chance."""
+        """Numbers where ``like`` are cosines and sines.
+
+        They are no rotation: so a variant that pairs other values cannot agree by chance.
+        """
         return tuple(some((1, tokens, self._rotary), generator, one.dtype) for one in like)
 
     def random_states(self, tokens: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

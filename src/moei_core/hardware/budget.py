@@ -21,9 +21,8 @@ def kv_width(config: Mapping[str, Any]) -> int:
     """Numbers that one layer keeps of one token: its keys and values. config: fields as in ``config.json``."""
     heads = config["num_attention_heads"]
     if config.get("kv_lora_rank"):
-        # Multi-head latent attention: transformers caches the expanded keys and values.
-        key = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
-        return int(heads * (key + config["v_head_dim"]))
+        # Multi-head latent attention: transformers caches the latent, and the turned key that all heads share.
+        return int(config["kv_lora_rank"] + config["qk_rope_head_dim"])
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     return int(2 * (config.get("num_key_value_heads") or heads) * head_dim)
 
@@ -38,6 +37,12 @@ def workspace_nbytes(
     hidden, rows = config["hidden_size"], PREFILL_CHUNK * top_k
     width = max(hidden, config.get("intermediate_size") or 0)
     scores = 2 * config["num_attention_heads"] * PREFILL_CHUNK * context * 4 if eager_attention else 0
+    expanded = 0
+    if config.get("kv_lora_rank"):
+        # A prompt expands the latents of one layer: the product, the keys put together, both filled up to few shapes.
+        nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
+        parts = nope + value + 2 * (nope + config["qk_rope_head_dim"]) + value
+        expanded = context * (config["num_attention_heads"] * parts * item + config["kv_lora_rank"] * 6)
     # Expert outputs in float32 and their gathered inputs; a few activations of the widest dense layer;
     # a native product's copy of its inputs, in float32 and in int8 with scales; the attention mask; the logits of one
     # token; one expert reordered by a library.
@@ -46,6 +51,7 @@ def workspace_nbytes(
         + PREFILL_CHUNK * width * (4 * item + 6)
         + 2 * PREFILL_CHUNK * context * item
         + scores
+        + expanded
         + 3 * config["vocab_size"] * 4
         + slot_nbytes
     )

@@ -10,8 +10,8 @@ if native.available():
     from moei_core.quant import _native
 
 TURNS = ("halves", "neighbors_to_halves", "neighbors")
-"""How the values that turn with the position are paired: the first half with the second; 2 i with 2 i + 1, which become
-i and rotary / 2 + i, of cosines and sines the first half counting; the same in their places, cosine and sine together."""
+"""How the values that turn with the position are paired: the first half with the second; 2 i with 2 i + 1, which
+become i and rotary / 2 + i, of cosines and sines the first half counting; the same in their places."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,9 @@ class NormWeights:
 class LatentProjections:
     """The matrices of such an attention. q_a and q_norm: None where ``q`` reads the hidden state.
 
-    q_a: [low, hidden]. q_norm: [low]. q: [heads * (nope + rotary), low or hidden]. kv_a: [rank + rotary, hidden], of the
-    same format as what reads the hidden state for q. kv_norm: [rank]. kv_b: for each head nope rows of its key, then
-    value rows of its value, [.., rank]; floats, or Q8_0 in ``rows16`` with nope and value multiples of 16.
+    q_a: [low, hidden]. q_norm: [low]. q: [heads * (nope + rotary), low or hidden]. kv_a: [rank + rotary, hidden], in
+    the same format as what reads the hidden state for q. kv_norm: [rank]. kv_b: for each head nope rows of its key,
+    then value rows of its value, [.., rank]; floats, or Q8_0 in ``rows16`` with nope and value multiples of 16.
     o: [hidden, heads * value].
     """
 
@@ -76,7 +76,10 @@ class LatentAttention:
     def __call__(
         self, type: str, x: int, turn: tuple[int, int], cache: tuple[int, int, int, int], mask: int, out: int
     ) -> None:
-        """As ``native.Attention``. cache: addresses of latents [capacity, rank] and of turned values [capacity, rotary],
-        capacity, and how many tokens they hold. turn: addresses of cosines and sines [rotary]; where neighbors stay in
-        their places, both that of float32 [rotary / 2, 2]."""
+        """As ``native.Attention``, but for cache and turn.
+
+        cache: addresses of latents [capacity, rank] and of turned values [capacity, rotary], capacity, and how many
+        tokens they hold. turn: addresses of cosines and sines [rotary]; where neighbors stay in their places, both
+        that of float32 [rotary / 2, 2], cosine and sine.
+        """
         self.native(type, x, *turn, *cache, mask, out)
