@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
+    DeepseekV3Config,
     GptOssConfig,
     MixtralConfig,
     PretrainedConfig,
@@ -43,6 +44,27 @@ _CONFIGS: dict[str, PretrainedConfig] = {
 }  # fmt: skip
 
 FAMILIES = tuple(_CONFIGS)
+
+_LATENT = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 24,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 32, "n_routed_experts": 16, "n_shared_experts": 2,
+    "num_experts_per_tok": 4, "first_k_dense_replace": 1, "max_position_embeddings": 2048, "n_group": 4,
+    "topk_group": 2,
+}  # fmt: skip
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.7}
+_CONFIGS |= {
+    "deepseek_v2_low": DeepseekV2Config(
+        **_LATENT,
+        topk_method="group_limited_greedy",
+        routed_scaling_factor=4.0,
+        rope_parameters={**_YARN, "original_max_position_embeddings": 512},
+    ),
+    "deepseek_v3": DeepseekV3Config(**_LATENT, norm_topk_prob=True),
+    "deepseek_v3_halves": DeepseekV3Config(**_LATENT, rope_interleave=False, attention_bias=True),
+}
+LATENT_FAMILIES = ("deepseek_v2", "deepseek_v2_low", "deepseek_v3", "deepseek_v3_halves")
+"""Those that attend over latents: with and without a low-rank query, in every pairing of the values that turn."""
 
 
 def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:

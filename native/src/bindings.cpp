@@ -1,25 +1,11 @@
 // The Python module moei_core.quant._native. Shapes are checked by moei_core/quant/native.py when a layout is made;
 // here is what can differ from call to call.
-#include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/string_view.h>
-#include <nanobind/stl/vector.h>
-#include <unistd.h>
 
 #include <chrono>
-#include <memory>
-#include <mutex>
-#include <stdexcept>
 #include <string>
-#include <string_view>
-#include <thread>
-#include <vector>
 
-#include "dense.h"
-#include "layer.h"
-#include "matmul.h"
-
-namespace nb = nanobind;
+#include "bindings.h"
 
 namespace moei {
 namespace {
@@ -30,47 +16,6 @@ using Bytes = Array<const uint8_t, 1>;
 using MutableBytes = Array<uint8_t, 1>;
 
 constexpr int kMostThreads = 1024;
-
-// One pool and one workspace for the process; calls from several Python threads take turns. Never destroyed: joining
-// threads while the process exits, or in the child of a fork, could wait for ever.
-struct Runtime {
-    std::mutex mutex;
-    std::unique_ptr<ThreadPool> pool;
-    Workspace workspace;
-    LayerScratch scratch;
-    int threads = 0;
-    pid_t owner = 0;
-
-    ThreadPool& ready() {
-        if (owner != getpid()) {
-            (void)pool.release();  // its threads stayed in the parent
-            owner = getpid();
-        }
-        if (!pool) {
-            if (threads == 0) threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-            pool = std::make_unique<ThreadPool>(threads);
-        }
-        return *pool;
-    }
-};
-
-Runtime& runtime() {
-    static auto* const shared = new Runtime;
-    return *shared;
-}
-
-// Runs `body(pool, workspace)` without the interpreter's lock.
-template <typename Body>
-auto exclusively(const Body& body) {
-    const nb::gil_scoped_release release;
-    Runtime& shared = runtime();
-    const std::lock_guard lock(shared.mutex);
-    return body(shared.ready(), shared.workspace);
-}
-
-void require(bool holds, const char* message) {
-    if (!holds) throw std::invalid_argument(message);
-}
 
 void set_num_threads(int threads) {
     require(threads >= 1 && threads <= kMostThreads, "threads must lie between 1 and 1024");
@@ -137,12 +82,6 @@ Weights make_weights(std::string_view format, std::string_view order, int64_t ad
     return {make_matrix(format, order, address, rows, cols), reinterpret_cast<const uint8_t*>(bias), format_from_name(bias_format)};
 }
 
-Format float_type(std::string_view name) {
-    const Format type = format_from_name(name);
-    require(is_float(type), "activations must be floats");
-    return type;
-}
-
 void call_linear(const Weights& weights, std::string_view type, int64_t x, int64_t tokens, int64_t out) {
     require(x != 0 && out != 0 && tokens >= 0, "an address is missing");
     const Format stored = float_type(type);
@@ -174,25 +113,11 @@ void make_attention(Attention* self, const Weights& q, const Weights& k, const W
     self->layout.k_norm = self->k_norm.empty() ? nullptr : self->k_norm.data();
 }
 
-AttentionCall attention_call(std::string_view type, int64_t x, int64_t cosine, int64_t sine, int64_t keys, int64_t values,
-                             int64_t capacity, int64_t position, int64_t mask, int64_t out) {
-    require(x && cosine && sine && keys && values && out, "an address is missing");
-    require(position >= 0 && position < capacity, "there is no room for this token");
-    const auto bytes = [](int64_t address) { return reinterpret_cast<uint8_t*>(address); };
-    return {float_type(type), bytes(x), bytes(cosine), bytes(sine), bytes(keys), bytes(values), capacity, position, bytes(mask), bytes(out)};
-}
-
 void call_attention(const Attention& attention, std::string_view type, int64_t x, int64_t cosine, int64_t sine, int64_t keys,
                     int64_t values, int64_t capacity, int64_t position, int64_t mask, int64_t out) {
     const AttentionCall call = attention_call(type, x, cosine, sine, keys, values, capacity, position, mask, out);
     exclusively([&](ThreadPool& pool, Workspace& workspace) { attend(attention.layout, call, pool, workspace); });
 }
-
-// A norm of the last dimension, in the activations' own type.
-struct RmsNorm {
-    std::vector<float> weight;
-    double eps;
-};
 
 void call_rms_norm(const RmsNorm& norm, std::string_view type, int64_t x, int64_t rows, int64_t out) {
     require(x != 0 && out != 0 && rows >= 0, "an address is missing");
@@ -245,7 +170,8 @@ struct Layer {
     std::vector<uint8_t> normed;
 };
 
-void make_layer(Layer* self, const Attention& attention, const RmsNorm& input, const RmsNorm& behind, const RouterLayout& router) {
+template <typename Attending>
+void make_layer(Layer* self, const Attending& attention, const RmsNorm& input, const RmsNorm& behind, const RouterLayout& router) {
     const auto hidden = static_cast<size_t>(attention.layout.hidden);
     require(input.weight.size() == hidden && behind.weight.size() == hidden &&
                 router.weights.matrix.cols == attention.layout.hidden && attention.layout.o.matrix.rows == attention.layout.hidden,
@@ -264,7 +190,7 @@ int64_t call_layer(Layer& layer, std::string_view type, int64_t x, int64_t cosin
     const AttentionCall call = attention_call(type, x, cosine, sine, keys, values, capacity, position, mask, out);
     const auto& router = layer.layout.router;
     if (table) {
-        require(static_cast<int64_t>(table->parts.size()) == router.weights.matrix.rows && table->layout.hidden == layer.layout.attention.hidden,
+        require(static_cast<int64_t>(table->parts.size()) == router.weights.matrix.rows && table->layout.hidden == router.weights.matrix.cols,
                 "the experts do not fit the layer");
     }
     auto* const chosen = reinterpret_cast<int64_t*>(experts);
@@ -353,6 +279,7 @@ NB_MODULE(_native, m) {
     });
     m.def("linear", &call_linear, "weights"_a, "type"_a, "x"_a, "tokens"_a, "out"_a);
     nb::class_<Attention>(m, "Attention").def("__init__", &make_attention).def("__call__", &call_attention);
+    bind_latent_attention(m);
     nb::class_<RmsNorm>(m, "RmsNorm")
         .def("__init__", [](RmsNorm* self, const std::vector<float>& weight, double eps) { new (self) RmsNorm{weight, eps}; })
         .def("__call__", &call_rms_norm);
@@ -362,7 +289,8 @@ NB_MODULE(_native, m) {
         for (const nb::handle expert : experts) self->parts.push_back(nb::cast<const ExpertParts&>(expert));
     });
     nb::class_<Layer>(m, "Layer")
-        .def("__init__", &make_layer)
+        .def("__init__", &make_layer<Attention>)
+        .def("__init__", &make_layer<LatentAttention>)
         .def("__call__", &call_layer, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
              nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
     m.def("to_rows16", &call_convert<to_rows16>, "format"_a, "rows"_a, "cols"_a, exact("source"), exact("destination"));

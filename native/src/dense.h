@@ -22,6 +22,11 @@ void narrow(Format type, const float* source, int64_t count, uint8_t* out);
 void linear(const Weights& w, Format type, const uint8_t* x, int64_t tokens, uint8_t* out, ThreadPool& pool,
             Workspace& workspace);
 
+struct Norm {
+    const float* weight;
+    float eps;
+};
+
 // x times 1 / sqrt(mean of squares + eps), times the weights.
 void rms_norm(const float* x, const float* weight, int64_t count, float eps, float* out);
 

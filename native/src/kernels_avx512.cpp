@@ -208,9 +208,11 @@ void token_kernel(const uint8_t* const* tiles, const uint8_t* const* next, int r
 
 #include "float_kernels.h"
 
+#include "column_tiles.h"
+
 namespace moei {
 
 const Kernels kAvx512{"avx512", tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, token_kernel<Q8>, token_kernel<Q4>, token_kernel<Fp4>, kRowsKernels, kColumnsKernels,
-                      {read_streams<1>, read_streams<2>, read_streams<4>}, softmax_kernel};
+                      {read_streams<1>, read_streams<2>, read_streams<4>}, softmax_kernel, q8_0_columns};
 
 }  // namespace moei

@@ -91,14 +91,14 @@ void moe_token(const FfnLayout& layout, int64_t count, const ExpertParts* parts,
 void route_token(const LayerLayout& layout, const AttentionCall& attention, uint8_t* normed, int64_t* experts, float* weights,
                  LayerScratch& scratch, ThreadPool& pool, Workspace& workspace) {
     const Format type = attention.type;
-    const int64_t hidden = layout.attention.hidden, nbytes = row_nbytes(type, hidden);
+    const int64_t hidden = std::visit([](const auto& own) { return own.hidden; }, layout.attention), nbytes = row_nbytes(type, hidden);
     const DefaultFloatingPoint guard;
     uint8_t* const mixed = room(scratch.mixed, nbytes);
     AttentionCall inner = attention;
     norm_row(layout.input, type, attention.x, hidden, normed, scratch);
     inner.x = normed;
     inner.out = mixed;
-    attend(layout.attention, inner, pool, workspace);
+    std::visit([&](const auto& own) { attend(own, inner, pool, workspace); }, layout.attention);
     std::copy(attention.x, attention.x + nbytes, attention.out);
     add_row(type, mixed, hidden, attention.out, scratch);
     norm_row(layout.behind, type, attention.out, hidden, normed, scratch);

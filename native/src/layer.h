@@ -3,9 +3,11 @@
 
 #include <cstdint>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "dense.h"
+#include "latent_attention.h"
 #include "matmul.h"
 
 namespace moei {
@@ -36,15 +38,10 @@ void route(const RouterLayout& router, Format type, const uint8_t* x, uint8_t* l
 void moe_token(const FfnLayout& layout, int64_t count, const ExpertParts* parts, const float* weights, Format type,
                const uint8_t* x, uint8_t* out, LayerScratch& scratch, ThreadPool& pool, Workspace& workspace);
 
-struct Norm {
-    const float* weight;
-    float eps;
-};
-
 // sum = x + attention(norm(x)); then out = sum + experts(norm(sum)).
 struct LayerLayout {
     Norm input, behind;
-    AttentionLayout attention;
+    std::variant<AttentionLayout, LatentLayout> attention;
     RouterLayout router;
 };
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "dense.h"
+#include "latent_attention.h"
 #include "matmul.h"
 
 using namespace moei;
@@ -220,6 +221,70 @@ void test_ffn(Format format, Order order, int64_t hidden, int64_t intermediate, 
     for (float value : out) CHECK(std::isfinite(value), "a value is missing");
 }
 
+// The product with a transposed Q8_0 matrix: the order of additions that kernels.h fixes, bit for bit.
+void test_column_tiles(int64_t rows, int64_t cols) {
+    const std::vector<uint8_t> plain = stored_weights(Format::Q8_0, rows, cols);
+    std::vector<uint8_t> tiles(plain.size());
+    to_rows16(Format::Q8_0, rows, cols, plain.data(), tiles.data());
+    const std::vector<float> x = normal(rows);
+    std::vector<float> out(static_cast<size_t>(cols), NAN);
+    const int64_t stride = kTileRows * row_nbytes(Format::Q8_0, cols);
+    for (int64_t block = 0; block < cols / kBlock; ++block)
+        kernels().q8_0_columns(tiles.data() + block * kTileRows * 34, stride, rows / kTileRows, x.data(), out.data() + block * kBlock);
+    for (int64_t c = 0; c < cols; ++c) {
+        float sums[kTileRows] = {};
+        for (int64_t r = 0; r < rows; ++r) {
+            const uint8_t* const stored = plain.data() + r * row_nbytes(Format::Q8_0, cols) + c / kBlock * 34;
+            uint16_t scale;
+            std::memcpy(&scale, stored, sizeof scale);
+            sums[r % kTileRows] += half_to_float(scale) * x[static_cast<size_t>(r)] * static_cast<float>(static_cast<int8_t>(stored[2 + c % kBlock]));
+        }
+        for (int half = kTileRows / 2; half; half /= 2)
+            for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+        CHECK(std::memcmp(&out[static_cast<size_t>(c)], sums, 4) == 0, "column %lld of %lld rows: %g, not %g", static_cast<long long>(c),
+              static_cast<long long>(rows), static_cast<double>(out[static_cast<size_t>(c)]), static_cast<double>(sums[0]));
+    }
+}
+
+// Attention over latents gives the same bits with any threads, and writes its token and no other.
+void test_latent_attention(Format format, Turn turn, bool low, int64_t position) {
+    const int64_t heads = 5, nope = 16, rotary = 8, value = 32, rank = 96, hidden = 64, narrow_rows = 32, capacity = position + 2;
+    std::vector<std::vector<uint8_t>> kept;
+    const auto weights = [&](int64_t rows, int64_t cols) -> Weights {
+        std::vector<uint8_t> stored = stored_weights(format, rows, cols);
+        if (format == Format::Q8_0) {
+            const std::vector<uint8_t> plain = stored;
+            stored.assign(static_cast<size_t>(matrix_nbytes(format, Order::Rows16, rows, cols)), 0);
+            to_rows16(format, rows, cols, plain.data(), stored.data());
+        }
+        kept.push_back(std::move(stored));
+        return {{kept.back().data(), format, format == Format::Q8_0 ? Order::Rows16 : Order::Plain, rows, cols, cols}, nullptr, Format::F32};
+    };
+    const std::vector<float> q_norm = normal(narrow_rows), kv_norm = normal(rank), x = normal(hidden), turns = normal(2 * rotary);
+    const LatentLayout layout{hidden, heads, nope, rotary, value, rank, 0.25f, turn,
+                              low ? weights(narrow_rows, hidden) : Weights{}, weights(heads * (nope + rotary), low ? narrow_rows : hidden),
+                              weights(rank + rotary, hidden), weights(heads * (nope + value), rank), weights(hidden, heads * value),
+                              {q_norm.data(), 1e-6f}, {kv_norm.data(), 1e-6f}};
+    const std::vector<float> latents = normal(capacity * rank), turned = normal(capacity * rotary);
+    std::vector<uint8_t> mask(static_cast<size_t>(position + 1), 1);
+    if (position > 2) mask[1] = mask[2] = 0;
+    const auto bytes = [](auto& values) { return reinterpret_cast<uint8_t*>(const_cast<float*>(values.data())); };
+    std::vector<float> first;
+    for (const int threads : {1, 3}) {
+        ThreadPool pool(threads);
+        Workspace workspace;
+        std::vector<float> out(static_cast<size_t>(hidden), NAN), kept_latents = latents, kept_turned = turned;
+        attend(layout, {Format::F32, bytes(x), bytes(turns), bytes(turns) + 4 * rotary, bytes(kept_latents), bytes(kept_turned), capacity, position, mask.data(), bytes(out)}, pool, workspace);
+        for (const float one : out) CHECK(std::isfinite(one), "a value is missing");
+        for (int64_t i = 0; i < capacity * rank; ++i)
+            CHECK(i / rank == position || kept_latents[static_cast<size_t>(i)] == latents[static_cast<size_t>(i)], "another token's latent has changed");
+        out.insert(out.end(), kept_latents.begin(), kept_latents.end());
+        out.insert(out.end(), kept_turned.begin(), kept_turned.end());
+        if (first.empty()) first = out;
+        CHECK(std::memcmp(first.data(), out.data(), out.size() * 4) == 0, "threads change %s", format_info(format).name);
+    }
+}
+
 void test_nonfinite() {
     std::vector<uint8_t> w = stored_weights(Format::Q8_0, 17, 64);
     put(w, 34 * 33, 0x7c00);
@@ -271,6 +336,11 @@ int main() {
             }
         }
     }
+    test_column_tiles(16, 32);
+    test_column_tiles(112, 96);
+    for (const Format format : {Format::F32, Format::BF16, Format::Q8_0})
+        for (const Turn turn : {Turn::Halves, Turn::NeighborsToHalves, Turn::Neighbors})
+            for (const int64_t position : {0, 70, 700}) test_latent_attention(format, turn, position == 70, position);
     test_nonfinite();
     test_read();
     std::printf("%d failures\n", failures);

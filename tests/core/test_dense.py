@@ -153,8 +153,8 @@ def natively(adapter: TransformersAdapter) -> tuple[int, int]:
 
 def test_which_families_are_computed_natively(chat_folder: Callable[..., Path]) -> None:
     found = {family: natively(load(chat_folder(family, "bfloat16"))) for family in FAMILIES}
-    # Two norms a layer and the last one, qwen3_moe's heads, deepseek_v2's latent; no latent attention, no sinks.
-    assert found == {"mixtral": (7, 3), "qwen3_moe": (13, 3), "deepseek_v2": (10, 0), "gpt_oss": (9, 0)}
+    # Two norms a layer and the last one, qwen3_moe's heads, deepseek_v2's latent; no sinks.
+    assert found == {"mixtral": (7, 3), "qwen3_moe": (13, 3), "deepseek_v2": (10, 3), "gpt_oss": (9, 0)}
     # Forecasts have no model to try, so they know it by name.
     assert {family for family, (_, attention) in found.items() if attention} == NATIVE_ATTENTION & set(
         FAMILIES
@@ -239,4 +239,5 @@ def test_the_cache_grows_token_by_token_as_in_larger_steps() -> None:
     )
     assert one_by_one.place_for_token(4, 8, states[0]) is None
     assert one_by_one.place_for_token(2, 8, states[0].double()) is None
+    assert one_by_one.place_for_token(2, 8, states[0], 9) is None
     assert Cache(layers=[one_by_one]).get_seq_length() == 600

@@ -142,8 +142,12 @@ def test_an_expert_that_arrives_is_handled() -> None:
         assert other.decode.framework - one.decode.framework == pytest.approx(32 * missing * 0.01 * gb)
 
 
-def test_latent_attention_expands_its_cache_at_every_token() -> None:
+def test_latent_attention_that_torch_computes_expands_its_cache_at_every_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """One product with as many rows as there are tokens, in steps of 64; of float weights on one of two threads."""
+    assert shape_of("deepseek-v2-lite").expansion_weights == 0
+    monkeypatch.setattr("moei_core.forecast.shape.NATIVE_ATTENTION", frozenset())
     shape = shape_of("deepseek-v2-lite")
     assert shape.expansion_weights == 512 * 16 * (128 + 128)
     assert shape_of("qwen3-30b-a3b").expansion_weights == 0
@@ -154,6 +158,18 @@ def test_latent_attention_expands_its_cache_at_every_token() -> None:
         attention = 900 * shape.kv_nbytes_per_token / SPEEDS.memory_bandwidth
         more = shape.layers * (threads if stored == BF16 else 1) * (rows[1] - rows[0]) + attention
         assert long.decode.dense - short.decode.dense == pytest.approx(more)
+
+
+def test_latents_meet_every_head_twice() -> None:
+    """Native: two products with as many rows as heads, and a token's width is that of its latent."""
+    shape = shape_of("deepseek-v2-lite")
+    assert shape.native_attention and shape.kv_nbytes_per_token == 27 * (512 + 64) * 2
+    assert shape.heads_width == 16 * (128 + 64 + 128) / 2
+    assert shape_of("qwen3-30b-a3b").heads_width == 32 * 128
+    short, long = (made("deepseek-v2-lite", 1.0, prompt=prompt) for prompt in (100, 1000))
+    first, last = (27 * SPEEDS.product(BF16, count * (2 * 512 + 64), 16) for count in (100, 1000))
+    assert long.decode.dense - short.decode.dense == pytest.approx(last - first)
+    assert last - first > 900 * shape.kv_nbytes_per_token / SPEEDS.memory_bandwidth
 
 
 def test_two_limits_are_named_where_neither_is_clear() -> None:

@@ -50,6 +50,11 @@ for heads, groups, width in ((4, 2, 16), (3, 3, 48), (6, 2, 64), (8, 1, 128)):
     call = native.Attention(linear, (heads, groups, width, width), 1.0)
     call("F32", x.ctypes.data, (cosine.ctypes.data, sine.ctypes.data), place, 0, out.ctypes.data)
     print("attention", width, hashlib.sha256(out.tobytes()).hexdigest())
+from tests.native.test_latent_attention import TURNS, Case, torch
+for turn in TURNS:
+    for dtype, blocks in ((torch.bfloat16, False), (torch.float32, True)):
+        found = Case(dtype, turn, blocks=blocks, position=300, low=blocks).run(threads=2)
+        print("latents", turn, hashlib.sha256(found["out"].float().numpy().tobytes()).hexdigest())
 """
 
 

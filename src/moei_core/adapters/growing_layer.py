@@ -43,25 +43,28 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self.keys[..., :end, :], self.values[..., :end, :]
 
     def place_for_token(
-        self, kv_heads: int, head_dim: int, like: torch.Tensor
+        self, kv_heads: int, head_dim: int, like: torch.Tensor, value_dim: int | None = None
     ) -> tuple[int, int, int, int] | None:
         """Make room for one token of a batch of one, which the caller writes before it calls ``wrote_token``.
 
-        Returns the addresses of keys and values [kv_heads, capacity, head_dim], the capacity and the token's place;
-        None if what is held has another shape or type than ``like`` and the sizes say.
+        Returns the addresses of keys and values [kv_heads, capacity, head_dim] (values with ``value_dim``, if that is
+        another), the capacity and the token's place; None if what is held has another shape or type than ``like`` and
+        the sizes say.
         """
+        width = head_dim if value_dim is None else value_dim
         if not self.is_initialized:
-            empty = like.new_empty((1, kv_heads, 0, head_dim))
-            self.lazy_initialization(empty, empty)
-        shape = self.keys.shape
+            self.lazy_initialization(
+                like.new_empty((1, kv_heads, 0, head_dim)), like.new_empty((1, kv_heads, 0, width))
+            )
+        capacity = self.keys.shape[2]
         if (
-            (shape[0], shape[1], shape[3]) != (1, kv_heads, head_dim)
-            or self.values.shape != shape
+            self.keys.shape != (1, kv_heads, capacity, head_dim)
+            or self.values.shape != (1, kv_heads, capacity, width)
             or self.keys.dtype != like.dtype
         ):
             return None
         length = self._length
-        if length == shape[2]:
+        if length == capacity:
             self.keys = _grown(self.keys, length, length + 1)
             self.values = _grown(self.values, length, length + 1)
         return self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape[2], length

@@ -7,7 +7,7 @@ attention with attributes that are not known here may do something that no trial
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from moei_core.adapters.dense_linear import TYPES, BlockLinear, NativeLinear
 from moei_core.adapters.growing_layer import GrowingLayer
 from moei_core.quant import native
 from moei_core.quant.formats import FORMATS
+from moei_core.quant.native_latent import LatentAttention
 
 _MOST_VALUES = 1 << 14
 """Values of a norm's input up to which one native call beats several of torch."""
@@ -33,7 +34,7 @@ _TRIAL_TOKENS, _TRIALS = 7, ((1.0, False), (3.0, True))
 """Tokens of a trial; scale of its input, and whether some tokens are hidden."""
 _Arguments = tuple[str, int, tuple[int, int], tuple[int, int, int, int], int]
 _EXACT, _ROUNDED = 1e-4, 0.02
-"""How far the results of a trial may be apart, relative, when all is float32 and when something is rounded."""
+"""Tolerances of a trial when all is float32 and when something is rounded."""
 
 
 class NativeNorm:
@@ -103,7 +104,7 @@ class NativeAttention:
     def __init__(self, module: Any, rotary: int, dtype: torch.dtype) -> None:
         """rotary: values of a head that turn. Raises: ValueError if the parts do not fit together."""
         q, k, v, o = (getattr(module, name) for name in _PROJECTIONS)
-        projections = _linear(q), _linear(k), _linear(v), _linear(o)
+        projections = linear_kernel(q), linear_kernel(k), linear_kernel(v), linear_kernel(o)
         self.head_dim = int(module.head_dim)
         heads, self.kv_heads = q.out_features // self.head_dim, k.out_features // self.head_dim
         norms = [getattr(module, name).forward for name in _NORMS if hasattr(module, name)]
@@ -111,8 +112,9 @@ class NativeAttention:
             raise ValueError("norms of another kind")
         weights = (norms[0].weight, norms[1].weight) if norms else None
         self._own, self._layer, self._dtype, self._rotary = module.forward, module.layer_idx, dtype, rotary
-        self._type = TYPES[dtype]
-        self.kernel = native.Attention(
+        self._type, self.width = TYPES[dtype], q.in_features
+        self.tolerance = tolerance(dtype, (q, k, v, o))
+        self.kernel: native.Attention | LatentAttention = native.Attention(
             projections,
             (heads, self.kv_heads, self.head_dim, rotary),
             float(module.scaling),
@@ -160,15 +162,12 @@ class NativeAttention:
 
         None for what the kernel cannot do.
         """
-        if cache is None or not isinstance(turn, tuple) or len(turn) != 2:
+        turns = self._turns(turn)
+        if cache is None or turns is None:
             return None
         layer = cache.layers[self._layer]
         if not isinstance(layer, GrowingLayer):
             return None
-        cosine, sine = turn
-        for given in turn:
-            if given.numel() != self._rotary or given.dtype != self._dtype or not given.is_contiguous():
-                return None
         if hidden_states.dtype != self._dtype or not hidden_states.is_contiguous():
             return None
         seen = 0
@@ -177,19 +176,47 @@ class NativeAttention:
             if mask.dtype != torch.bool or mask.numel() != length or not mask.is_contiguous():
                 return None
             seen = mask.data_ptr()
-        place = layer.place_for_token(self.kv_heads, self.head_dim, hidden_states)
-        if place is None:
+        place = self._place(layer, hidden_states)
+        return None if place is None else (layer, (self._type, hidden_states.data_ptr(), turns, place, seen))
+
+    def _turns(self, turn: Any) -> tuple[int, int] | None:
+        """The addresses of one token's cosines and sines, or None if they are not as the kernel wants them."""
+        if not isinstance(turn, tuple) or len(turn) != 2:
             return None
-        return layer, (
-            self._type,
-            hidden_states.data_ptr(),
-            (cosine.data_ptr(), sine.data_ptr()),
-            place,
-            seen,
-        )
+        for given in turn:
+            if given.numel() != self._rotary or given.dtype != self._dtype or not given.is_contiguous():
+                return None
+        return turn[0].data_ptr(), turn[1].data_ptr()
+
+    def _place(self, layer: GrowingLayer, like: torch.Tensor) -> tuple[int, int, int, int] | None:
+        return layer.place_for_token(self.kv_heads, self.head_dim, like)
+
+    def random_turns(self, like: Any, tokens: int, generator: torch.Generator) -> Any:
+        """Numbers where ``like`` are cosines and sines.
+
+        They are no rotation: so a variant that pairs other values cannot agree by chance.
+        """
+        return tuple(some((1, tokens, self._rotary), generator, one.dtype) for one in like)
+
+    def random_states(self, tokens: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers where a cache has ``tokens`` keys and values."""
+        shape = (1, self.kv_heads, tokens, self.head_dim)
+        return some(shape, generator, self._dtype), some(shape, generator, self._dtype)
 
 
-def _linear(module: nn.Module) -> native.Linear:
+def some(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+    """Random numbers for a trial."""
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def tolerance(dtype: torch.dtype, projections: Sequence[nn.Module], rounded: float = _ROUNDED) -> float:
+    """How far the results of a trial may be apart, relative: ``rounded``, unless all is float32."""
+    blocks = (one.matrix.format for one in projections if isinstance(one, BlockLinear))
+    exact = dtype == torch.float32 and all(FORMATS[name].is_float for name in blocks)
+    return _EXACT if exact else rounded
+
+
+def linear_kernel(module: nn.Module) -> native.Linear:
     """The kernel of a linear layer. Raises: ValueError if it has none."""
     if isinstance(module, (NativeLinear, BlockLinear)):
         return module.kernel
@@ -226,36 +253,33 @@ def use_native_attention(
             continue
         try:
             found = NativeAttention(module, turn[0].shape[-1], dtype)
-            agrees = all(_agrees(module, found, call, dtype, *trial) for trial in _TRIALS)
         except Exception:
-            # Whatever a trial with arguments of our making raises: not the attention that we know.
+            # Parts of another kind.
             continue
-        if agrees:
+        if agrees(found, call):
             module.forward = found
 
 
-def _agrees(
-    module: Any, found: NativeAttention, call: ModuleCall, dtype: torch.dtype, scale: float, hidden: bool
-) -> bool:
+def agrees(found: NativeAttention, call: ModuleCall) -> bool:
+    """Whether ``found`` gives what its module's own forward gives. call: what the module was called with."""
+    try:
+        return all(_agrees(found, call, *trial) for trial in _TRIALS)
+    except Exception:
+        # Whatever a trial with arguments of our making raises: not the attention that we know.
+        return False
+
+
+def _agrees(found: NativeAttention, call: ModuleCall, scale: float, hidden: bool) -> bool:
     """Whether both forwards give the same for a token after some others. hidden: it does not see some of them."""
     generator = torch.Generator().manual_seed(0)
-    turn = call.arguments["position_embeddings"]
-    given = (torch.randn((1, _TRIAL_TOKENS, module.q_proj.in_features), generator=generator) * scale).to(
-        dtype
-    )
-    # Not a rotation: so a variant that pairs other values cannot agree by chance.
-    turns = torch.randn((2, 1, _TRIAL_TOKENS, turn[0].shape[-1]), generator=generator).to(turn[0].dtype)
-    exact = dtype == torch.float32 and all(
-        not isinstance(getattr(module, name), BlockLinear)
-        or FORMATS[getattr(module, name).matrix.format].is_float
-        for name in _PROJECTIONS
-    )
+    given = (torch.randn((1, _TRIAL_TOKENS, found.width), generator=generator) * scale).to(found._dtype)
+    turns = found.random_turns(call.arguments["position_embeddings"], _TRIAL_TOKENS, generator)
     mask: torch.Tensor | None = None
     if hidden:
         mask = torch.ones((1, 1, 1, _TRIAL_TOKENS), dtype=torch.bool)
         mask[..., 1:3] = False
-    cache = Cache(layers=[GrowingLayer() for _ in range(module.layer_idx + 1)])
-    layer = cache.layers[module.layer_idx]
+    cache = Cache(layers=[GrowingLayer() for _ in range(found._layer + 1)])
+    layer = cache.layers[found._layer]
     results = []
     for forward, tokens, shown in (
         (found._own, slice(0, -1), None),
@@ -264,12 +288,18 @@ def _agrees(
     ):
         layer.cut_to(_TRIAL_TOKENS - 1)
         arguments = {**call.arguments, "attention_mask": shown, "past_key_values": cache}
-        arguments["position_embeddings"] = tuple(one[:, tokens].contiguous() for one in turns)
+        arguments["position_embeddings"] = _of_tokens(turns, tokens)
         output = forward(hidden_states=given[:, tokens].contiguous(), **arguments)
         last = layer.get_seq_length() - 1
         results.append((output[0], layer.keys[..., last, :].clone(), layer.values[..., last, :].clone()))
     for theirs, ours in zip(*results[1:], strict=True):
         error = (ours.float() - theirs.float()).square().mean().sqrt()
-        if not error <= (_EXACT if exact else _ROUNDED) * theirs.float().square().mean().sqrt():
+        if not error <= found.tolerance * theirs.float().square().mean().sqrt():
             return False
     return True
+
+
+def _of_tokens(turns: Any, tokens: slice) -> Any:
+    if isinstance(turns, tuple):
+        return tuple(one[:, tokens].contiguous() for one in turns)
+    return turns[:, tokens].contiguous()

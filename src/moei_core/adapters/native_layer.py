@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 from moei_core.adapters.base import ExpertsRuntime, NothingResident
 from moei_core.adapters.dense_linear import FEW_ROWS, TYPES
 from moei_core.adapters.growing_layer import GrowingLayer
-from moei_core.adapters.native_decode import ModuleCall, NativeAttention, NativeNorm
+from moei_core.adapters.native_decode import ModuleCall, NativeAttention, NativeNorm, some
 from moei_core.adapters.skeleton import experts_modules
 from moei_core.quant import native
 from moei_core.quant.native_layer import Layer, Router
@@ -244,22 +244,14 @@ class LayerTrial(NothingResident):
 
     def agrees(self, module: Any, found: NativeLayer, call: ModuleCall) -> bool:
         """Whether both forwards give the same bits for a token after some others."""
-        attention = module.self_attn
-        heads, generator = (
-            attention.k_proj.out_features // attention.head_dim,
-            torch.Generator().manual_seed(0),
-        )
-
-        def some(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator).to(turn[0].dtype)
-
-        turn = call.arguments["position_embeddings"]
-        given, turns = some(1, 1, found._width), (some(*turn[0].shape), some(*turn[0].shape))
-        states = some(2, 1, heads, _TRIAL_TOKENS - 1, attention.head_dim)
+        attention, generator = found._attention, torch.Generator().manual_seed(0)
+        turns = attention.random_turns(call.arguments["position_embeddings"], 1, generator)
+        given = some((1, 1, found._width), generator, attention._dtype)
+        states = attention.random_states(_TRIAL_TOKENS - 1, generator)
         results = []
         for forward in (found._own, found):
-            cache = Cache(layers=[GrowingLayer() for _ in range(attention.layer_idx + 1)])
-            layer = cache.layers[attention.layer_idx]
+            cache = Cache(layers=[GrowingLayer() for _ in range(attention._layer + 1)])
+            layer = cache.layers[attention._layer]
             layer.update(states[0], states[1])
             self._seen.clear()
             arguments = {**call.arguments, "past_key_values": cache, "position_embeddings": turns}

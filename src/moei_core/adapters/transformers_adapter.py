@@ -19,6 +19,7 @@ from moei_core.adapters.checkpoint import check_shapes, join_mxfp4, read_tensors
 from moei_core.adapters.dense_linear import use_native_linears
 from moei_core.adapters.early_router import EarlyRouters
 from moei_core.adapters.kept_blocks import find_kept, give_up_read_ones
+from moei_core.adapters.latent_attention import latent_attention_modules, use_native_latent_attention
 from moei_core.adapters.native_decode import (
     ModuleCall,
     attention_modules,
@@ -190,7 +191,11 @@ class TransformersAdapter:
         load_dense_weights(self.model, self._dense, self.dtype, self._expert_parameters, self._kept)
         hooks = [
             module.register_forward_pre_hook(_note_call(self._calls), with_kwargs=True)
-            for module in (*attention_modules(self.model), *layer_modules(self.model))
+            for module in (
+                *attention_modules(self.model),
+                *latent_attention_modules(self.model),
+                *layer_modules(self.model),
+            )
         ]
         try:
             top_k = max(self._probe().values())
@@ -212,6 +217,7 @@ class TransformersAdapter:
                 use_native_norms(self.model)
                 use_native_routers(self.model)
                 use_native_attention(self.model, self._calls, self.dtype)
+                use_native_latent_attention(self.model, self._calls, self.dtype)
                 use_native_layers(self.model, self._calls, _installed.get, trial)
         finally:
             self.uninstall()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from moei_core.config import PREFILL_CHUNK, ExpertBudget, format_size
 from moei_core.errors import DoesNotFitError
-from moei_core.forecast.formats import QUANTISED, StorageFormat
+from moei_core.forecast.formats import FORMATS, QUANTISED, StorageFormat
 from moei_core.forecast.gpu import (
     GPU_MODEL_ERROR,
     GpuPlan,
@@ -167,7 +167,7 @@ def _decode(
     """Seconds of one token. bound: which end of the disk's range."""
     cost, layers, lookups = speeds.framework, shape.moe_layers, shape.top_k
     times = ExpertTimes.of(shape, form, speeds, 1)
-    attention = position * shape.kv_nbytes_per_token / speeds.memory_bandwidth
+    attention = _attention(shape, speeds, position)
     through = shape.layer_nbytes(form)
     framework = shape.layers * cost.layer(through, native=shape.native_attention)
     framework += cost.token + cost.sampling * shape.vocab_size
@@ -188,6 +188,17 @@ def _dense(shape: ModelShape, form: StorageFormat, speeds: Speeds, rows: int, he
     matrix = weights / (shape.layers * _DENSE_MATRICES)
     body = shape.layers * _DENSE_MATRICES * speeds.product(stored, matrix, rows)
     return body + speeds.product(stored, shape.head_weights, heads)
+
+
+def _attention(shape: ModelShape, speeds: Speeds, position: int) -> float:
+    """Seconds in which one token's queries meet keys and values of all tokens before it."""
+    reading = position * shape.kv_nbytes_per_token / speeds.memory_bandwidth
+    text = shape.config
+    if not text.get("kv_lora_rank") or not shape.native_attention:
+        return reading
+    # Latents, few bytes, meet every head twice: two products with as many rows as there are heads.
+    weights = position * (2 * text["kv_lora_rank"] + text["qk_rope_head_dim"])
+    return max(reading, shape.layers * speeds.product(FORMATS["bf16"], weights, text["num_attention_heads"]))
 
 
 _STEADY_ROWS = 64
@@ -234,11 +245,7 @@ def _prefill(
         body = _dense(shape, form, speeds, rows, 1)
         # Scores and their sums: 4 operations for each pair of positions, head and dimension.
         pairs = rows * (number * chunk + rows / 2)
-        width = shape.kv_nbytes_per_token / 2 / 2 / shape.layers
-        heads = shape.config["num_attention_heads"] / (
-            shape.config.get("num_key_value_heads") or shape.config["num_attention_heads"]
-        )
-        body += 4 * pairs * width * heads * shape.layers / speeds.arithmetic_rate()
+        body += 4 * pairs * shape.heads_width * shape.layers / speeds.arithmetic_rate()
         dense += body
         # Streamed, the experts of all layers are one long reading beside all computing but the first dense part.
         computing = shape.moe_layers * times.computing(touched - missing, missing) - times.arriving

@@ -32,7 +32,19 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 
-NATIVE_ATTENTION = frozenset({"ernie4_5_moe", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe"})
+NATIVE_ATTENTION = frozenset(
+    {
+        "axk1",
+        "deepseek_v2",
+        "deepseek_v3",
+        "ernie4_5_moe",
+        "glm4_moe_lite",
+        "mixtral",
+        "phimoe",
+        "qwen2_moe",
+        "qwen3_moe",
+    }
+)
 """Kinds of models whose attention the engine computes natively. It finds out by trying (``adapters/native_decode.py``);
 a test compares."""
 
@@ -70,6 +82,16 @@ class ModelShape:
         return self.layers * kv_width(self.config) * 2
 
     @property
+    def heads_width(self) -> float:
+        """Values of a token's query over all heads, or of what they mix, on average."""
+        text = self.config
+        heads = text["num_attention_heads"]
+        if text.get("kv_lora_rank"):
+            key = text["qk_nope_head_dim"] + text["qk_rope_head_dim"]
+            return float(heads * (key + text["v_head_dim"]) / 2)
+        return float(kv_width(text) / 2 * heads / (text.get("num_key_value_heads") or heads))
+
+    @property
     def hidden_size(self) -> int:
         return int(self.config["hidden_size"])
 
@@ -93,9 +115,12 @@ class ModelShape:
 
     @property
     def expansion_weights(self) -> int:
-        """Weights of a layer's matrix that expands compressed keys and values; 0 where they are kept as they are."""
+        """Weights of a layer's matrix that each token expands all compressed keys and values with.
+
+        0 where they are kept as they are, or where the engine attends without expanding them.
+        """
         text = self.config
-        if not text.get("kv_lora_rank"):
+        if not text.get("kv_lora_rank") or self.native_attention:
             return 0
         width = text["qk_nope_head_dim"] + text["v_head_dim"]
         return int(text["kv_lora_rank"] * text["num_attention_heads"] * width)

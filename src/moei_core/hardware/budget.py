@@ -21,9 +21,8 @@ def kv_width(config: Mapping[str, Any]) -> int:
     """Numbers that one layer keeps of one token: its keys and values. config: fields as in ``config.json``."""
     heads = config["num_attention_heads"]
     if config.get("kv_lora_rank"):
-        # Multi-head latent attention: transformers caches the expanded keys and values.
-        key = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
-        return int(heads * (key + config["v_head_dim"]))
+        # Multi-head latent attention: transformers caches the latent, and the turned key that all heads share.
+        return int(config["kv_lora_rank"] + config["qk_rope_head_dim"])
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     return int(2 * (config.get("num_key_value_heads") or heads) * head_dim)
 
@@ -59,9 +58,16 @@ def workspace_nbytes(
     eager_attention: only attention without a fused kernel holds its scores (gpt-oss: its sinks have none here).
     """
     chunk = prefill_chunk(config, top_k, context, item, eager_attention)
+    expanded = 0
+    if config.get("kv_lora_rank"):
+        # A prompt expands the latents of one layer: the product, the keys put together, both filled up to few shapes.
+        nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
+        parts = nope + value + 2 * (nope + config["qk_rope_head_dim"]) + value
+        expanded = context * (config["num_attention_heads"] * parts * item + config["kv_lora_rank"] * 6)
     # Beside what grows with the pass: the logits of one token; one expert reordered by a library.
     return (
         _pass_nbytes(config, top_k, context, item, chunk, eager_attention)
+        + int(expanded)
         + 3 * int(config["vocab_size"]) * 4
         + slot_nbytes
     )

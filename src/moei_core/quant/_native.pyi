@@ -93,9 +93,49 @@ class Router:
 class ExpertTable:
     def __init__(self, layout: FfnLayout, experts: list[ExpertParts], /) -> None: ...
 
+class LatentAttention:
+    def __init__(
+        self,
+        q_a: Weights | None,
+        q: Weights,
+        kv_a: Weights,
+        kv_b: Weights,
+        o: Weights,
+        heads: int,
+        nope: int,
+        rotary: int,
+        value: int,
+        scale: float,
+        turn: str,
+        q_norm: list[float],
+        q_eps: float,
+        kv_norm: list[float],
+        kv_eps: float,
+        /,
+    ) -> None: ...
+    def __call__(
+        self,
+        type: str,
+        x: int,
+        cosine: int,
+        sine: int,
+        latents: int,
+        turned: int,
+        capacity: int,
+        position: int,
+        mask: int,
+        out: int,
+        /,
+    ) -> None: ...
+
 class Layer:
     def __init__(
-        self, attention: Attention, input_norm: RmsNorm, behind_norm: RmsNorm, router: Router, /
+        self,
+        attention: Attention | LatentAttention,
+        input_norm: RmsNorm,
+        behind_norm: RmsNorm,
+        router: Router,
+        /,
     ) -> None: ...
     def __call__(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moei_core.quant import native
+from moei_core.quant.native_latent import LatentAttention
 
 if native.available():
     from moei_core.quant import _native
@@ -45,7 +46,7 @@ class Layer:
 
     def __init__(
         self,
-        attention: native.Attention,
+        attention: native.Attention | LatentAttention,
         input_norm: native.RmsNorm,
         behind_norm: native.RmsNorm,
         router: Router,
