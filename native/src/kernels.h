@@ -33,10 +33,9 @@ static inline uint32_t fp4_scale_bits(uint32_t exponent) {
 using TileKernel = void (*)(const uint8_t* tiles, int64_t first, int64_t count, int64_t cols,
                             const void* const* activations, int64_t n, float* sums);
 // The same for one activation row and 1 to kStreams rows of tiles at once, all columns; sums[rows][16] need no value before.
-// One token waits for memory, which gives more to several streams. `next`: what will be read after each of them.
+// One token waits for memory, which gives more to several streams. What is read after a row begins `skip` bytes behind it.
 constexpr int kStreams = 4;
-using TokenKernel = void (*)(const uint8_t* const* tiles, const uint8_t* const* next, int rows, int64_t cols,
-                             const void* activations, float* sums);
+using TokenKernel = void (*)(const uint8_t* const* tiles, int64_t skip, int rows, int64_t cols, const void* activations, float* sums);
 
 // out[t * ld + r] = sum over c of w[r * stride + c] * x[t][c] (rows), or w[c * stride + r] * x[t][c] (columns).
 // rows: sixteen partial sums, c modulo 16, each in ascending c with fused multiply-adds (the portable path rounds

@@ -162,25 +162,23 @@ void tile_kernel(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
 }
 
 template <typename Q, int R>
-void token_rows(const uint8_t* const* rows, const uint8_t* const* next, int64_t cols, const int8_t* x, float* out) {
+void token_rows(const uint8_t* const* rows, int64_t skip, int64_t cols, const int8_t* x, float* out) {
     const int64_t nbytes = cols / 32 * Q::tile_nbytes;
     __m512 sums[R];
     const uint8_t* tiles[R];
-    int64_t jump[R];
     for (int r = 0; r < R; ++r) {
         sums[r] = _mm512_setzero_ps();
         tiles[r] = rows[r];
-        jump[r] = next[r] - rows[r] - nbytes;
     }
     for (int64_t b = 0, at = 0; at < nbytes; ++b, at += Q::tile_nbytes) {
         const int64_t at_scale = (Q::wide ? 2 : 1) * cols + 4 * b;
         const __m512 x_scale = _mm512_set1_ps(load_f32(x + at_scale));
         const __m512i correction = four(x + at_scale + cols / 8);
-        const bool beyond = at + kAhead >= nbytes;
+        const int64_t ahead = at + kAhead + (at + kAhead < nbytes ? 0 : skip);
         for (int r = 0; r < R; ++r) {
-            const uint8_t *const tile = tiles[r] + at, *const ahead = tile + kAhead + (beyond ? jump[r] : 0);
+            const uint8_t* const tile = tiles[r] + at;
             for (int line = 0; line < Q::tile_nbytes; line += 64) {
-                _mm_prefetch(reinterpret_cast<const char*>(ahead) + line, _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(tiles[r]) + ahead + line, _MM_HINT_T0);
             }
             __m512i dot[1] = {correction};
             Q::template dots<1>(tile + Q::scales_nbytes, &x, 32 * b, cols, dot);
@@ -192,14 +190,13 @@ void token_rows(const uint8_t* const* rows, const uint8_t* const* next, int64_t 
 }
 
 template <typename Q>
-void token_kernel(const uint8_t* const* tiles, const uint8_t* const* next, int rows, int64_t cols, const void* activations,
-                  float* sums) {
+void token_kernel(const uint8_t* const* tiles, int64_t skip, int rows, int64_t cols, const void* activations, float* sums) {
     const auto* const x = static_cast<const int8_t*>(activations);
     switch (rows) {
-        case 1: return token_rows<Q, 1>(tiles, next, cols, x, sums);
-        case 2: return token_rows<Q, 2>(tiles, next, cols, x, sums);
-        case 3: return token_rows<Q, 3>(tiles, next, cols, x, sums);
-        default: return token_rows<Q, 4>(tiles, next, cols, x, sums);
+        case 1: return token_rows<Q, 1>(tiles, skip, cols, x, sums);
+        case 2: return token_rows<Q, 2>(tiles, skip, cols, x, sums);
+        case 3: return token_rows<Q, 3>(tiles, skip, cols, x, sums);
+        default: return token_rows<Q, 4>(tiles, skip, cols, x, sums);
     }
 }
 

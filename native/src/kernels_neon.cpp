@@ -162,7 +162,7 @@ void tile_kernel(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
 }
 
 template <typename Q>
-void token_kernel(const uint8_t* const* tiles, const uint8_t* const*, int rows, int64_t cols, const void* activations, float* sums) {
+void token_kernel(const uint8_t* const* tiles, int64_t, int rows, int64_t cols, const void* activations, float* sums) {
     for (int i = 0; i < 16 * rows; ++i) sums[i] = 0;
     for (int r = 0; r < rows; ++r) tile_kernel<Q>(tiles[r], 0, cols / 32, cols, &activations, 1, sums + 16 * r);
 }

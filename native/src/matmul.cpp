@@ -57,20 +57,18 @@ void project_tiles(const Kernels& kernels, const Matrix& w, int64_t begin, int64
     }
 }
 
-// One token's rows of a matrix in tiles, of which up to kStreams begin at `row` and end before `end`, followed by what is
-// read behind them: the same matrix, or from `after` on.
+// Rows of tiles that one token reads side by side.
 struct Streams {
-    const uint8_t *tiles[kStreams], *next[kStreams];
+    const uint8_t* tiles[kStreams];
     int count = 0;
+    int64_t skip = 0;
 
-    void add(const Matrix& w, int64_t row, int64_t end, int64_t most, const uint8_t* after) {
+    // Up to `most` rows of tiles from row `begin` on, before `end`; the next ones follow in memory.
+    void add(const Matrix& w, int64_t begin, int64_t end, int64_t most) {
         const int64_t stride = kTileRows * row_nbytes(w.format, w.cols);
-        const int64_t rows = std::min(most, round_up(end - row, kTileRows) / kTileRows);
-        const uint8_t* const first = w.data + row / kTileRows * stride;
-        for (int64_t r = 0; r < rows; ++r, ++count) {
-            tiles[count] = first + r * stride;
-            next[count] = (after ? after : first + rows * stride) + r * stride;
-        }
+        const int64_t rows = std::min(most, round_up(end - begin, kTileRows) / kTileRows);
+        for (int64_t r = 0; r < rows; ++r) tiles[count++] = w.data + (begin / kTileRows + r) * stride;
+        skip = (rows - 1) * stride;
     }
 };
 
@@ -78,8 +76,8 @@ void project_token(const Kernels& kernels, const Matrix& w, int64_t begin, int64
     alignas(64) float sums[kStreams * kTileRows];
     for (int64_t row = begin; row < end; row += kStreams * kTileRows) {
         Streams streams;
-        streams.add(w, row, end, kStreams, nullptr);
-        token_kernel(kernels, w.format)(streams.tiles, streams.next, streams.count, w.cols, x, sums);
+        streams.add(w, row, end, kStreams);
+        token_kernel(kernels, w.format)(streams.tiles, streams.skip, streams.count, w.cols, x, sums);
         std::memcpy(out + row - begin, sums, static_cast<size_t>(std::min<int64_t>(kStreams * kTileRows, end - row)) * sizeof(float));
     }
 }
@@ -173,14 +171,16 @@ void gate_up_strip(const Kernels& kernels, const FfnLayout& l, const Expert& exp
         const Inputs tile = x + start;
         const float *gate = products, *up = products + kStrip;
         int64_t step = 1;
-        if (n == 1 && expert.up.data && l.gating != Gating::Interleaved && expert.gate.order == Order::Rows16) {
+        const bool two = l.gating == Gating::Separate || l.gating == Gating::Concatenated;
+        if (n == 1 && two && l.gate_up_order == Order::Rows16) {
             Streams streams;
-            streams.add(expert.gate, begin, end, kStreams / 2, nullptr);
-            streams.add(expert.up, begin, end, kStreams / 2, nullptr);
-            token_kernel(kernels, l.gate_up_format)(streams.tiles, streams.next, streams.count, l.hidden, tile[0], products);
-            up = products + streams.count / 2 * kTileRows;
+            streams.add(expert.gate, begin, end, kStreams / 2);
+            streams.add(expert.up, begin, end, kStreams / 2);
+            token_kernel(kernels, l.gate_up_format)(streams.tiles, streams.skip, streams.count, l.hidden, tile[0], products);
+            float* const second = products + streams.count / 2 * kTileRows;
+            up = second;
             if (expert.gate_bias) add_bias(l.bias_format, expert.gate_bias, begin, count, products, ld, 1);
-            if (expert.up_bias) add_bias(l.bias_format, expert.up_bias, begin, count, products + (up - products), ld, 1);
+            if (expert.up_bias) add_bias(l.bias_format, expert.up_bias, begin, count, second, ld, 1);
         } else if (l.gating == Gating::Interleaved) {
             step = 2;
             up = products + 1;

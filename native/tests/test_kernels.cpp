@@ -1,12 +1,15 @@
 // The kernels without Python, for sanitizers and for processors that only an emulator runs. Every matrix product is
 // compared with one in double precision over the stored values, under a bound from the rounding of each step; then
 // bits are compared across token counts, thread counts and orders of storage. Prints a line per failure.
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <limits>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "dense.h"
@@ -303,6 +306,31 @@ void test_nonfinite() {
     }
 }
 
+// Loops that follow each other at once, while workers are about to sleep, and after they did: every task is done once, by
+// a thread of its own, and what a loop wrote is there for the next.
+void test_pool() {
+    for (const int threads : {2, 4}) {
+        ThreadPool pool(threads);
+        std::vector<int64_t> done(64, 0);
+        int64_t expected = 0;
+        for (int loop = 0; loop < 2000; ++loop) {
+            const int64_t tasks = loop % 65;
+            std::vector<std::atomic<int>> busy(static_cast<size_t>(threads));
+            pool.for_each(tasks, [&](int64_t task, int thread) noexcept {
+                CHECK(thread >= 0 && thread < threads && busy[static_cast<size_t>(thread)].fetch_add(1) == 0, "thread %d", thread);
+                // Another thread did this task in other loops.
+                done[static_cast<size_t>(task)] += task + 1;
+                busy[static_cast<size_t>(thread)].fetch_sub(1);
+            });
+            expected += tasks * (tasks + 1) / 2;
+            int64_t sum = 0;
+            for (const int64_t value : done) sum += value;
+            CHECK(sum == expected, "loop %d of %d threads", loop, threads);
+            if (loop % 100 < 3) std::this_thread::sleep_for(std::chrono::microseconds(loop % 100 * 40 + 20));
+        }
+    }
+}
+
 void test_read() {
     std::vector<uint8_t> data(4 << 20, 0);
     data[3 << 20] = 1;
@@ -342,6 +370,7 @@ int main() {
         for (const Turn turn : {Turn::Halves, Turn::NeighborsToHalves, Turn::Neighbors})
             for (const int64_t position : {0, 70, 700}) test_latent_attention(format, turn, position == 70, position);
     test_nonfinite();
+    test_pool();
     test_read();
     std::printf("%d failures\n", failures);
     return failures == 0 ? 0 : 1;
