@@ -84,7 +84,7 @@ class PrefetchController:
     compared with the mean of its neighbours, since texts drift. While what is kept is nothing, its windows compute no
     predictions. First the challenger only observes in its windows, until it has seen ``EVIDENCE`` passes, since
     predictors know nothing before, and ``LEARN`` since its last trial; it has lost already if that takes so long that
-    saving all of the waiting would not make it good. Then it prefetches.
+    ``SAVED`` of the waiting, which the best hints save, would not make it good. Then it prefetches.
 
     A trial is lost as soon as, after ``FEW_PAIRS``, the mean gain plus ``DOUBT`` standard errors is below ``MARGIN``,
     or at once if the pairs lose more than ``ABORT``; it is won from ``LEAST_PAIRS`` pairs on when the mean gain less
@@ -96,6 +96,7 @@ class PrefetchController:
 
     WARM_UP = 64
     LEAST_WAITING = 0.06
+    SAVED = 0.75
     RECENT = 32
     EVIDENCE = 128
     LEARN = 32
@@ -221,7 +222,7 @@ class PrefetchController:
         if len(gains) < self.FEW_PAIRS:
             return None
         error = statistics.stdev(gains) / math.sqrt(len(gains))
-        to_save = 0.0 if self._evidence is None else self._waiting
+        to_save = 0.0 if self._evidence is None else self.SAVED * self._waiting
         if gain + to_save + self.DOUBT * error < self.MARGIN:
             return False
         if self._evidence is not None:

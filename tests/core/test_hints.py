@@ -15,17 +15,20 @@ from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import POLICIES
 from moei_core.config import ExpertBudget, GenerationSettings
 from moei_core.engine.chat_session import ChatSession
+from moei_core.engine.generate import Generator
 from moei_core.engine.hints import RouterHints
+from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.engine.stride import StridePredictor, train
 from moei_core.errors import DamagedFileError, ModelNotFoundError, UsageError
+from moei_core.hub.resolve import resolve_model
 from moei_core.predict import PREDICTORS
 from moei_core.prefetch import PrefetchMode
 from moei_core.scheduler import ExpertScheduler
 from moei_core.sim.replay import Observer, replay
 from moei_core.trace import Trace, read_trace, write_trace
 from moei_core.trace.hidden import HiddenSampler, HiddenStates, read_hidden, sidecar
-from moei_core.types import FetchPlan, LayerAccess
+from moei_core.types import FetchPlan, LayerAccess, Phase
 
 Folder = Callable[..., Path]
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v2", "gpt_oss")
@@ -250,3 +253,20 @@ def test_a_predictor_that_is_not_there_is_refused(chat_folder: Folder, tmp_path:
     ):
         with pytest.raises(error):
             LoadedModel(folder, LoadOptions(predictor=predictor, context=128))
+
+
+@pytest.mark.parametrize("mode", PrefetchMode)
+def test_a_model_is_watched_only_while_hints_are_wanted(mode: PrefetchMode) -> None:
+    """A hook takes its layer off the native way; a predictor that nobody follows must not cost that."""
+    options = LoadOptions(experts=ExpertBudget(fraction=0.25), predictor="mixed", prefetch=mode)
+    with LoadedModel(resolve_model("moei-demo").folder, options) as model:
+        generator = Generator(
+            model.adapter.model, model.runtime, ConversationCache(model.adapter.config), lambda: False
+        )
+        generator._forward([1, 2, 3], Phase.PREFILL)
+        generator._forward([4], Phase.DECODE)
+        watched = any(module._forward_pre_hooks for module in model.adapter.model.modules())
+        assert watched == (mode is PrefetchMode.ON)
+        model.scheduler.prefetch_mode(PrefetchMode.OFF)
+        generator._forward([5], Phase.DECODE)
+        assert not any(module._forward_pre_hooks for module in model.adapter.model.modules())

@@ -38,10 +38,21 @@ class EarlyRouters:
         """run_token: runs one token and returns what each layer's experts were given, ``top_k_index``."""
         self._routers = _find(model, run_token)
         self._residual: dict[int, torch.Tensor] = {}
+        self._watching, self._hooks = False, list[Any]()
+        self.watch(True)
+
+    def watch(self, wanted: bool) -> None:
+        """Keep inputs from now on, or no longer: a layer whose norm is watched is not one native call."""
+        if wanted is self._watching:
+            return
+        self._watching = wanted
+        for hook in self._hooks:
+            hook.remove()
+        self._residual.clear()
         self._hooks = [
             router.norm.register_forward_pre_hook(self._keeper(layer))
             for layer, router in self._routers.items()
-            if router.norm is not None
+            if wanted and router.norm is not None
         ]
 
     @property
@@ -83,10 +94,7 @@ class EarlyRouters:
 
     def close(self) -> None:
         """Take the hooks off the model."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self._residual.clear()
+        self.watch(False)
 
     def _keeper(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -33,6 +33,9 @@ class Hinter(Protocol):
         Scores are probabilities, exactly representable in float16, which is what a trace keeps.
         """
 
+    def watch(self, wanted: bool) -> None:
+        """Whether hints of the passes to come are wanted: what only they need of the model can be left otherwise."""
+
     def close(self) -> None:
         """Detach from the model."""
 
@@ -121,6 +124,9 @@ class RouterHints:
                     ]
         return tuple(found)
 
+    def watch(self, wanted: bool) -> None:
+        self._routers.watch(wanted)
+
     def close(self) -> None:
         self._routers.close()
 
@@ -153,6 +159,9 @@ class StrideHints:
             ScoredExpert(ExpertKey(target, int(expert)), _score(float(score)))
             for score, expert in zip(best.tolist(), experts.tolist(), strict=True)
         )
+
+    def watch(self, wanted: bool) -> None:
+        return
 
     def close(self) -> None:
         return

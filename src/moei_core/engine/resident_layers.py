@@ -49,7 +49,9 @@ class ResidentLayers:
         """
         if not self._all_here() or not self._short_tokens:
             return None
-        if self.hinter is not None or self.routing is not None or self.sampler is not None:
+        if self.routing is not None or self.sampler is not None:
+            return None
+        if self.hinter is not None and self._wants_hints:
             return None
         self._before_access()
         if not self._all_here():
@@ -100,6 +102,10 @@ class ResidentLayers:
         if kernel is None or any(expert.kind != experts[0].kind for expert in experts):
             return None
         return ExpertTable(kernel.ffn, [kernel.parts(expert) for expert in experts])
+
+    @property
+    def _wants_hints(self) -> bool:
+        raise NotImplementedError
 
     def _before_access(self) -> None:
         raise NotImplementedError

@@ -101,6 +101,10 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers):
         """Lookups that found no resident expert, so far."""
         return self._scheduler.statistics.misses
 
+    @property
+    def _wants_hints(self) -> bool:
+        return self._scheduler.wants_hints or self.recorder is not None
+
     def snapshot(self) -> RuntimeStatistics:
         """A copy of the statistics so far."""
         return replace(self.statistics)
@@ -119,6 +123,8 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers):
         if self.routing is not None:
             self.routing.forward_pass(tokens)
         self._scheduler.forward_pass(phase, tokens)
+        if self.hinter is not None:
+            self.hinter.watch(self._wants_hints)
 
     def end_pass(self) -> None:
         """The forward pass is complete; a pass that was abandoned ends without."""
@@ -145,7 +151,7 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers):
         single = top_k_index.shape[0] == 1
         named = _named(top_k_index, int(module.num_experts)) if single else ()
         hints: tuple[ScoredExpert, ...] = ()
-        if self.hinter is not None and single and (self._scheduler.wants_hints or self.recorder is not None):
+        if self.hinter is not None and single and self._wants_hints:
             hints = self.hinter.hints(layer, hidden_states, named)
         if self.recorder is not None:
             self.recorder.record(layer, top_k_index.numpy(), hints)

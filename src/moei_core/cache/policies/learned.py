@@ -22,15 +22,13 @@ done element by element, or summed by numpy in a fixed order.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from itertools import repeat
-from typing import Any
+from collections.abc import Container, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moei_core.cache.policies.base import ValuePolicy
+from moei_core.cache.policies.same_numbers import GRID, on_grid, power, powers, solve
 from moei_core.types import ExpertKey, LayerAccess
 
 Array = NDArray[np.float32]
@@ -47,7 +45,6 @@ FORGET = 0.9999
 SHRINK = 5.0
 """An affinity seen n times counts n / (n + SHRINK); the rest is popularity."""
 RECENT = 0.8
-GRID = 2.0**-16
 FEATURES = len(PRIOR)
 _FREQUENCIES, _SLOW, _OWN, _BEFORE, _OWN_RECENT = slice(0, 4), 4, 5, 6, 7
 _FIRST_FITS = 8
@@ -57,6 +54,7 @@ _FIRST_BATCH, _EARLY = 16, 256
 _FIT_EVERY = 32
 _RENEW = 64
 _SAMPLE = 128
+_TOGETHER = 6
 
 
 class LearnedMixture(ValuePolicy):
@@ -74,27 +72,16 @@ class LearnedMixture(ValuePolicy):
         self.gamma = 1 - 1 / horizon
         # Small batches learn sooner, which is worth points of hit rate; wide layers cannot pay for it.
         self._batch = batch = 16 if width <= 128 else 32
-        self._powers = _on_grid(_powers(self.gamma, batch).astype(np.float32))
+        self._powers = on_grid(powers(self.gamma, batch).astype(np.float32))
         # later[s, t]: how much a use at t counts for a feature at s < t.
         gap = np.arange(batch)[None, :] - np.arange(batch)[:, None]
         self._later = np.where(gap > 0, self._powers[np.maximum(gap - 1, 0)], np.float32(0))
-        self._forget = _powers(FORGET, batch)
+        self._forget = powers(FORGET, batch)
         # Features by token of the batch; the last entry holds those that the batch started from.
         self._batches = np.zeros((layers, batch + 1, FEATURES, width), np.float32)
+        parts = (slice(0, _OWN), slice(_OWN, _OWN_RECENT), _SLOW, _OWN, _BEFORE, _OWN_RECENT)
         self._views = [
-            [
-                (
-                    block[at - 1],
-                    block[at],
-                    block[at, :_OWN],
-                    block[at, _OWN:_OWN_RECENT],
-                    block[at, _SLOW],
-                    block[at, _OWN],
-                    block[at, _BEFORE],
-                    block[at, _OWN_RECENT],
-                )
-                for at in range(batch)
-            ]
+            [(block[at - 1], block[at], *(block[at, part] for part in parts)) for at in range(batch)]
             for block in self._batches
         ]
         self._keep = np.array([[*DECAYS, 1, 0, 0, RECENT]], np.float32).T
@@ -122,7 +109,7 @@ class LearnedMixture(ValuePolicy):
         # The weights, and the floor below which no estimate falls, both times the discount of the layer.
         self._ranking = np.zeros((layers, FEATURES, 1), np.float32)
         self._floor = np.zeros(layers, np.float32)
-        self._delay = _powers(round(self.gamma ** (1 / layers), 9), layers - 1)
+        self._delay = powers(round(self.gamma ** (1 / layers), 9), layers - 1)
         self._discount = 1.0
         self._products = np.zeros((FEATURES, width), np.float32)
         self._added, self._added_pair = self._products[:_OWN], self._products[:2]
@@ -130,12 +117,97 @@ class LearnedMixture(ValuePolicy):
         self._request_started = [False] * layers
         self._previous: list[int] = []
         self._decode_width = 0
+        # Accesses that nothing depends on yet.
+        self._pending: list[LayerAccess] = []
         self._discount_layers()
 
     def on_request(self) -> None:
+        self._catch_up()
         self._request_started = [True] * len(self.layers)
 
+    def on_hits(self, access: LayerAccess) -> None:
+        # Many neighbouring layers at once take half of the time: the rest is numpy's calls.
+        self._pending.append(access)
+
+    def _catch_up(self) -> None:
+        if not self._pending:
+            return
+        accesses, self._pending = self._pending, []
+        at = 0
+        while at < len(accesses):
+            alike = self._alike(accesses, at) if len(accesses) - at >= _TOGETHER else 0
+            if alike >= _TOGETHER:
+                self._account_together(accesses[at : at + alike])
+                at += alike
+            else:
+                self._account(accesses[at])
+                at += 1
+
+    def _alike(self, accesses: list[LayerAccess], at: int) -> int:
+        """How many accesses from ``at`` on are of one token, neighbouring layers and equal numbers, with room to
+        collect them."""
+        i, experts = self.position[accesses[at].layer], len(accesses[at].experts)
+        before, filled = len(accesses[at - 1].experts) if at else len(self._previous), self._filled[i]
+        if before != experts or self._is_full(filled):
+            return 0
+        count = 0
+        for access in accesses[at:]:
+            other = i + count
+            if (
+                self.position[access.layer] != other
+                or len(access.experts) != experts
+                or max(access.token_counts, default=0) != 1
+                or self._filled[other] != filled
+                or self._request_started[other]
+            ):
+                break
+            count += 1
+        return count
+
+    def _account_together(self, accesses: list[LayerAccess]) -> None:
+        """The same as ``_account`` of each, to the bit. They are ``_alike``."""
+        first, width, own = self.position[accesses[0].layer], self.width, len(accesses[0].experts)
+        these, at = slice(first, first + len(accesses)), self._filled[first]
+        self._filled[these] = [at + 1] * len(accesses)
+        self._decode_width = own
+        chosen = np.array([access.experts for access in accesses], np.intp)
+        indices = np.empty((len(accesses), 2 * own), np.intp)
+        indices[:, :own] = chosen
+        indices[0, own:] = self._previous
+        np.add(chosen[:-1], width, indices[1:, own:])
+        self._previous = [expert + width for expert in accesses[-1].experts]
+        rows = np.arange(first, these.stop)[:, None]
+        self._sources[rows, at, indices] = 1
+        kept = np.array(self._total[these]) * SLOW
+        total = kept + 1
+        self._total[these] = total.tolist()
+        keep, gain = np.tile(self._keep, (len(accesses), 1, 1)), np.tile(self._gain, (len(accesses), 1, 1))
+        keep[:, _SLOW, 0], gain[:, _SLOW, 0] = kept / total, 1 / total
+        old, features = self._batches[these, at - 1], self._batches[these, at]
+        np.multiply(old, keep, features)
+        features[:, _OWN_RECENT] += old[:, _OWN]
+        features[:, :_OWN] += self._sources[these, at, None, :width] * gain
+        trust = self._trust[rows, indices]
+        trust *= self._mean(own, own)
+        follows = self._follows[rows, indices]
+        follows *= trust[:, :, None]
+        # [layer, of this layer or of the one before]
+        affinities = features[:, _OWN:_OWN_RECENT]
+        np.add.reduce(follows.reshape(-1, 2, own, width), axis=2, out=affinities)
+        sums = np.add.reduce(trust.reshape(-1, 2, own).astype(np.float64), axis=2)
+        doubts = (self._doubt * sums).astype(np.float32)
+        affinities += features[:, _SLOW, None] * doubts[:, :, None]
+        values = self.values[these]
+        np.add.reduce(features * self._ranking[these], axis=1, out=values)
+        np.maximum(values, features[:, 3] * self._floor[these, None], out=values)
+        np.add(values, self._absence[these], self._candidates[these])
+
+    def victim(self, incoming: ExpertKey, excluded: Container[ExpertKey]) -> ExpertKey | None:
+        self._catch_up()
+        return super().victim(incoming, excluded)
+
     def on_pass(self) -> None:
+        self._catch_up()
         self._pass += 1
         self._previous = []
         done = self._pass
@@ -148,8 +220,18 @@ class LearnedMixture(ValuePolicy):
             self._candidates /= np.float32(self._discount)
             self._discount = 1.0
         self._discount_layers()
+        if self._is_full(self._filled[0]) and self._filled.count(self._filled[0]) == len(self._filled):
+            self._learn_together(slice(None), self._filled[0])
+
+    def _is_full(self, tokens: int) -> bool:
+        # At first every token teaches much.
+        return tokens == self._batch or (tokens == _FIRST_BATCH and self._pass < _EARLY)
 
     def on_access(self, access: LayerAccess) -> None:
+        self._catch_up()
+        self._account(access)
+
+    def _account(self, access: LayerAccess) -> None:
         i, width, experts = self.position[access.layer], self.width, access.experts
         if self._request_started[i]:
             self._start_request(i)
@@ -157,8 +239,7 @@ class LearnedMixture(ValuePolicy):
             self._absorb_many(i, access)
             return
         at = self._filled[i]
-        # At first every token teaches much.
-        if at == self._batch or (at == _FIRST_BATCH and self._pass < _EARLY):
+        if self._is_full(at):
             self._learn(i)
             at = 0
         self._filled[i] = at + 1
@@ -223,10 +304,10 @@ class LearnedMixture(ValuePolicy):
         tokens = max(max(access.token_counts), round(sum(access.token_counts) / width))
         share = counts / np.float32(tokens)
         features = self._batches[i, -1]
-        kept = np.array([[_power(decay, tokens)] for decay in DECAYS], np.float32)
+        kept = np.array([[power(decay, tokens)] for decay in DECAYS], np.float32)
         features[_FREQUENCIES] *= kept
         features[_FREQUENCIES, experts] += (1 - kept) * share
-        old = self._total[i] * _power(SLOW, tokens)
+        old = self._total[i] * power(SLOW, tokens)
         self._total[i] = total = old + tokens
         features[_SLOW] *= np.float32(old / total)
         features[_SLOW, experts] += counts / np.float32(total)
@@ -250,86 +331,68 @@ class LearnedMixture(ValuePolicy):
         self._source_trace[i] = 0
 
     def _learn(self, i: int) -> None:
-        """Account for the batch of tokens that layer ``i`` has collected."""
-        count = self._filled[i]
-        self._filled[i] = 0
-        if not count:
-            return
-        sources = self._sources[i, :count]
-        uses = sources[:, : self.width]
+        """Account for the tokens that layer ``i`` has collected."""
+        if self._filled[i]:
+            self._learn_together(slice(i, i + 1), self._filled[i])
+
+    def _learn_together(self, these: slice, count: int) -> None:
+        """The same for neighbouring layers that have collected ``count`` tokens each. Each is for itself, but what
+        numpy takes for one layer of a small model is mostly the call."""
+        layers = self._filled[these] = [0] * len(self._filled[these])
+        sources = self._sources[these, :count]
+        uses = sources[:, :, : self.width]
         later, powers = self._later[:count, :count], self._powers[:count]
         fading, last = powers[::-1], self._powers[count]
         # In multiples of GRID: sums of products of these are exact in float64.
-        rows = self._batches[i, :count, :, self._sample] * (1 / GRID)
+        rows = self._batches[these, :count, :, self._sample] * (1 / GRID)
         np.rint(rows, out=rows)
-        rows, sampled = rows.swapaxes(0, 1).astype(np.float64, order="C"), uses[:, self._sample]
-        flat, trace = rows.reshape(FEATURES, -1), self._feature_trace[i]
-        self._gram[i] *= self._forget[count]
-        self._gram[i] += flat @ flat.T * GRID**2
-        gain = flat @ (later @ sampled).reshape(-1) + trace @ (powers @ sampled)
-        self._moment[i] *= self._forget[count]
-        self._moment[i] += gain * (GRID * (1 - self.gamma))
+        rows, sampled = rows.swapaxes(1, 2).astype(np.float64, order="C"), uses[:, :, self._sample]
+        flat, trace = rows.reshape(len(layers), FEATURES, -1), self._feature_trace[these]
+        gram, moment = self._gram[these], self._moment[these]
+        gram *= self._forget[count]
+        gram += flat @ flat.swapaxes(1, 2) * GRID**2
+        gain = flat @ (later @ sampled).reshape(len(layers), -1, 1)
+        gain += trace @ (powers @ sampled)[:, :, None]
+        moment *= self._forget[count]
+        moment += gain[:, :, 0] * (GRID * (1 - self.gamma))
         trace *= last
         trace += fading.astype(np.float64) @ rows
         np.rint(trace, out=trace)
-        self._learn_affinities(i, sources, uses, later, powers)
-        self._source_trace[i] = _on_grid(self._source_trace[i] * last + fading @ sources)
+        past = self._source_trace[these]
+        self._learn_affinities(these, sources, uses, later, powers)
+        past[:] = on_grid(past * last + fading @ sources)
         sources.fill(0)
-        start = self._batches[i, -1]
-        start[:] = self._batches[i, count - 1]
+        start = self._batches[these, -1]
+        start[:] = self._batches[these, count - 1]
         # What fades for ever ends as denormal numbers, which processors compute a hundred times slower.
         start[np.abs(start) < _NOTHING] = 0
 
-    def _learn_affinities(self, i: int, sources: Array, uses: Array, later: Array, powers: Array) -> None:
+    def _learn_affinities(
+        self, these: slice, sources: Array, uses: Array, later: Array, powers: Array
+    ) -> None:
         """The same identity as for the fit: uses now times the discounted past of their sources."""
-        trace, now = self._source_trace[i], sources.sum(axis=0)
+        traces, now = self._source_trace[these], sources.sum(axis=1)
         # Few sources were used lately; of a wide layer's matrix, most rows need not be touched.
-        recent = np.flatnonzero((now > 0) | (trace > _FADED))
-        past = later.T @ sources.take(recent, axis=1)
-        past += _on_grid(powers[:, None] * trace.take(recent))
-        self._follows[i][recent] += past.T @ uses
-        self._seen[i] += now
-        np.divide(1 - self.gamma, self._seen[i], out=self._trust[i])
+        near = (now > 0) | (traces > _FADED)
+        for at, follows in enumerate(self._follows[these]):
+            recent = np.flatnonzero(near[at])
+            past = later.T @ sources[at].take(recent, axis=1)
+            past += on_grid(powers[:, None] * traces[at].take(recent))
+            follows[recent] += past.T @ uses[at]
+        seen = self._seen[these]
+        seen += now
+        np.divide(1 - self.gamma, seen, out=self._trust[these])
 
     def _fit(self) -> None:
         eye = np.eye(FEATURES)
-        common = _solve(
+        common = solve(
             self._gram.sum(axis=0, keepdims=True) + PRIOR_WEIGHT * eye,
             self._moment.sum(axis=0, keepdims=True) + PRIOR_WEIGHT * PRIOR,
         )
-        solved = _solve(self._gram + LAYER_WEIGHT * eye, self._moment + LAYER_WEIGHT * common)
+        solved = solve(self._gram + LAYER_WEIGHT * eye, self._moment + LAYER_WEIGHT * common)
         self._weights = solved.astype(np.float32)
 
     def value(self, key: ExpertKey) -> float:
         """The estimated discounted use of ``key``, comparable with ``value`` of any other key now."""
+        self._catch_up()
         return float(self.values[self.position[key.layer], key.expert]) / self._discount
-
-
-def _powers(base: float, last: int) -> NDArray[np.float64]:
-    """``base`` to the powers 0 .. ``last``, by multiplying: ``pow`` rounds differently between machines."""
-    return np.multiply.accumulate(np.array([1.0, *repeat(base, last)]))
-
-
-def _power(base: float, exponent: int) -> float:
-    return math.prod(repeat(base, exponent))
-
-
-def _on_grid(values: Array) -> Array:
-    """``values`` rounded to multiples of ``GRID``."""
-    rounded: Array = np.rint(values * np.float32(1 / GRID)) * np.float32(GRID)
-    return rounded
-
-
-def _solve(matrices: NDArray[Any], vectors: NDArray[Any]) -> NDArray[Any]:
-    """x of ``matrices`` [n, f, f], symmetric and positive definite, times x = ``vectors`` [n, f].
-
-    Gauss-Jordan, element by element (the order of LAPACK's operations is the machine's choice); no pivoting,
-    which such matrices do not need.
-    """
-    system = np.concatenate([matrices, vectors[:, :, None]], axis=2)
-    for pivot in range(matrices.shape[1]):
-        system[:, pivot] /= system[:, pivot, pivot, None].copy()
-        factors = system[:, :, pivot].copy()
-        factors[:, pivot] = 0
-        system -= factors[:, :, None] * system[:, pivot, None, :]
-    return system[:, :, -1]
