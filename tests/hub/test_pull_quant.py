@@ -80,6 +80,35 @@ def test_a_dropped_source_is_not_needed_again(place: Place, real: dict[str, byte
     assert place.run("rm", REPO).returncode == 3
 
 
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_death_while_the_source_is_dropped(
+    place: Place, real: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """The store is complete by then: it is used, and the same command drops the rest."""
+    unlink, left = Path.unlink, [after]
+
+    def dies(self: Path, missing_ok: bool = False) -> None:
+        if self.is_relative_to(place.repo_folder()):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", dies)
+        # Downloading needs to remove files too, so it comes first.
+        left[0] = 1 << 30
+        assert place.run("pull", REPO).returncode == 0
+        left[0] = after
+        assert place.run("pull", REPO, "--quant", "q4_0", "--drop-source").returncode == 130
+    assert place.repo_folder().exists()
+    assert resolve_model(f"{REPO}:q4_0").format == "q4_0"
+    again = place.run("pull", REPO, "--quant", "q4_0", "--drop-source")
+    assert again.returncode == 0, again.stderr
+    assert not list(place.repo_folder().rglob("*.safetensors"))
+    assert resolve_model(REPO).format == "q4_0"
+
+
 def test_offline_a_packed_model_is_enough(
     place: Place, real: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -82,6 +83,8 @@ def pull(
         else:
             folder = place / form if packs else folder
             prefer(place, form)
+            if not keep_source:
+                _drop_what_is_left(plan, revision)
     report = {
         "model": plan.repo,
         "revision": plan.revision,
@@ -116,16 +119,26 @@ def _shown(repo: str, revision: str | None) -> str:
 
 
 def _pack(plan: PullPlan, form: str, revision: str | None, keep_source: bool) -> Path:
-    from moei_cli.packing import drop_source, pack_model
+    from moei_cli.packing import pack_model
     from moei_cli.render import PullBar
     from moei_core.hub.resolve import ModelFiles
 
     files = ModelFiles(_shown(plan.repo, revision), plan.folder, "hub", plan.commit)
     with PullBar(plan.repo, verb="Packing") as bar:
         folder = pack_model(files, form, bar, revision)
-        if not keep_source:
-            drop_source(plan.repo if revision is None else f"{plan.repo}@{revision}", bar)
+    if not keep_source:
+        _drop_what_is_left(plan, revision)
     return folder
+
+
+def _drop_what_is_left(plan: PullPlan, revision: str | None) -> None:
+    """Delete the source of a complete store; all of it, or what is left if dropping it was interrupted."""
+    from moei_cli.packing import drop_source
+    from moei_cli.render import PullBar
+    from moei_core.errors import ModelNotFoundError
+
+    with PullBar(plan.repo) as bar, suppress(ModelNotFoundError):
+        drop_source(plan.repo if revision is None else f"{plan.repo}@{revision}", bar)
 
 
 def _print_dry_run(plan: PullPlan) -> None:
