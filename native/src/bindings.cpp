@@ -145,16 +145,16 @@ void call_moe_token(const FfnLayout& layout, const nb::list& experts, const std:
     });
 }
 
-void make_router(RouterLayout* self, const Weights& weights, int64_t top_k, bool normed, bool rounded) {
+void make_router(RouterLayout* self, const Weights& weights, int64_t top_k, double scale, bool normed, bool rounded, bool wide, bool sorted) {
     require(top_k > 0 && top_k <= weights.matrix.rows, "a router must choose some of its experts");
-    new (self) RouterLayout{weights, top_k, normed, rounded};
+    new (self) RouterLayout{weights, top_k, static_cast<float>(scale), normed, rounded, wide, sorted};
 }
 
 void call_router(const RouterLayout& router, std::string_view type, int64_t x, int64_t rows, int64_t logits, int64_t experts,
                  int64_t weights) {
     require(x && logits && experts && weights && rows >= 0, "an address is missing");
     const Format stored = float_type(type);
-    const int64_t in = row_nbytes(stored, router.weights.matrix.cols), out = row_nbytes(stored, router.weights.matrix.rows);
+    const int64_t in = row_nbytes(stored, router.weights.matrix.cols), out = row_nbytes(router.wide ? Format::F32 : stored, router.weights.matrix.rows);
     exclusively([&](ThreadPool& pool, Workspace& workspace) {
         for (int64_t i = 0; i < rows; ++i)
             route(router, stored, reinterpret_cast<const uint8_t*>(x) + i * in, reinterpret_cast<uint8_t*>(logits) + i * out,
@@ -171,14 +171,18 @@ struct Layer {
 };
 
 template <typename Attending>
-void make_layer(Layer* self, const Attending& attention, const RmsNorm& input, const RmsNorm& behind, const RouterLayout& router) {
+void make_layer(Layer* self, const Attending& attention, const RmsNorm& input, const RmsNorm& behind, const RouterLayout& router,
+                const FfnLayout* shared, const ExpertParts* parts) {
     const auto hidden = static_cast<size_t>(attention.layout.hidden);
     require(input.weight.size() == hidden && behind.weight.size() == hidden &&
                 router.weights.matrix.cols == attention.layout.hidden && attention.layout.o.matrix.rows == attention.layout.hidden,
             "the parts of the layer do not fit together");
     new (self) Layer{input.weight, behind.weight, {}, std::vector<uint8_t>(4 * hidden)};
     self->layout = {{self->input_norm.data(), static_cast<float>(input.eps)}, {self->behind_norm.data(), static_cast<float>(behind.eps)},
-                    attention.layout, router};
+                    attention.layout, router, {}};
+    if (!shared) return;
+    require(shared->hidden == attention.layout.hidden && parts, "the shared expert does not fit the layer");
+    self->layout.shared = SharedExpert{*shared, *parts};
 }
 
 // Without a table: up to the router, and what the experts are given goes to `normed`. With one, the whole layer: returns
@@ -200,8 +204,9 @@ int64_t call_layer(Layer& layer, std::string_view type, int64_t x, int64_t cosin
         auto* const given = normed ? reinterpret_cast<uint8_t*>(normed) : layer.normed.data();
         route_token(layer.layout, call, given, chosen, scale, scratch, pool, workspace);
         if (!table) return 0;
+        if (layer.layout.shared) share_token(*layer.layout.shared, call.type, given, scratch, pool, workspace);
         const auto started = std::chrono::steady_clock::now();
-        add_experts(*table, router.top_k, chosen, scale, call.type, given, call.out, scratch, pool, workspace);
+        add_experts(*table, router.top_k, chosen, scale, call.type, given, layer.layout.shared.has_value(), call.out, scratch, pool, workspace);
         return std::chrono::nanoseconds(std::chrono::steady_clock::now() - started).count();
     });
 }
@@ -289,8 +294,8 @@ NB_MODULE(_native, m) {
         for (const nb::handle expert : experts) self->parts.push_back(nb::cast<const ExpertParts&>(expert));
     });
     nb::class_<Layer>(m, "Layer")
-        .def("__init__", &make_layer<Attention>)
-        .def("__init__", &make_layer<LatentAttention>)
+        .def("__init__", &make_layer<Attention>, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none())
+        .def("__init__", &make_layer<LatentAttention>, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none())
         .def("__call__", &call_layer, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
              nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
     m.def("to_rows16", &call_convert<to_rows16>, "format"_a, "rows"_a, "cols"_a, exact("source"), exact("destination"));

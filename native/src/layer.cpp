@@ -33,7 +33,7 @@ void add_row(Format type, const uint8_t* x, int64_t count, uint8_t* sum, LayerSc
 
 // As torch.topk on a processor: the same algorithms of the standard library in the same comparison, so that of equal
 // numbers the same are chosen.
-void largest(std::vector<std::pair<float, int64_t>>& all, int64_t k) {
+void largest(std::vector<std::pair<float, int64_t>>& all, int64_t k, bool sorted) {
     const auto before = [](const auto& a, const auto& b) {
         return (std::isnan(a.first) && !std::isnan(b.first)) || a.first > b.first;
     };
@@ -42,7 +42,7 @@ void largest(std::vector<std::pair<float, int64_t>>& all, int64_t k) {
         return;
     }
     std::nth_element(all.begin(), all.begin() + k - 1, all.end(), before);
-    std::sort(all.begin(), all.begin() + k - 1, before);
+    if (sorted) std::sort(all.begin(), all.begin() + k - 1, before);
 }
 
 }  // namespace
@@ -50,19 +50,26 @@ void largest(std::vector<std::pair<float, int64_t>>& all, int64_t k) {
 void route(const RouterLayout& router, Format type, const uint8_t* x, uint8_t* logits, int64_t* experts, float* weights,
            LayerScratch& scratch, ThreadPool& pool, Workspace& workspace) {
     const int64_t count = router.weights.matrix.rows, k = router.top_k;
-    linear(router.weights, type, x, 1, logits, pool, workspace);
+    if (router.wide && type != Format::F32) {
+        const int64_t hidden = router.weights.matrix.cols;
+        float* const wide = room(scratch.wide, hidden);
+        widen(type, x, hidden, wide);
+        linear(router.weights, Format::F32, reinterpret_cast<const uint8_t*>(wide), 1, logits, pool, workspace);
+    } else {
+        linear(router.weights, type, x, 1, logits, pool, workspace);
+    }
     const DefaultFloatingPoint guard;
     float* const scores = room(scratch.wide, count);
-    widen(type, logits, count, scores);
+    widen(router.wide ? Format::F32 : type, logits, count, scores);
     const float factor = kernels().softmax(scores, count, 1.0f, nullptr);
     scratch.ranking.resize(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i) scratch.ranking[i] = {scores[i] * factor, i};
-    largest(scratch.ranking, k);
+    largest(scratch.ranking, k, router.sorted);
     float sum = 0;
     for (int64_t i = 0; i < k; ++i) sum += scratch.ranking[i].first;
     for (int64_t i = 0; i < k; ++i) {
         experts[i] = scratch.ranking[i].second;
-        weights[i] = router.normed ? scratch.ranking[i].first / sum : scratch.ranking[i].first;
+        weights[i] = (router.normed ? scratch.ranking[i].first / sum : scratch.ranking[i].first) * router.scale;
     }
     if (!router.rounded || type == Format::F32) return;
     uint8_t* const narrowed = room(scratch.mixed, k * format_info(type).block_nbytes);
@@ -102,12 +109,18 @@ void route_token(const LayerLayout& layout, const AttentionCall& attention, uint
     std::copy(attention.x, attention.x + nbytes, attention.out);
     add_row(type, mixed, hidden, attention.out, scratch);
     norm_row(layout.behind, type, attention.out, hidden, normed, scratch);
-    uint8_t* const logits = room(scratch.logits, row_nbytes(type, layout.router.weights.matrix.rows));
+    uint8_t* const logits = room(scratch.logits, row_nbytes(layout.router.wide ? Format::F32 : type, layout.router.weights.matrix.rows));
     route(layout.router, type, normed, logits, experts, weights, scratch, pool, workspace);
 }
 
+void share_token(const SharedExpert& shared, Format type, const uint8_t* normed, LayerScratch& scratch, ThreadPool& pool, Workspace& workspace) {
+    uint8_t* const out = room(scratch.shared, row_nbytes(type, shared.layout.hidden));
+    const float weight = 1.0f;
+    moe_token(shared.layout, 1, &shared.parts, &weight, type, normed, out, scratch, pool, workspace);
+}
+
 void add_experts(const ExpertTable& table, int64_t top_k, const int64_t* experts, const float* weights, Format type,
-                 const uint8_t* normed, uint8_t* sum, LayerScratch& scratch, ThreadPool& pool, Workspace& workspace) {
+                 const uint8_t* normed, bool shared, uint8_t* sum, LayerScratch& scratch, ThreadPool& pool, Workspace& workspace) {
     const int64_t hidden = table.layout.hidden;
     int64_t* const order = room(scratch.order, top_k);
     std::iota(order, order + top_k, int64_t{0});
@@ -121,6 +134,7 @@ void add_experts(const ExpertTable& table, int64_t top_k, const int64_t* experts
     uint8_t* const out = room(scratch.mixed, row_nbytes(type, hidden));
     moe_token(table.layout, top_k, parts, weight, type, normed, out, scratch, pool, workspace);
     const DefaultFloatingPoint guard;
+    if (shared) add_row(type, scratch.shared.data(), hidden, out, scratch);
     add_row(type, out, hidden, sum, scratch);
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -12,25 +13,27 @@
 
 namespace moei {
 
-// A router: softmax over all experts, the largest `top_k` of them, divided by their sum if `normed`. The weights are
-// rounded to the activations' type if `rounded`.
+// A router: softmax over all experts, the largest `top_k` of them, divided by their sum if `normed`, times `scale`. The
+// weights are rounded to the activations' type if `rounded`, the logits unless `wide`. Unless `sorted` the chosen are in
+// the order that torch.topk leaves when it need not sort.
 struct RouterLayout {
     Weights weights;
     int64_t top_k;
-    bool normed, rounded;
+    float scale;
+    bool normed, rounded, wide, sorted;
 };
 
 // Memory that the steps below pass results in. For one call at a time.
 struct LayerScratch {
-    std::vector<uint8_t> mixed, logits;
+    std::vector<uint8_t> mixed, logits, shared;
     std::vector<float> wide, weight, outputs;
     std::vector<ExpertParts> parts;
     std::vector<int64_t> order, offsets, rows;
     std::vector<std::pair<float, int64_t>> ranking;
 };
 
-// x: [hidden] of the float format `type`. logits: [experts] of `type`, rounded, and it is these that are compared, as
-// in the modules. experts, weights: [top_k], largest first; equal ones in torch.topk's order.
+// x: [hidden] of the float format `type`. logits: [experts] of `type` (float32 if wide), and it is these that are
+// compared, as in the modules. experts, weights: [top_k]; equal ones in torch.topk's order.
 void route(const RouterLayout& router, Format type, const uint8_t* x, uint8_t* logits, int64_t* experts, float* weights,
            LayerScratch& scratch, ThreadPool& pool, Workspace& workspace);
 
@@ -38,11 +41,18 @@ void route(const RouterLayout& router, Format type, const uint8_t* x, uint8_t* l
 void moe_token(const FfnLayout& layout, int64_t count, const ExpertParts* parts, const float* weights, Format type,
                const uint8_t* x, uint8_t* out, LayerScratch& scratch, ThreadPool& pool, Workspace& workspace);
 
-// sum = x + attention(norm(x)); then out = sum + experts(norm(sum)).
+// An expert that serves every token beside those that the router chooses.
+struct SharedExpert {
+    FfnLayout layout;
+    ExpertParts parts;
+};
+
+// sum = x + attention(norm(x)); then out = sum + (experts(norm(sum)) + shared(norm(sum))).
 struct LayerLayout {
     Norm input, behind;
     std::variant<AttentionLayout, LatentLayout> attention;
     RouterLayout router;
+    std::optional<SharedExpert> shared;
 };
 
 // The experts of a layer, by number, all of them in memory.
@@ -56,8 +66,12 @@ struct ExpertTable {
 void route_token(const LayerLayout& layout, const AttentionCall& attention, uint8_t* normed, int64_t* experts, float* weights,
                  LayerScratch& scratch, ThreadPool& pool, Workspace& workspace);
 
-// The rest of the layer, in place: sum += what the chosen experts make of `normed`, summed in ascending order of experts.
+// What the shared expert makes of `normed`: [hidden] in `scratch.shared`.
+void share_token(const SharedExpert& shared, Format type, const uint8_t* normed, LayerScratch& scratch, ThreadPool& pool, Workspace& workspace);
+
+// The rest of the layer, in place: sum += what the chosen experts make of `normed`, summed in ascending order of experts,
+// with what `share_token` has made if `shared`.
 void add_experts(const ExpertTable& table, int64_t top_k, const int64_t* experts, const float* weights, Format type,
-                 const uint8_t* normed, uint8_t* sum, LayerScratch& scratch, ThreadPool& pool, Workspace& workspace);
+                 const uint8_t* normed, bool shared, uint8_t* sum, LayerScratch& scratch, ThreadPool& pool, Workspace& workspace);
 
 }  // namespace moei

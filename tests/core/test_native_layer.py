@@ -44,8 +44,10 @@ def kinds(folder: Path, dtype: torch.dtype | None = None) -> tuple[int, int]:
 
 def test_which_families_have_whole_layers(chat_folder: Callable[..., Path]) -> None:
     found = {family: kinds(chat_folder(family, "bfloat16")) for family in FAMILIES}
-    # gpt-oss's router chooses before the softmax; DeepSeek's layers share experts and attend otherwise.
-    assert found == {"mixtral": (3, 3), "qwen3_moe": (3, 3), "deepseek_v2": (0, 0), "gpt_oss": (0, 0)}
+    # gpt-oss's router chooses before the softmax; DeepSeek's first layer has no experts.
+    assert found == {"mixtral": (3, 3), "qwen3_moe": (3, 3), "deepseek_v2": (2, 2), "gpt_oss": (0, 0)}
+    # Routers that choose groups first.
+    assert kinds(chat_folder("deepseek_v2_low", "bfloat16")) == (0, 0)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["stored", "packed"])
@@ -78,7 +80,7 @@ def test_e1_every_way_gives_the_same_bits(
     for owner, name in ((Layer, "run"), (Layer, "route"), (TokenWork, "compute")):
         counted(owner, name)
     logits, tokens, _ = ours(folder, dtype, EVERYTHING)
-    whole = family in ("mixtral", "qwen3_moe")
+    whole = family != "gpt_oss"
     assert ("run" in calls) == whole and ("compute" in calls) != whole
 
     def again(*expected: str) -> None:
@@ -97,11 +99,12 @@ def test_e1_every_way_gives_the_same_bits(
     again()
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2"])
 @pytest.mark.parametrize("change", ["residual", "input", "weights"])
 def test_another_layer_is_left_alone(
-    chat_folder: Callable[..., Path], change: str, monkeypatch: pytest.MonkeyPatch
+    chat_folder: Callable[..., Path], change: str, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = chat_folder("qwen3_moe", "bfloat16")
+    folder = chat_folder(family, "bfloat16")
     layer = type(TransformersAdapter(folder).model.model.layers[0])
     code = sys.modules[layer.__module__]
     own = layer.forward
@@ -114,10 +117,29 @@ def test_another_layer_is_left_alone(
             layer, "forward", lambda self, hidden_states, **a: own(self, hidden_states * 2, **a)
         )
     else:
-        block = code.Qwen3MoeSparseMoeBlock
+        block = code.Qwen3MoeSparseMoeBlock if family == "qwen3_moe" else code.DeepseekV2Moe
         mix = block.forward
         monkeypatch.setattr(block, "forward", lambda self, x: mix(self, x) * 2)
-    assert kinds(folder) == (3, 0)
+    assert kinds(folder) == (3 if family == "qwen3_moe" else 2, 0)
+
+
+def test_a_shared_expert_counts_once(
+    chat_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left out, or added where it rounds otherwise: the layer keeps its own forward."""
+    code = sys.modules[type(TransformersAdapter(chat_folder("deepseek_v2")).model).__module__]
+    block = code.DeepseekV2Moe
+
+    def without(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        _, weights, experts = self.gate(x)
+        return self.experts(x.view(-1, x.shape[-1]), experts, weights).view(*x.shape)
+
+    def twice(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return without(self, x) + 2 * self.shared_experts(x)
+
+    for forward in (without, twice):
+        monkeypatch.setattr(block, "forward", forward)
+        assert kinds(chat_folder("deepseek_v2", "bfloat16")) == (2, 0)
 
 
 class _Router(MixtralTopKRouter):
@@ -144,6 +166,35 @@ class _Scaled(_Router):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         logits, best, index = super().forward(hidden_states)
         return logits, best * 1.5, index
+
+
+class _Wide(_Router):
+    """Float32 throughout, the chosen in any order, their weights scaled."""
+
+    routed_scaling_factor = 2.5
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = nn.functional.linear(hidden_states.float(), self.weight.float())
+        best, index = torch.topk(torch.softmax(logits, -1), self.top_k, -1, sorted=False)
+        return logits, best * self.routed_scaling_factor, index
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_router_in_float32_chooses_as_its_module_does(dtype: torch.dtype) -> None:
+    router = _Wide(dtype)
+    found = _router(router)
+    assert found is not None
+    generator, differ = torch.Generator().manual_seed(1), 0
+    for _ in range(200):
+        given = (torch.randn((2, 96), generator=generator) * 2).to(dtype)
+        logits, weights, experts = found(given)
+        expected = router(given)
+        assert logits.dtype == torch.float32 and torch.allclose(logits, expected[0], rtol=1e-5, atol=1e-5)
+        best, index = torch.topk(torch.softmax(logits, -1), 6, -1, sorted=False)
+        assert torch.equal(index, experts)
+        assert torch.allclose(weights, best * 2.5, rtol=1e-6)
+        differ += not torch.equal(experts.sort().values, expected[2].sort().values)
+    assert differ <= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -19,7 +19,8 @@ FEW_ROWS = 4
 """Rows up to which float weights are read faster than torch reads them."""
 STEADY_ROWS = 64
 """Torch prepares a 16-bit product anew for each number of rows, which takes longer than the product. So it sees few
-different numbers: multiples of this. Attention that expands its cache at each token has one row more each time."""
+different numbers: multiples of this. Where transformers attends over latents itself, it expands all of them at each
+token, one row more each time."""
 WORTH_SHARING = 256 << 10
 """Bytes of a float weight from which more than one thread, and so a kernel of ours, is worth it."""
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -8,6 +8,7 @@ known by trying it; a layer must give the very bits that its modules give one by
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ from moei_core.adapters.base import ExpertsRuntime, NothingResident
 from moei_core.adapters.dense_linear import FEW_ROWS, TYPES
 from moei_core.adapters.growing_layer import GrowingLayer
 from moei_core.adapters.native_decode import ModuleCall, NativeAttention, NativeNorm, some
+from moei_core.adapters.native_ffn import NativeFfn
 from moei_core.adapters.skeleton import experts_modules
 from moei_core.quant import native
-from moei_core.quant.native_layer import Layer, Router
+from moei_core.quant.native_layer import Layer, Router, RouterKind
 
 _PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-_MIXTURE = {"gate", "experts"}
+_MIXTURES = ({"gate", "experts"}, {"gate", "experts", "shared_experts"})
 _TRIAL_ROWS, _TRIAL_SCALES = 64, (1.0, 8.0)
 _TRIAL_TOKENS = 5
 
@@ -34,19 +36,20 @@ Installed = Callable[[nn.Module], tuple[ExpertsRuntime, int] | None]
 class NativeRouter:
     """The forward of a router: native for few rows, else its own. Which way depends on the rows alone."""
 
-    def __init__(self, module: Any, normed: bool, rounded: bool) -> None:
+    def __init__(self, module: Any, kind: RouterKind) -> None:
         weight = module.weight
         self.top_k, self._own, self._weight = int(module.top_k), module.forward, weight
         self._type, (self._experts, self._width) = TYPES[weight.dtype], weight.shape
         matrix = native.Matrix(self._type, self._experts, self._width)
-        self.kernel = Router(native.Linear(matrix, weight.data_ptr()), self.top_k, normed, rounded)
-        self._scores = weight.dtype if rounded else torch.float32
+        self.kernel = Router(native.Linear(matrix, weight.data_ptr()), self.top_k, kind)
+        self._scores = weight.dtype if kind.rounded else torch.float32
+        self._logits = torch.float32 if kind.wide else weight.dtype
 
     def __call__(self, hidden_states: torch.Tensor) -> Any:
         rows = hidden_states.numel() // self._width
         if rows > FEW_ROWS or hidden_states.dtype != self._weight.dtype or not hidden_states.is_contiguous():
             return self._own(hidden_states)
-        logits = hidden_states.new_empty((rows, self._experts))
+        logits = torch.empty((rows, self._experts), dtype=self._logits)
         experts = torch.empty((rows, self.top_k), dtype=torch.long)
         weights = torch.empty((rows, self.top_k), dtype=torch.float32)
         self.kernel(
@@ -85,12 +88,13 @@ def _router(module: Any) -> NativeRouter | None:
         given = (torch.randn((_TRIAL_ROWS, weight.shape[1]), generator=generator) * scale).to(weight.dtype)
         try:
             logits, scores, experts = module(given)
-            kinds.add(_kind(given, weight, top_k, logits, scores, experts))
+            scale = float(getattr(module, "routed_scaling_factor", 1.0))
+            kinds.add(_kind(given, weight, top_k, logits, scores, experts, scale))
         except Exception:
             # It wants or returns something else.
             return None
     kind = kinds.pop()
-    return None if kinds or kind is None else NativeRouter(module, *kind)
+    return None if kinds or kind is None else NativeRouter(module, kind)
 
 
 def _kind(
@@ -100,22 +104,22 @@ def _kind(
     logits: torch.Tensor,
     scores: torch.Tensor,
     experts: Any,
-) -> tuple[bool, bool] | None:
-    """(normed, rounded) of what a router returned for ``given``, or None if it is computed otherwise."""
+    scale: float,
+) -> RouterKind | None:
+    """The kind of a router that returned this for ``given``, or None if it is computed otherwise."""
     exact = nn.functional.linear(given.float(), weight.float())
     error = (logits.float() - exact).square().mean().sqrt()
-    if (
-        logits.dtype != weight.dtype
-        or not error <= torch.finfo(weight.dtype).eps * exact.square().mean().sqrt()
-    ):
+    types = {torch.float32, weight.dtype}
+    if logits.dtype not in types or not error <= torch.finfo(weight.dtype).eps * exact.square().mean().sqrt():
         return None
-    best, index = torch.topk(torch.softmax(logits.float(), dim=-1), top_k, dim=-1)
-    if experts.dtype != torch.long or not torch.equal(index, experts):
+    if experts.dtype != torch.long or scores.dtype not in types:
         return None
-    for normed in (True, False):
-        expected = best / best.sum(dim=-1, keepdim=True) if normed else best
-        if scores.dtype in (torch.float32, weight.dtype) and torch.equal(scores, expected.to(scores.dtype)):
-            return normed, scores.dtype == weight.dtype
+    for in_order, normed, factor in product((True, False), (True, False), dict.fromkeys((1.0, scale))):
+        best, index = torch.topk(torch.softmax(logits.float(), dim=-1), top_k, dim=-1, sorted=in_order)
+        expected = (best / best.sum(dim=-1, keepdim=True) if normed else best) * factor
+        if torch.equal(index, experts) and torch.equal(scores, expected.to(scores.dtype)):
+            rounded, wide = scores.dtype == weight.dtype, logits.dtype == torch.float32
+            return RouterKind(normed, rounded, wide, in_order, factor)
     return None
 
 
@@ -138,7 +142,12 @@ class NativeLayer:
         self._attention, self._width = attention, len(first.weight)
         self._inner = [module.input_layernorm, module.self_attn, module.post_attention_layernorm]
         self._inner += [mixture, mixture.gate, mixture.experts]
-        self._kernel = Layer(attention.kernel, first.kernel, behind.kernel, router.kernel)
+        self._shared = _shared_forward(mixture)
+        shared = None
+        if self._shared is not None:
+            shared = self._shared.kernel, self._shared.parts
+            self._inner.append(mixture.shared_experts)
+        self._kernel = Layer(attention.kernel, first.kernel, behind.kernel, router.kernel, shared)
         self._chosen = torch.empty((1, router.top_k), dtype=torch.long)
         self._weights = torch.empty((1, router.top_k), dtype=torch.float32)
         self._places = self._chosen.data_ptr(), self._weights.data_ptr()
@@ -179,19 +188,32 @@ class NativeLayer:
         normed = hidden_states.new_empty((1, self._width))
         self._kernel.route(*arguments, out.data_ptr(), self._places, normed.data_ptr())
         cached.wrote_token()
-        out += runtime.run_layer(self._experts, layer, normed, self._chosen, self._weights).view_as(out)
+        mixed = runtime.run_layer(self._experts, layer, normed, self._chosen, self._weights)
+        if self._shared is not None:
+            mixed = mixed + self._shared(normed)
+        out += mixed.view_as(out)
         return out
 
 
+def _shared_forward(mixture: Any) -> NativeFfn | None:
+    """The native forward of the expert that serves every token, if there is one. Raises: ValueError."""
+    shared = getattr(mixture, "shared_experts", None)
+    if shared is None:
+        return None
+    if not isinstance(shared.forward, NativeFfn):
+        raise ValueError("a shared expert of another kind")
+    return shared.forward
+
+
 def layer_modules(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers that are two norms, attention and a mixture of a router and experts, by their names."""
+    """The decoder layers of two norms, attention and a router, experts and perhaps a shared one, by their names."""
     mixtures = {id(module) for _, _, module in experts_modules(model)}
     found = []
     for module in model.modules():
         if {name for name, _ in module.named_children()} != _PARTS:
             continue
         inner = dict(module.get_submodule("mlp").named_children())
-        if set(inner) == _MIXTURE and id(inner["experts"]) in mixtures:
+        if set(inner) in _MIXTURES and id(inner["experts"]) in mixtures:
             found.append(module)
     return found
 

@@ -26,6 +26,7 @@ from moei_core.adapters.native_decode import (
     use_native_attention,
     use_native_norms,
 )
+from moei_core.adapters.native_ffn import use_native_ffns
 from moei_core.adapters.native_layer import LayerTrial, layer_modules, use_native_layers, use_native_routers
 from moei_core.adapters.skeleton import (
     TORCH_DTYPES,
@@ -216,6 +217,7 @@ class TransformersAdapter:
             with torch.inference_mode():
                 use_native_norms(self.model)
                 use_native_routers(self.model)
+                use_native_ffns(self.model, self.dtype)
                 use_native_attention(self.model, self._calls, self.dtype)
                 use_native_latent_attention(self.model, self._calls, self.dtype)
                 use_native_layers(self.model, self._calls, _installed.get, trial)

@@ -87,7 +87,17 @@ class RmsNorm:
     def __call__(self, type: str, x: int, rows: int, out: int, /) -> None: ...
 
 class Router:
-    def __init__(self, weights: Weights, top_k: int, normed: bool, rounded: bool, /) -> None: ...
+    def __init__(
+        self,
+        weights: Weights,
+        top_k: int,
+        scale: float,
+        normed: bool,
+        rounded: bool,
+        wide: bool,
+        sorted: bool,
+        /,
+    ) -> None: ...
     def __call__(self, type: str, x: int, rows: int, logits: int, experts: int, weights: int, /) -> None: ...
 
 class ExpertTable:
@@ -135,6 +145,8 @@ class Layer:
         input_norm: RmsNorm,
         behind_norm: RmsNorm,
         router: Router,
+        shared: FfnLayout | None,
+        parts: ExpertParts | None,
         /,
     ) -> None: ...
     def __call__(

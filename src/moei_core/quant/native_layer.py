@@ -6,6 +6,7 @@ Each step rounds as the module's own native call does, so that both ways give th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from moei_core.quant import native
 from moei_core.quant.native_latent import LatentAttention
@@ -14,22 +15,37 @@ if native.available():
     from moei_core.quant import _native
 
 
+@dataclass(frozen=True, slots=True)
+class RouterKind:
+    """What routers differ in.
+
+    normed: the chosen weights are divided by their sum. scale: what they are multiplied with then. rounded: they end in
+    the type of the activations. wide: logits stay float32. sorted: most weight first, otherwise as torch.topk leaves
+    them when it need not sort.
+    """
+
+    normed: bool
+    rounded: bool
+    wide: bool = False
+    sorted: bool = True
+    scale: float = 1.0
+
+
 class Router:
-    """Softmax over all experts, the largest few of them, as torch computes it in float32 from rounded logits."""
+    """Softmax over all experts, the largest few of them, as torch computes it in float32 from the logits."""
 
-    def __init__(self, weight: native.Linear, top_k: int, normed: bool, rounded: bool) -> None:
-        """normed: the chosen weights are divided by their sum. rounded: they end in the type of the activations.
-
-        ValueError unless 0 < top_k <= experts.
-        """
+    def __init__(self, weight: native.Linear, top_k: int, kind: RouterKind) -> None:
+        """ValueError unless 0 < top_k <= experts."""
         self._weight = weight
-        self.native = _native.Router(weight.native, top_k, normed, rounded)
+        self.native = _native.Router(
+            weight.native, top_k, kind.scale, kind.normed, kind.rounded, kind.wide, kind.sorted
+        )
 
     def __call__(self, type: str, x: int, rows: int, logits: int, experts: int, weights: int) -> None:
         """type: the float format of x and logits. The others are addresses of contiguous rows.
 
-        x: [rows, hidden]. logits: [rows, experts]. experts: int64 [rows, top_k], most weight first, of equal ones those
-        that torch.topk chooses. weights: float32 [rows, top_k].
+        x: [rows, hidden]. logits: [rows, experts], float32 if they stay so. experts: int64 [rows, top_k], of equal ones
+        those that torch.topk chooses. weights: float32 [rows, top_k].
         """
         self.native(type, x, rows, logits, experts, weights)
 
@@ -42,7 +58,7 @@ class ExpertTable:
 
 
 class Layer:
-    """sum = x + attention(norm(x)), then sum + experts(norm(sum)), for one token."""
+    """sum = x + attention(norm(x)), then sum + (experts(norm(sum)) + shared(norm(sum))), for one token."""
 
     def __init__(
         self,
@@ -50,10 +66,22 @@ class Layer:
         input_norm: native.RmsNorm,
         behind_norm: native.RmsNorm,
         router: Router,
+        shared: tuple[native.ExpertFfn, native.ExpertParts] | None = None,
     ) -> None:
-        """behind_norm: the one behind the attention. ValueError if the parts do not fit together."""
-        self._parts = attention, input_norm, behind_norm, router
-        self._native = _native.Layer(attention.native, input_norm.native, behind_norm.native, router.native)
+        """behind_norm: the one behind the attention. shared: an expert that serves every token.
+
+        ValueError if the parts do not fit together.
+        """
+        self._parts = attention, input_norm, behind_norm, router, shared
+        ffn, parts = shared or (None, None)
+        self._native = _native.Layer(
+            attention.native,
+            input_norm.native,
+            behind_norm.native,
+            router.native,
+            None if ffn is None else ffn.native,
+            parts,
+        )
 
     def route(
         self,
