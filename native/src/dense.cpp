@@ -116,19 +116,6 @@ void linear(const Weights& weights, Format type, const uint8_t* x, int64_t token
     });
 }
 
-namespace {
-
-void rotate(float* head, const float* cosine, const float* sine, int64_t rotary) {
-    const int64_t half = rotary / 2;
-    for (int64_t i = 0; i < half; ++i) {
-        const float low = head[i], high = head[half + i];
-        head[i] = low * cosine[i] - high * sine[i];
-        head[half + i] = high * cosine[half + i] + low * sine[half + i];
-    }
-}
-
-}  // namespace
-
 void attend(const AttentionLayout& l, const AttentionCall& call, ThreadPool& pool, Workspace& workspace) {
     const Kernels& table = kernels();
     const int64_t item = format_info(call.type).block_nbytes, length = call.position + 1;

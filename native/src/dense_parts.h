@@ -65,4 +65,14 @@ void project_token(const Kernels& table, const Weights* const (&weights)[N], con
     });
 }
 
+// The first half of the `rotary` values of a head with the second.
+inline void rotate(float* head, const float* cosine, const float* sine, int64_t rotary) {
+    const int64_t half = rotary / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        const float low = head[i], high = head[half + i];
+        head[i] = low * cosine[i] - high * sine[i];
+        head[half + i] = high * cosine[half + i] + low * sine[half + i];
+    }
+}
+
 }  // namespace moei

@@ -13,18 +13,10 @@ namespace {
 constexpr int64_t kTokens = 64;   // cached tokens of a task
 constexpr int64_t kColumns = 64;  // values of the mixed latents of a task
 
-// in: [rotary]. out may be `in`.
+// Turns the `rotary` values at `head`.
 void turn_head(const LatentLayout& l, const float* cosine, const float* sine, float* head) {
-    const int64_t half = l.rotary / 2;
-    if (l.turn == Turn::Halves) {
-        for (int64_t i = 0; i < half; ++i) {
-            const float low = head[i], high = head[half + i];
-            head[i] = low * cosine[i] - high * sine[i];
-            head[half + i] = high * cosine[half + i] + low * sine[half + i];
-        }
-        return;
-    }
-    for (int64_t i = 0; i < half; ++i) {
+    if (l.turn == Turn::Halves) return rotate(head, cosine, sine, l.rotary);
+    for (int64_t i = 0; i < l.rotary / 2; ++i) {
         const float even = head[2 * i], odd = head[2 * i + 1];
         head[2 * i] = even * cosine[i] - odd * sine[i];
         head[2 * i + 1] = odd * cosine[i] + even * sine[i];
