@@ -32,6 +32,7 @@ struct AttentionLayout {
     float scale, eps;
     Weights q, k, v, o;
     const float *q_norm, *k_norm;
+    const float* sinks = nullptr;  // for each head a score that takes part in its softmax and adds nothing; null: none
 };
 
 // x, out: [hidden]. cosine, sine: [rotary]. keys, values: [kv_heads, capacity, head_dim], of which `position` tokens

@@ -44,6 +44,12 @@ using ReadKernel = uint64_t (*)(const uint8_t* data, int64_t nbytes);
 // each whether it counts; the others become 0. null: all count. A score that is no number makes the result NaN.
 using SoftmaxKernel = float (*)(float* scores, int64_t count, float scale, const uint8_t* mask);
 
+// The same without the division, for a part of the scores: the largest (of scale * score) and the sum of the exponentials.
+struct SoftmaxPart {
+    float largest, sum;
+};
+using SoftmaxPartKernel = SoftmaxPart (*)(float* scores, int64_t count, float scale, const uint8_t* mask);
+
 struct FloatKernels {
     FloatKernel f32, f16, bf16;
 };
@@ -54,6 +60,7 @@ struct Kernels {
     FloatKernels rows, columns;
     ReadKernel read[3];  // one, two and four streams
     SoftmaxKernel softmax;
+    SoftmaxPartKernel softmax_part;
 };
 
 extern const Kernels kPortable;

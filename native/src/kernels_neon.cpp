@@ -168,6 +168,6 @@ const Kernels kNeonDotprod{"neon-dotprod",
 const Kernels kNeon{"neon",
 #endif
                   tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, kRowsKernels, kColumnsKernels,
-                  {read_streams<1>, read_streams<2>, read_streams<4>}, softmax_kernel};
+                  {read_streams<1>, read_streams<2>, read_streams<4>}, softmax_kernel, softmax_part_kernel};
 
 }  // namespace moei

@@ -138,6 +138,6 @@ void tile_kernel(const uint8_t* tiles, int64_t first, int64_t count, int64_t col
 }  // namespace
 
 const Kernels kPortable{"portable", tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, kRowsKernels, kColumnsKernels,
-                        {read_streams<1>, read_streams<2>, read_streams<4>}, softmax_kernel};
+                        {read_streams<1>, read_streams<2>, read_streams<4>}, softmax_kernel, softmax_part_kernel};
 
 }  // namespace moei
