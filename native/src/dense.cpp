@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "exponential.h"
@@ -69,6 +71,13 @@ void project_with_bias(const Kernels& table, const Weights& w, int64_t begin, in
 }
 
 }  // namespace
+
+Rotation rotation_from_name(std::string_view name) {
+    if (name == "halves") return Rotation::Halves;
+    if (name == "short") return Rotation::Short;
+    if (name == "neighbors") return Rotation::Neighbors;
+    throw std::invalid_argument("unknown rotation '" + std::string(name) + "'");
+}
 
 void widen(Format type, const uint8_t* source, int64_t count, float* out) {
     if (type == Format::F32) {
@@ -176,12 +185,30 @@ void project_token(const Kernels& table, const Weights* const (&weights)[N], con
     });
 }
 
-void rotate(float* head, const float* cosine, const float* sine, int64_t rotary) {
-    const int64_t half = rotary / 2;
+void rotate(float* head, const float* cosine, const float* sine, int64_t rotary, Rotation rotation) {
+    const int64_t half = rotary / 2, second = rotation == Rotation::Halves ? half : 0;
+    const int64_t step = rotation == Rotation::Neighbors ? 2 : 1, apart = rotation == Rotation::Neighbors ? 1 : half;
     for (int64_t i = 0; i < half; ++i) {
-        const float low = head[i], high = head[half + i];
-        head[i] = low * cosine[i] - high * sine[i];
-        head[half + i] = high * cosine[half + i] + low * sine[half + i];
+        float &first = head[step * i], &other = head[step * i + apart];
+        const float low = first, high = other;
+        first = low * cosine[i] - high * sine[i];
+        other = high * cosine[second + i] + low * sine[second + i];
+    }
+}
+
+// Values beyond the limit become it; what is no number stays.
+void clip_row(float* values, int64_t count, float limit) {
+    for (int64_t i = 0; i < count; ++i) values[i] = values[i] > limit ? limit : values[i] < -limit ? -limit : values[i];
+}
+
+// The norms and the rotation of all heads of q or k.
+void prepare_heads(const AttentionLayout& l, float* values, int64_t heads, const float* norm, const float* cosine, const float* sine) {
+    if (norm && l.wide_norms) rms_norm(values, norm, heads * l.head_dim, l.eps, values);
+    for (int64_t head = 0; head < heads; ++head) {
+        float* const own = values + head * l.head_dim;
+        if (norm && !l.wide_norms) rms_norm(own, norm, l.head_dim, l.eps, own);
+        if (std::isfinite(l.clip)) clip_row(own, l.head_dim, l.clip);
+        rotate(own, cosine, sine, l.rotary, l.rotation);
     }
 }
 
@@ -244,8 +271,9 @@ void attend(const AttentionLayout& l, const AttentionCall& call, ThreadPool& poo
     auto* const quantized = reinterpret_cast<uint8_t*>(at);
 
     widen(call.type, call.x, l.hidden, x);
-    widen(call.type, call.cosine, l.rotary, turn);
-    widen(call.type, call.sine, l.rotary, turn + l.rotary);
+    const int64_t turns = l.rotation == Rotation::Short ? l.rotary / 2 : l.rotary;
+    widen(l.turn_type, call.cosine, turns, turn);
+    widen(l.turn_type, call.sine, turns, turn + l.rotary);
     const auto activations = [&](const float* values, const Matrix& w) {
         const Activations made{is_integer_dot(w.format) ? quantized_row_nbytes(w.cols) : 0, values, quantized, w.cols};
         if (made.quantized_nbytes) quantize_row(made, w.format, 0);
@@ -253,12 +281,9 @@ void attend(const AttentionLayout& l, const AttentionCall& call, ThreadPool& poo
     };
     // q, k and v are of one format: the binding sees to it.
     project_token(table, {&l.q, &l.k, &l.v}, activations(x, l.q.matrix), {q, k, v}, pool, scratch, scratch_each);
-    for (int64_t head = 0; head < l.heads + l.kv_heads; ++head) {
-        float* const values = head < l.heads ? q + head * l.head_dim : k + (head - l.heads) * l.head_dim;
-        const float* const norm = head < l.heads ? l.q_norm : l.k_norm;
-        if (norm) rms_norm(values, norm, l.head_dim, l.eps, values);
-        rotate(values, turn, turn + l.rotary, l.rotary);
-    }
+    prepare_heads(l, q, l.heads, l.q_norm, turn, turn + l.rotary);
+    prepare_heads(l, k, l.kv_heads, l.k_norm, turn, turn + l.rotary);
+    if (std::isfinite(l.clip)) clip_row(v, kv_width, l.clip);
     const int64_t head_nbytes = call.capacity * l.head_dim * item;
     for (int64_t head = 0; head < l.kv_heads; ++head) {
         const int64_t place = head * head_nbytes + call.position * l.head_dim * item;

@@ -10,12 +10,12 @@
 
 namespace moei {
 
-// A router: softmax over all experts, the largest `top_k` of them, divided by their sum if `normed`. The weights are
-// rounded to the activations' type if `rounded`.
+// A router: softmax over all experts, the largest `top_k` of them, divided by their sum if `normed`; `late`: the largest
+// first, then softmax over these. The weights are rounded to the activations' type if `rounded`.
 struct RouterLayout {
     Weights weights;
     int64_t top_k;
-    bool normed, rounded;
+    bool normed, rounded, late;
 };
 
 // Memory that the steps below pass results in. For one call at a time.

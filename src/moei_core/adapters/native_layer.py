@@ -17,13 +17,13 @@ from transformers import Cache, PreTrainedModel
 from moei_core.adapters.base import ExpertsRuntime, NothingResident
 from moei_core.adapters.dense_linear import FEW_ROWS, TYPES
 from moei_core.adapters.growing_layer import GrowingLayer
-from moei_core.adapters.native_decode import ModuleCall, NativeAttention, NativeNorm
+from moei_core.adapters.native_decode import ModuleCall, NativeAttention, NativeNorm, trial_mask
 from moei_core.adapters.skeleton import experts_modules
 from moei_core.quant import native
 from moei_core.quant.native_layer import Layer, Router
 
 _PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-_MIXTURE = {"gate", "experts"}
+_MIXTURES = ({"gate", "experts"}, {"router", "experts"})
 _TRIAL_ROWS, _TRIAL_SCALES = 64, (1.0, 8.0)
 _TRIAL_TOKENS = 5
 
@@ -34,12 +34,13 @@ Installed = Callable[[nn.Module], tuple[ExpertsRuntime, int] | None]
 class NativeRouter:
     """The forward of a router: native for few rows, else its own. Which way depends on the rows alone."""
 
-    def __init__(self, module: Any, normed: bool, rounded: bool) -> None:
-        weight = module.weight
+    def __init__(self, module: Any, normed: bool, rounded: bool, late: bool) -> None:
+        weight, bias = module.weight, getattr(module, "bias", None)
         self.top_k, self._own, self._weight = int(module.top_k), module.forward, weight
         self._type, (self._experts, self._width) = TYPES[weight.dtype], weight.shape
         matrix = native.Matrix(self._type, self._experts, self._width)
-        self.kernel = Router(native.Linear(matrix, weight.data_ptr()), self.top_k, normed, rounded)
+        linear = native.Linear(matrix, weight.data_ptr(), self._type, 0 if bias is None else bias.data_ptr())
+        self.kernel = Router(linear, self.top_k, normed, rounded, late)
         self._scores = weight.dtype if rounded else torch.float32
 
     def __call__(self, hidden_states: torch.Tensor) -> Any:
@@ -61,7 +62,7 @@ class NativeRouter:
 
 
 def use_native_routers(model: nn.Module) -> None:
-    """Give every router of ``model`` that is a softmax of all experts the native forward."""
+    """Give every router of ``model`` that is a softmax, of all experts or of those chosen, the native forward."""
     if not native.available():
         return
     for module in model.modules():
@@ -74,7 +75,10 @@ def _router(module: Any) -> NativeRouter | None:
     """The native forward of ``module``, or None if it is no router of this kind."""
     parameters = dict(module.named_parameters())
     weight: Any = parameters.get("weight")
-    if set(parameters) != {"weight"} or any(True for _ in module.buffers()) or weight.dim() != 2:
+    bias: Any = parameters.get("bias")
+    if not {"weight"} <= set(parameters) <= {"weight", "bias"} or any(True for _ in module.buffers()):
+        return None
+    if weight.dim() != 2 or (bias is not None and (bias.shape, bias.dtype) != (weight.shape[:1], weight.dtype)):
         return None
     top_k = getattr(module, "top_k", None)
     if not isinstance(top_k, int) or weight.dtype not in TYPES or not weight.is_contiguous():
@@ -85,7 +89,7 @@ def _router(module: Any) -> NativeRouter | None:
         given = (torch.randn((_TRIAL_ROWS, weight.shape[1]), generator=generator) * scale).to(weight.dtype)
         try:
             logits, scores, experts = module(given)
-            kinds.add(_kind(given, weight, top_k, logits, scores, experts))
+            kinds.add(_kind(given, weight, bias, top_k, logits, scores, experts))
         except Exception:
             # It wants or returns something else.
             return None
@@ -96,27 +100,33 @@ def _router(module: Any) -> NativeRouter | None:
 def _kind(
     given: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     top_k: int,
     logits: torch.Tensor,
     scores: torch.Tensor,
     experts: Any,
-) -> tuple[bool, bool] | None:
-    """(normed, rounded) of what a router returned for ``given``, or None if it is computed otherwise."""
-    exact = nn.functional.linear(given.float(), weight.float())
+) -> tuple[bool, bool, bool] | None:
+    """(normed, rounded, late) of what a router returned for ``given``, or None if it is computed otherwise."""
+    exact = nn.functional.linear(given.float(), weight.float(), None if bias is None else bias.float())
     error = (logits.float() - exact).square().mean().sqrt()
     if (
         logits.dtype != weight.dtype
         or not error <= torch.finfo(weight.dtype).eps * exact.square().mean().sqrt()
     ):
         return None
-    best, index = torch.topk(torch.softmax(logits.float(), dim=-1), top_k, dim=-1)
-    if experts.dtype != torch.long or not torch.equal(index, experts):
+    if experts.dtype != torch.long or scores.dtype not in (torch.float32, weight.dtype):
         return None
+    rounded = scores.dtype == weight.dtype
+    best, index = torch.topk(torch.softmax(logits.float(), dim=-1), top_k, dim=-1)
     for normed in (True, False):
         expected = best / best.sum(dim=-1, keepdim=True) if normed else best
-        if scores.dtype in (torch.float32, weight.dtype) and torch.equal(scores, expected.to(scores.dtype)):
-            return normed, scores.dtype == weight.dtype
-    return None
+        if torch.equal(index, experts) and torch.equal(scores, expected.to(scores.dtype)):
+            return normed, rounded, False
+    best, index = torch.topk(logits, top_k, dim=-1)
+    expected = torch.softmax(best, dim=-1, dtype=scores.dtype)
+    return (
+        (False, rounded, True) if torch.equal(index, experts) and torch.equal(scores, expected) else None
+    )
 
 
 class NativeLayer:
@@ -129,7 +139,8 @@ class NativeLayer:
             getattr(module, name).forward
             for name in ("input_layernorm", "self_attn", "post_attention_layernorm")
         )
-        router = mixture.gate.forward
+        gate = getattr(mixture, "gate", None) or mixture.router
+        router = gate.forward
         if not isinstance(first, NativeNorm) or not isinstance(behind, NativeNorm):
             raise ValueError("norms of another kind")
         if not isinstance(attention, NativeAttention) or not isinstance(router, NativeRouter):
@@ -137,7 +148,7 @@ class NativeLayer:
         self._own, self._installed, self._experts = module.forward, installed, mixture.experts
         self._attention, self._width = attention, len(first.weight)
         self._inner = [module.input_layernorm, module.self_attn, module.post_attention_layernorm]
-        self._inner += [mixture, mixture.gate, mixture.experts]
+        self._inner += [mixture, gate, mixture.experts]
         self._kernel = Layer(attention.kernel, first.kernel, behind.kernel, router.kernel)
         self._chosen = torch.empty((1, router.top_k), dtype=torch.long)
         self._weights = torch.empty((1, router.top_k), dtype=torch.float32)
@@ -191,7 +202,7 @@ def layer_modules(model: nn.Module) -> list[nn.Module]:
         if {name for name, _ in module.named_children()} != _PARTS:
             continue
         inner = dict(module.get_submodule("mlp").named_children())
-        if set(inner) == _MIXTURE and id(inner["experts"]) in mixtures:
+        if set(inner) in _MIXTURES and id(inner["experts"]) in mixtures:
             found.append(module)
     return found
 
@@ -257,13 +268,14 @@ class LayerTrial(NothingResident):
         given, turns = some(1, 1, found._width), (some(*turn[0].shape), some(*turn[0].shape))
         states = some(2, 1, heads, _TRIAL_TOKENS - 1, attention.head_dim)
         results = []
-        for forward in (found._own, found):
+        for forward in (lambda x, named: found._own(x, **named), found._one_token):
             cache = Cache(layers=[GrowingLayer() for _ in range(attention.layer_idx + 1)])
             layer = cache.layers[attention.layer_idx]
             layer.update(states[0], states[1])
             self._seen.clear()
             arguments = {**call.arguments, "past_key_values": cache, "position_embeddings": turns}
-            output = forward(given, **arguments)
+            arguments["attention_mask"] = trial_mask(call, [True] * _TRIAL_TOKENS)
+            output = forward(given, arguments)
             if len(self._seen) != 1 or not isinstance(output, torch.Tensor):
                 return False
             kept = (one[..., :_TRIAL_TOKENS, :].clone() for one in (layer.keys, layer.values))

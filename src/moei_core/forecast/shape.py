@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 
-NATIVE_ATTENTION = frozenset({"ernie4_5_moe", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe"})
+NATIVE_ATTENTION = frozenset({
+    "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "gpt_oss", "granitemoe", "minimax_m2", "mixtral",
+    "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
+})  # fmt: skip
 """Kinds of models whose attention the engine computes natively. It finds out by trying (``adapters/native_decode.py``);
 a test compares."""
 

@@ -16,13 +16,17 @@ if native.available():
 class Router:
     """Softmax over all experts, the largest few of them, as torch computes it in float32 from rounded logits."""
 
-    def __init__(self, weight: native.Linear, top_k: int, normed: bool, rounded: bool) -> None:
+    def __init__(
+        self, weight: native.Linear, top_k: int, normed: bool, rounded: bool, late: bool = False
+    ) -> None:
         """normed: the chosen weights are divided by their sum. rounded: they end in the type of the activations.
+
+        late: the largest logits are chosen first, and the softmax is over these alone.
 
         ValueError unless 0 < top_k <= experts.
         """
         self._weight = weight
-        self.native = _native.Router(weight.native, top_k, normed, rounded)
+        self.native = _native.Router(weight.native, top_k, normed, rounded, late)
 
     def __call__(self, type: str, x: int, rows: int, logits: int, experts: int, weights: int) -> None:
         """type: the float format of x and logits. The others are addresses of contiguous rows.
