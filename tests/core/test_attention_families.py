@@ -1,4 +1,4 @@
-"""A token's attention as one native call, for every family that the forecast believes to have it, against transformers."""
+"""A token's attention as one native call against transformers, for every family that forecasts believe to have it."""
 
 from __future__ import annotations
 

@@ -225,9 +225,12 @@ CASES: list[dict[str, Any]] = [
     {"heads": 8, "kv_heads": 1, "head_dim": 32, "rotary": 8, "hidden": 96, "position": 37, "normed": True},
     {"heads": 40, "kv_heads": 2, "head_dim": 64, "rotary": 64, "hidden": 64, "position": 700, "normed": True},
     {"heads": 3, "kv_heads": 3, "head_dim": 128, "rotary": 2, "hidden": 128, "position": 20, "normed": False},
-    {"heads": 8, "kv_heads": 1, "head_dim": 64, "rotary": 64, "hidden": 64, "position": 1535, "normed": False, "sinks": True, "rotation": "short"},
-    {"heads": 6, "kv_heads": 2, "head_dim": 32, "rotary": 16, "hidden": 64, "position": 511, "normed": True, "wide": True, "clip": 0.7},
-    {"heads": 5, "kv_heads": 1, "head_dim": 20, "rotary": 20, "hidden": 48, "position": 1100, "normed": False, "rotation": "neighbors", "turn_dtype": torch.float32},
+    {"heads": 8, "kv_heads": 1, "head_dim": 64, "rotary": 64, "hidden": 64, "position": 1535, "normed": False,
+     "sinks": True, "rotation": "short"},
+    {"heads": 6, "kv_heads": 2, "head_dim": 32, "rotary": 16, "hidden": 64, "position": 511, "normed": True,
+     "wide": True, "clip": 0.7},
+    {"heads": 5, "kv_heads": 1, "head_dim": 20, "rotary": 20, "hidden": 48, "position": 1100, "normed": False,
+     "rotation": "neighbors", "turn_dtype": torch.float32},
 ]  # fmt: skip
 
 

@@ -38,7 +38,7 @@ _Arguments = tuple[str, int, tuple[int, int], tuple[int, int, int, int], int]
 _EXACT, _ROUNDED = 1e-4, 0.02
 """How far the results of a trial may be apart, relative, when all is float32 and when something is rounded."""
 _SEEDS = 3
-"""Rounding alone may be more than that by chance, where scores are large; so a trial is done again with other numbers."""
+"""Rounding alone may be more than that by chance, where scores are large: so a trial has some more chances."""
 
 
 class NativeNorm:
@@ -106,7 +106,7 @@ class NativeAttention:
     """The forward of an attention module: native for one token of one sequence, else its own."""
 
     def __init__(self, module: Any, turn: torch.Tensor, rotation: str, dtype: torch.dtype) -> None:
-        """turn: cosines, [..., as many as a token has]. rotation: of ``native.ROTATIONS``. ValueError if parts do not fit."""
+        """turn: cosines, [..., those of a token]. rotation: of ``native.ROTATIONS``. ValueError if parts do not fit."""
         q, k, v, o = (getattr(module, name) for name in _PROJECTIONS)
         projections = _linear(q), _linear(k), _linear(v), _linear(o)
         self.head_dim = int(module.head_dim)
@@ -115,7 +115,12 @@ class NativeAttention:
         if norms and (not all(isinstance(one, NativeNorm) for one in norms) or norms[0].eps != norms[1].eps):
             raise ValueError("norms of another kind")
         weights = (norms[0].weight, norms[1].weight) if norms else None
-        self._own, self._layer, self._dtype, self._turn = module.forward, module.layer_idx, dtype, turn.shape[-1]
+        self._own, self._layer, self._dtype, self._turn = (
+            module.forward,
+            module.layer_idx,
+            dtype,
+            turn.shape[-1],
+        )
         self._turn_dtype = turn.dtype
         sinks = getattr(module, _SINKS, None)
         # What clips hardly ever clips in a trial, so this one is known by its name.
@@ -316,9 +321,11 @@ def _agrees(
         layer.cut_to(_TRIAL_TOKENS - 1)
         arguments = {**call.arguments, "attention_mask": shown, "past_key_values": cache}
         arguments["position_embeddings"] = tuple(one[:, tokens].contiguous() for one in turns)
-        if forward is found and found.prepare(
-            given[:, tokens].contiguous(), arguments["position_embeddings"], shown, cache
-        ) is None:
+        if (
+            forward is found
+            and found.prepare(given[:, tokens].contiguous(), arguments["position_embeddings"], shown, cache)
+            is None
+        ):
             # It would leave this to the module itself.
             return False
         output = forward(hidden_states=given[:, tokens].contiguous(), **arguments)

@@ -78,7 +78,9 @@ def _router(module: Any) -> NativeRouter | None:
     bias: Any = parameters.get("bias")
     if not {"weight"} <= set(parameters) <= {"weight", "bias"} or any(True for _ in module.buffers()):
         return None
-    if weight.dim() != 2 or (bias is not None and (bias.shape, bias.dtype) != (weight.shape[:1], weight.dtype)):
+    if weight.dim() != 2 or (
+        bias is not None and (bias.shape, bias.dtype) != (weight.shape[:1], weight.dtype)
+    ):
         return None
     top_k = getattr(module, "top_k", None)
     if not isinstance(top_k, int) or weight.dtype not in TYPES or not weight.is_contiguous():
@@ -124,9 +126,7 @@ def _kind(
             return normed, rounded, False
     best, index = torch.topk(logits, top_k, dim=-1)
     expected = torch.softmax(best, dim=-1, dtype=scores.dtype)
-    return (
-        (False, rounded, True) if torch.equal(index, experts) and torch.equal(scores, expected) else None
-    )
+    return (False, rounded, True) if torch.equal(index, experts) and torch.equal(scores, expected) else None
 
 
 class NativeLayer:

@@ -65,6 +65,10 @@ class Attention:
         eps: float,
         q_norm: list[float],
         k_norm: list[float],
+        sinks: list[float],
+        clip: float,
+        rotation: str,
+        turn_type: str,
         /,
     ) -> None: ...
     def __call__(
@@ -87,7 +91,7 @@ class RmsNorm:
     def __call__(self, type: str, x: int, rows: int, out: int, /) -> None: ...
 
 class Router:
-    def __init__(self, weights: Weights, top_k: int, normed: bool, rounded: bool, /) -> None: ...
+    def __init__(self, weights: Weights, top_k: int, normed: bool, rounded: bool, late: bool, /) -> None: ...
     def __call__(self, type: str, x: int, rows: int, logits: int, experts: int, weights: int, /) -> None: ...
 
 class ExpertTable:

@@ -36,12 +36,9 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu")
 CLAMP_ALPHA, CLAMP_LIMIT = 1.702, 7.0
 """gpt-oss's constants of ``clamped_swiglu``."""
 ROTATIONS = ("halves", "short", "neighbors")
-"""Which values of a head turn together: i and i + rotary / 2, by cosines [rotary] (``halves``) or [rotary / 2]
-(``short``), or 2i and 2i + 1, by the first half of [rotary] (``neighbors``)."""
+"""i turns with i + rotary / 2, by cosines [rotary] or [rotary / 2]; 2i with 2i + 1, by the first half of [rotary]."""
 PARTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 """The columns of an expert's addresses (``ExpertFfn``)."""
-
-
 _TILE_ROWS = 16
 
 
@@ -296,8 +293,8 @@ class Attention:
     """Grouped-query attention of one token, from the normed hidden state to the output projection.
 
     In float32 throughout: q, k, v = projections of x; q and k normed (if there are norms), each head or all together;
-    q, k and v kept within +-clip; the first ``rotary`` values of each head of q and k turned (``ROTATIONS``); k and v join the cache, rounded to its type; softmax(scale q k) v, a head's sink being one more score, of no
-    value; output projection.
+    q, k, v kept within +-clip; the first ``rotary`` values of q's and k's heads turned (``ROTATIONS``); k and v join
+    the cache, rounded to its type; softmax(scale q k) v, a sink being one more score, of no value; output projection.
     """
 
     def __init__(
@@ -314,27 +311,24 @@ class Attention:
     ) -> None:
         """projections: q, k, v (of one format) and output. heads: number for q, number for k and v, head_dim, rotary.
 
-        norms: weights of q's and k's norm, both [head_dim] or each as wide as all its heads. sinks: one for each head
-        for q, or none. rotation: of ``ROTATIONS``. turn_type: the float format of cosines and sines. ValueError if the
-        shapes contradict each other.
+        norms: weights of q's and k's norm, both [head_dim] or as wide as all heads. sinks: none, or one for each head.
+        turn_type: the float format of cosines and sines. ValueError if the shapes contradict each other.
         """
         isa()
         q, k, v, o = (one.native for one in projections)
         q_norm, k_norm = norms or ([], [])
         self._projections = projections
-        self.native = _native.Attention(
-            q, k, v, o, *heads, scale, eps, q_norm, k_norm, list(sinks), clip, rotation, turn_type
-        )
+        rest = list(sinks), clip, rotation, turn_type
+        self.native = _native.Attention(q, k, v, o, *heads, scale, eps, q_norm, k_norm, *rest)
 
     def __call__(
         self, type: str, x: int, turn: tuple[int, int], cache: tuple[int, int, int, int], mask: int, out: int
     ) -> None:
         """type: the float format of everything but the mask. x, out: addresses of [hidden].
 
-        turn: addresses of cosines and sines, of the layout's type. cache: addresses of keys and values [kv_heads, capacity,
-        head_dim], capacity, and how many tokens they hold; this one becomes the next. mask: address of a byte for
-        each token, this one included, that is 0 where it is not seen; 0: all are seen.
-        ValueError if there is no room in the cache.
+        turn: addresses of cosines and sines. cache: addresses of keys and values [kv_heads, capacity, head_dim],
+        capacity, and how many tokens they hold; this one becomes the next. mask: address of a byte for each token,
+        this one included, that is 0 where it is not seen; 0: all are seen. ValueError if there is no room in the cache.
         """
         self.native(type, x, *turn, *cache, mask, out)
 
