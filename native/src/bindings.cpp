@@ -93,24 +93,30 @@ void call_linear(const Weights& weights, std::string_view type, int64_t x, int64
 // A norm's weights are copied, so that Python need not keep float32 ones alive.
 struct Attention {
     AttentionLayout layout;
-    std::vector<float> q_norm, k_norm;
+    std::vector<float> q_norm, k_norm, sinks;
 };
 
 void make_attention(Attention* self, const Weights& q, const Weights& k, const Weights& v, const Weights& o, int64_t heads,
                     int64_t kv_heads, int64_t head_dim, int64_t rotary, double scale, double eps,
-                    const std::vector<float>& q_norm, const std::vector<float>& k_norm) {
+                    const std::vector<float>& q_norm, const std::vector<float>& k_norm, const std::vector<float>& sinks,
+                    double clip, std::string_view rotation, std::string_view turn_type) {
     const int64_t hidden = q.matrix.cols, width = heads * head_dim, kv_width = kv_heads * head_dim;
     require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && rotary % 2 == 0 && rotary <= head_dim, "the heads do not fit together");
     require(q.matrix.rows == width && k.matrix.rows == kv_width && v.matrix.rows == kv_width && k.matrix.cols == hidden &&
                 v.matrix.cols == hidden && o.matrix.rows == hidden && o.matrix.cols == width,
             "the projections do not fit together");
     require(q.matrix.format == k.matrix.format && q.matrix.format == v.matrix.format, "q, k and v must be of one format");
-    for (const auto* norm : {&q_norm, &k_norm}) {
-        require(norm->empty() || static_cast<int64_t>(norm->size()) == head_dim, "a norm must have a weight for each value of a head");
-    }
-    new (self) Attention{{hidden, heads, kv_heads, head_dim, rotary, static_cast<float>(scale), static_cast<float>(eps), q, k, v, o, nullptr, nullptr}, q_norm, k_norm};
+    const auto q_size = static_cast<int64_t>(q_norm.size()), k_size = static_cast<int64_t>(k_norm.size());
+    const bool each = q_size == head_dim && k_size == head_dim, wide = q_size == width && k_size == kv_width;
+    require((q_norm.empty() && k_norm.empty()) || each || wide, "the norms must have a weight for each value of a head, or of all heads");
+    require(sinks.empty() || static_cast<int64_t>(sinks.size()) == heads, "there must be a sink for each head");
+    require(clip > 0, "a limit must be positive");
+    new (self) Attention{{hidden, heads, kv_heads, head_dim, rotary, static_cast<float>(scale), static_cast<float>(eps), q, k, v, o, nullptr, nullptr,
+                          wide && !each, rotation_from_name(rotation), float_type(turn_type), static_cast<float>(clip), nullptr},
+                         q_norm, k_norm, sinks};
     self->layout.q_norm = self->q_norm.empty() ? nullptr : self->q_norm.data();
     self->layout.k_norm = self->k_norm.empty() ? nullptr : self->k_norm.data();
+    self->layout.sinks = self->sinks.empty() ? nullptr : self->sinks.data();
 }
 
 void call_attention(const Attention& attention, std::string_view type, int64_t x, int64_t cosine, int64_t sine, int64_t keys,
@@ -145,9 +151,10 @@ void call_moe_token(const FfnLayout& layout, const nb::list& experts, const std:
     });
 }
 
-void make_router(RouterLayout* self, const Weights& weights, int64_t top_k, double scale, bool normed, bool rounded, bool wide, bool sorted) {
+void make_router(RouterLayout* self, const Weights& weights, int64_t top_k, double scale, bool normed, bool rounded, bool wide, bool sorted,
+                 bool late) {
     require(top_k > 0 && top_k <= weights.matrix.rows, "a router must choose some of its experts");
-    new (self) RouterLayout{weights, top_k, static_cast<float>(scale), normed, rounded, wide, sorted};
+    new (self) RouterLayout{weights, top_k, static_cast<float>(scale), normed, rounded, wide, sorted, late};
 }
 
 void call_router(const RouterLayout& router, std::string_view type, int64_t x, int64_t rows, int64_t logits, int64_t experts,

@@ -4,14 +4,19 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "dense_parts.h"
+#include "exponential.h"
 
 namespace moei {
 namespace {
 
-constexpr int64_t kGroup = 16;  // heads that share a pass over keys and values
+constexpr int64_t kGroup = 16;         // heads that share a pass over keys and values
+constexpr int64_t kKeysOfTask = 512;  // whatever the number of threads: sums are put together in this many keys
 
 uint16_t to_bfloat(float value) {
     const auto bits = std::bit_cast<uint32_t>(value);
@@ -34,6 +39,13 @@ uint16_t to_half(float value) {
 }
 
 }  // namespace
+
+Rotation rotation_from_name(std::string_view name) {
+    if (name == "halves") return Rotation::Halves;
+    if (name == "short") return Rotation::Short;
+    if (name == "neighbors") return Rotation::Neighbors;
+    throw std::invalid_argument("unknown rotation '" + std::string(name) + "'");
+}
 
 void widen(Format type, const uint8_t* source, int64_t count, float* out) {
     if (type == Format::F32) {
@@ -116,29 +128,86 @@ void linear(const Weights& weights, Format type, const uint8_t* x, int64_t token
     });
 }
 
+namespace {
+
+// Values beyond the limit become it; what is no number stays.
+void clip_row(float* values, int64_t count, float limit) {
+    for (int64_t i = 0; i < count; ++i) values[i] = values[i] > limit ? limit : values[i] < -limit ? -limit : values[i];
+}
+
+// The norms and the rotation of all heads of q or k.
+void prepare_heads(const AttentionLayout& l, float* values, int64_t heads, const float* norm, const float* cosine, const float* sine) {
+    if (norm && l.wide_norms) rms_norm(values, norm, heads * l.head_dim, l.eps, values);
+    for (int64_t head = 0; head < heads; ++head) {
+        float* const own = values + head * l.head_dim;
+        if (norm && !l.wide_norms) rms_norm(own, norm, l.head_dim, l.eps, own);
+        if (std::isfinite(l.clip)) clip_row(own, l.head_dim, l.clip);
+        rotate(own, cosine, sine, l.rotary, l.rotation);
+    }
+}
+
+constexpr float kNothingSeen = -std::numeric_limits<float>::infinity();
+
+struct Range {
+    int64_t begin, end;
+};
+
+// The part of [begin, end) from the first key that is seen to the last, its beginning rounded down to what softmax
+// takes together; empty if none is seen. With a sliding window most keys are not.
+Range seen_keys(const uint8_t* mask, int64_t begin, int64_t end) {
+    if (!mask) return {begin, end};
+    int64_t first = begin;
+    while (first < end && !mask[first]) ++first;
+    if (first == end) return {end, end};
+    while (!mask[end - 1]) --end;
+    return {first - (first - begin) % 16, end};
+}
+
+// out = what one head makes of all keys: the parts' sums brought to the largest score of all, added in ascending order.
+void join_parts(const AttentionLayout& l, int64_t head, int64_t parts, const SoftmaxPart* softmaxes, const float* mixtures,
+                float* out) {
+    float top = l.sinks ? l.sinks[head] : kNothingSeen;
+    for (int64_t part = 0; part < parts; ++part) top = std::max(top, softmaxes[part * l.heads + head].largest);
+    std::fill(out, out + l.head_dim, 0.0f);
+    float sum = l.sinks ? exponential(l.sinks[head] - top) : 0;
+    for (int64_t part = 0; part < parts; ++part) {
+        const SoftmaxPart own = softmaxes[part * l.heads + head];
+        if (own.largest == kNothingSeen && own.sum == 0) continue;
+        const float factor = exponential(own.largest - top), *const mixture = mixtures + (part * l.heads + head) * l.head_dim;
+        sum += own.sum * factor;
+        for (int64_t d = 0; d < l.head_dim; ++d) out[d] += mixture[d] * factor;
+    }
+    for (int64_t d = 0; d < l.head_dim; ++d) out[d] *= 1.0f / sum;
+}
+
+}  // namespace
+
 void attend(const AttentionLayout& l, const AttentionCall& call, ThreadPool& pool, Workspace& workspace) {
     const Kernels& table = kernels();
     const int64_t item = format_info(call.type).block_nbytes, length = call.position + 1;
     const int64_t q_width = l.heads * l.head_dim, kv_width = l.kv_heads * l.head_dim, group = l.heads / l.kv_heads;
-    const int64_t widest = std::max(l.hidden, q_width);
+    const int64_t widest = std::max(l.hidden, q_width), parts = round_up(length, kKeysOfTask) / kKeysOfTask;
     int64_t scratch_each = 0;
     for (const Weights* w : {&l.q, &l.k, &l.v, &l.o})
         scratch_each = std::max(scratch_each, round_up(scratch_floats(w->matrix.format, w->matrix.cols), 16));
     const auto floats = [](int64_t count) { return round_up(count, 16); };
     const int64_t total = floats(l.hidden) + 2 * floats(q_width) + 2 * floats(kv_width) + floats(2 * l.rotary) +
-                          l.heads * floats(length) + pool.threads() * scratch_each;
+                          floats(parts * 2 * l.heads) + floats(parts * q_width) + pool.threads() * (kGroup * kKeysOfTask + scratch_each);
     uint8_t* const memory = workspace.reserve(4 * total + quantized_row_nbytes(round_up(widest, kBlock), true));
     const DefaultFloatingPoint guard;
     auto* at = reinterpret_cast<float*>(memory);
     const auto take = [&](int64_t count) { return std::exchange(at, at + floats(count)); };
     float *const x = take(l.hidden), *const q = take(q_width), *const mixed = take(q_width), *const k = take(kv_width),
-                 *const v = take(kv_width), *const turn = take(2 * l.rotary), *const scores = take(l.heads * floats(length));
+                 *const v = take(kv_width), *const turn = take(2 * l.rotary), *const mixtures = take(parts * q_width),
+                 *const scores = take(pool.threads() * kGroup * kKeysOfTask);
+    auto* const softmaxes = reinterpret_cast<SoftmaxPart*>(take(parts * 2 * l.heads));
     float* const scratch = take(pool.threads() * scratch_each);
     auto* const quantized = reinterpret_cast<uint8_t*>(at);
 
     widen(call.type, call.x, l.hidden, x);
-    widen(call.type, call.cosine, l.rotary, turn);
-    widen(call.type, call.sine, l.rotary, turn + l.rotary);
+    const int64_t turns = l.rotation == Rotation::Short ? l.rotary / 2 : l.rotary;
+    widen(l.turn_type, call.cosine, turns, turn);
+    widen(l.turn_type, call.sine, turns, turn + l.rotary);
     const auto activations = [&](const float* values, const Matrix& w) {
         const Activations made{quantized_nbytes(w.format, w.cols), values, quantized, w.cols};
         if (made.quantized_nbytes) quantize_row(made, w.format, 0);
@@ -146,12 +215,9 @@ void attend(const AttentionLayout& l, const AttentionCall& call, ThreadPool& poo
     };
     // q, k and v are of one format: the binding sees to it.
     project_token(table, {&l.q, &l.k, &l.v}, activations(x, l.q.matrix), {q, k, v}, pool, scratch, scratch_each);
-    for (int64_t head = 0; head < l.heads + l.kv_heads; ++head) {
-        float* const values = head < l.heads ? q + head * l.head_dim : k + (head - l.heads) * l.head_dim;
-        const float* const norm = head < l.heads ? l.q_norm : l.k_norm;
-        if (norm) rms_norm(values, norm, l.head_dim, l.eps, values);
-        rotate(values, turn, turn + l.rotary, l.rotary);
-    }
+    prepare_heads(l, q, l.heads, l.q_norm, turn, turn + l.rotary);
+    prepare_heads(l, k, l.kv_heads, l.k_norm, turn, turn + l.rotary);
+    if (std::isfinite(l.clip)) clip_row(v, kv_width, l.clip);
     const int64_t head_nbytes = call.capacity * l.head_dim * item;
     for (int64_t head = 0; head < l.kv_heads; ++head) {
         const int64_t place = head * head_nbytes + call.position * l.head_dim * item;
@@ -159,25 +225,34 @@ void attend(const AttentionLayout& l, const AttentionCall& call, ThreadPool& poo
         narrow(call.type, v + head * l.head_dim, l.head_dim, call.values + place);
     }
 
-    const int64_t ld = floats(length), kv_nbytes = kv_width * length * item;
-    share(pool, l.kv_heads, 2 * kv_nbytes, [&](int64_t head, int) noexcept {
-        const Matrix keys{call.keys + head * head_nbytes, call.type, Order::Plain, length, l.head_dim, l.head_dim};
-        const Matrix values{call.values + head * head_nbytes, call.type, Order::Transposed, l.head_dim, length, l.head_dim};
+    const int64_t kv_nbytes = 2 * kv_width * length * item;
+    share(pool, l.kv_heads * parts, kv_nbytes, [&](int64_t task, int thread) noexcept {
+        const int64_t head = task / parts, part = task % parts;
+        const Range range = seen_keys(call.mask, part * kKeysOfTask, std::min(length, (part + 1) * kKeysOfTask));
+        const int64_t count = range.end - range.begin, place = head * head_nbytes + range.begin * l.head_dim * item;
+        const Matrix keys{call.keys + place, call.type, Order::Plain, count, l.head_dim, l.head_dim};
+        const Matrix values{call.values + place, call.type, Order::Transposed, l.head_dim, count, l.head_dim};
+        float* const own = scores + thread * kGroup * kKeysOfTask;
         for (int64_t first = 0; first < group; first += kGroup) {
             const int64_t n = std::min(kGroup, group - first), start = head * group + first;
+            SoftmaxPart* const sums = softmaxes + part * l.heads + start;
+            if (count == 0) {
+                std::fill(sums, sums + n, SoftmaxPart{kNothingSeen, 0});
+                continue;
+            }
             const void* rows[kGroup];
             for (int64_t i = 0; i < n; ++i) rows[i] = q + (start + i) * l.head_dim;
-            project(table, keys, 0, length, rows, n, scores + start * ld, ld, nullptr);
-            float factors[kGroup];
+            project(table, keys, 0, count, rows, n, own, kKeysOfTask, nullptr);
+            const uint8_t* const mask = call.mask ? call.mask + range.begin : nullptr;
             for (int64_t i = 0; i < n; ++i) {
-                factors[i] = table.softmax(scores + (start + i) * ld, length, l.scale, call.mask);
-                rows[i] = scores + (start + i) * ld;
+                sums[i] = table.softmax_part(own + i * kKeysOfTask, count, l.scale, mask);
+                rows[i] = own + i * kKeysOfTask;
             }
-            project(table, values, 0, l.head_dim, rows, n, mixed + start * l.head_dim, l.head_dim, nullptr);
-            for (int64_t i = 0; i < n; ++i)
-                for (int64_t d = 0; d < l.head_dim; ++d) mixed[(start + i) * l.head_dim + d] *= factors[i];
+            project(table, values, 0, l.head_dim, rows, n, mixtures + (part * l.heads + start) * l.head_dim, l.head_dim, nullptr);
         }
     });
+    for (int64_t head = 0; head < l.heads; ++head)
+        join_parts(l, head, parts, softmaxes, mixtures, mixed + head * l.head_dim);
 
     const Activations inputs = activations(mixed, l.o.matrix);
     project_token(table, {&l.o}, inputs, {x}, pool, scratch, scratch_each);

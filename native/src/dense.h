@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 
 #include "matmul.h"
 
@@ -30,16 +31,27 @@ struct Norm {
 // x times 1 / sqrt(mean of squares + eps), times the weights.
 void rms_norm(const float* x, const float* weight, int64_t count, float eps, float* out);
 
-// Grouped-query attention of one token: projections, a norm of each head (null: none), rotation of the first `rotary`
-// values of a head (the first half with the second), softmax over what is cached, output projection.
+// Which values of a head turn together, and where the numbers of a pair lie. Halves: i and i + rotary / 2, each by its
+// own; Short: both by number i of rotary / 2; Neighbors: 2i and 2i + 1 by number i.
+enum class Rotation { Halves, Short, Neighbors };
+Rotation rotation_from_name(std::string_view name);  // throws std::invalid_argument
+
+// Grouped-query attention of one token: projections, a norm of each head (null: none) or of all heads together
+// (`wide_norms`), values kept within +-clip, rotation of the first `rotary` values of a head, softmax over what is cached, output
+// projection.
 struct AttentionLayout {
     int64_t hidden, heads, kv_heads, head_dim, rotary;
     float scale, eps;
     Weights q, k, v, o;
     const float *q_norm, *k_norm;
+    bool wide_norms;
+    Rotation rotation;
+    Format turn_type;    // of cosine and sine
+    float clip;          // infinite: none
+    const float* sinks;  // for each head a score that takes part in its softmax and adds nothing; null: none
 };
 
-// x, out: [hidden]. cosine, sine: [rotary]. keys, values: [kv_heads, capacity, head_dim], of which `position` tokens
+// x, out: [hidden]. cosine, sine: [rotary], Short: half as many. keys, values: [kv_heads, capacity, head_dim], of which `position` tokens
 // are there and this token becomes the next. mask: for each of position + 1 tokens whether it is seen; null: all are.
 struct AttentionCall {
     Format type;

@@ -65,13 +65,15 @@ void project_token(const Kernels& table, const Weights* const (&weights)[N], con
     });
 }
 
-// The first half of the `rotary` values of a head with the second.
-inline void rotate(float* head, const float* cosine, const float* sine, int64_t rotary) {
-    const int64_t half = rotary / 2;
+// Turns the first `rotary` values of a head.
+inline void rotate(float* head, const float* cosine, const float* sine, int64_t rotary, Rotation rotation) {
+    const int64_t half = rotary / 2, second = rotation == Rotation::Halves ? half : 0;
+    const int64_t step = rotation == Rotation::Neighbors ? 2 : 1, apart = rotation == Rotation::Neighbors ? 1 : half;
     for (int64_t i = 0; i < half; ++i) {
-        const float low = head[i], high = head[half + i];
-        head[i] = low * cosine[i] - high * sine[i];
-        head[half + i] = high * cosine[half + i] + low * sine[half + i];
+        float &first = head[step * i], &other = head[step * i + apart];
+        const float low = first, high = other;
+        first = low * cosine[i] - high * sine[i];
+        other = high * cosine[second + i] + low * sine[second + i];
     }
 }
 

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 namespace moei {
 namespace {
 
@@ -33,7 +35,7 @@ inline float exponential(float x) {
 // The two passes over blocks of 16, the last one filled up: partial results in fixed places, so that vectors of any
 // size give the same bits.
 template <bool Masked>
-float softmax_passes(float* scores, int64_t count, float scale, const uint8_t* mask) {
+SoftmaxPart softmax_passes(float* scores, int64_t count, float scale, const uint8_t* mask) {
     constexpr int64_t width = 16;
     constexpr float none = -__builtin_inff();
     float largest[width], sums[width] = {}, check[width] = {};
@@ -63,11 +65,15 @@ float softmax_passes(float* scores, int64_t count, float scale, const uint8_t* m
     float sum = 0, wrong = 0;
     for (const float value : sums) sum += value;
     for (const float value : check) wrong += value;
-    return 1.0f / sum + wrong;
+    return {top, sum + wrong};
+}
+
+inline SoftmaxPart softmax_part_kernel(float* scores, int64_t count, float scale, const uint8_t* mask) {
+    return mask ? softmax_passes<true>(scores, count, scale, mask) : softmax_passes<false>(scores, count, scale, mask);
 }
 
 inline float softmax_kernel(float* scores, int64_t count, float scale, const uint8_t* mask) {
-    return mask ? softmax_passes<true>(scores, count, scale, mask) : softmax_passes<false>(scores, count, scale, mask);
+    return 1.0f / softmax_part_kernel(scores, count, scale, mask).sum;
 }
 
 }  // namespace

@@ -54,6 +54,11 @@ using SoftmaxKernel = float (*)(float* scores, int64_t count, float scale, const
 // from one to the next. Sixteen partial sums, row modulo 16, each in ascending row of (scale * x[row]) * quant, every
 // operation rounded, then added in halves: all instruction sets give the same bits.
 using ColumnTilesKernel = void (*)(const uint8_t* tiles, int64_t stride, int64_t count, const float* x, float* out);
+// The same without the division, for a part of the scores: the largest (of scale * score) and the sum of the exponentials.
+struct SoftmaxPart {
+    float largest, sum;
+};
+using SoftmaxPartKernel = SoftmaxPart (*)(float* scores, int64_t count, float scale, const uint8_t* mask);
 
 struct FloatKernels {
     FloatKernel f32, f16, bf16;
@@ -67,6 +72,7 @@ struct Kernels {
     ReadKernel read[3];  // one, two and four streams
     SoftmaxKernel softmax;
     ColumnTilesKernel q8_0_columns;
+    SoftmaxPartKernel softmax_part;
 };
 
 extern const Kernels kPortable;

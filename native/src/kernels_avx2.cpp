@@ -176,6 +176,6 @@ void token_kernel(const uint8_t* const* tiles, int64_t, int rows, int64_t cols, 
 namespace moei {
 
 const Kernels kAvx2{"avx2", tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, token_kernel<Q8>, token_kernel<Q4>, token_kernel<Fp4>, kRowsKernels, kColumnsKernels,
-                    {read_streams<1>, read_streams<2>, read_streams<4>}, softmax_kernel, q8_0_columns};
+                    {read_streams<1>, read_streams<2>, read_streams<4>}, softmax_kernel, q8_0_columns, softmax_part_kernel};
 
 }  // namespace moei

@@ -21,7 +21,7 @@ inline float sum(Lanes lanes) {
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 // Lane i: sum(rows[i]). Each step halves the lanes of two vectors at once.
-inline Lanes sum16(const Lanes* rows) {
+inline __attribute__((always_inline)) Lanes sum16(const Lanes* rows) {
     __m512 fours[4], twos[2];
     for (int i = 0; i < 4; ++i) {
         __m512 eights[2];
@@ -210,6 +210,6 @@ void token_kernel(const uint8_t* const* tiles, int64_t skip, int rows, int64_t c
 namespace moei {
 
 const Kernels kAvx512{"avx512", tile_kernel<Q8>, tile_kernel<Q4>, tile_kernel<Fp4>, token_kernel<Q8>, token_kernel<Q4>, token_kernel<Fp4>, kRowsKernels, kColumnsKernels,
-                      {read_streams<1>, read_streams<2>, read_streams<4>}, softmax_kernel, q8_0_columns};
+                      {read_streams<1>, read_streams<2>, read_streams<4>}, softmax_kernel, q8_0_columns, softmax_part_kernel};
 
 }  // namespace moei

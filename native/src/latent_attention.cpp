@@ -15,12 +15,7 @@ constexpr int64_t kColumns = 64;  // values of the mixed latents of a task
 
 // Turns the `rotary` values at `head`.
 void turn_head(const LatentLayout& l, const float* cosine, const float* sine, float* head) {
-    if (l.turn == Turn::Halves) return rotate(head, cosine, sine, l.rotary);
-    for (int64_t i = 0; i < l.rotary / 2; ++i) {
-        const float even = head[2 * i], odd = head[2 * i + 1];
-        head[2 * i] = even * cosine[i] - odd * sine[i];
-        head[2 * i + 1] = odd * cosine[i] + even * sine[i];
-    }
+    rotate(head, cosine, sine, l.rotary, l.turn == Turn::Halves ? Rotation::Halves : Rotation::Neighbors);
 }
 
 // Values 2 i to i and 2 i + 1 to rotary / 2 + i, where the cache keeps them so. spare: [rotary].

@@ -61,10 +61,15 @@ void route(const RouterLayout& router, Format type, const uint8_t* x, uint8_t* l
     const DefaultFloatingPoint guard;
     float* const scores = room(scratch.wide, count);
     widen(router.wide ? Format::F32 : type, logits, count, scores);
-    const float factor = kernels().softmax(scores, count, 1.0f, nullptr);
+    const float factor = router.late ? 1.0f : kernels().softmax(scores, count, 1.0f, nullptr);
     scratch.ranking.resize(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i) scratch.ranking[i] = {scores[i] * factor, i};
     largest(scratch.ranking, k, router.sorted);
+    if (router.late) {
+        for (int64_t i = 0; i < k; ++i) scores[i] = scratch.ranking[i].first;
+        const float share = kernels().softmax(scores, k, 1.0f, nullptr);
+        for (int64_t i = 0; i < k; ++i) scratch.ranking[i].first = scores[i] * share;
+    }
     float sum = 0;
     for (int64_t i = 0; i < k; ++i) sum += scratch.ranking[i].first;
     for (int64_t i = 0; i < k; ++i) {

@@ -13,14 +13,14 @@
 
 namespace moei {
 
-// A router: softmax over all experts, the largest `top_k` of them, divided by their sum if `normed`, times `scale`. The
-// weights are rounded to the activations' type if `rounded`, the logits unless `wide`. Unless `sorted` the chosen are in
-// the order that torch.topk leaves when it need not sort.
+// A router: softmax over all experts, the largest `top_k` of them, divided by their sum if `normed`, times `scale`;
+// `late`: the largest first, then softmax over these. The weights are rounded to the activations' type if `rounded`, the
+// logits unless `wide`. Unless `sorted` the chosen are in the order that torch.topk leaves when it need not sort.
 struct RouterLayout {
     Weights weights;
     int64_t top_k;
     float scale;
-    bool normed, rounded, wide, sorted;
+    bool normed, rounded, wide, sorted, late;
 };
 
 // Memory that the steps below pass results in. For one call at a time.

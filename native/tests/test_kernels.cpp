@@ -1,6 +1,7 @@
 // The kernels without Python, for sanitizers and for processors that only an emulator runs. Every matrix product is
 // compared with one in double precision over the stored values, under a bound from the rounding of each step; then
 // bits are compared across token counts, thread counts and orders of storage. Prints a line per failure.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -14,6 +15,7 @@
 
 #include "dense.h"
 #include "latent_attention.h"
+#include "layer.h"
 #include "matmul.h"
 
 using namespace moei;
@@ -288,6 +290,74 @@ void test_latent_attention(Format format, Turn turn, bool low, int64_t position)
     }
 }
 
+// One token's attention against double precision, with parts of the keys hidden and with sinks, and the same bits from
+// any number of threads. The projections are identities as far as they go, so that all is in the attention itself.
+void test_attention(int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t position, int64_t shown, bool sunk, Rotation rotation) {
+    const int64_t width = heads * head_dim, kv_width = kv_heads * head_dim, capacity = position + 2, length = position + 1;
+    const auto matrix = [](const std::vector<float>& w, int64_t rows, int64_t cols) {
+        return Weights{{reinterpret_cast<const uint8_t*>(w.data()), Format::F32, Order::Plain, rows, cols, cols}, nullptr, Format::F32};
+    };
+    std::vector<float> q(static_cast<size_t>(width * width), 0.0f), kv(static_cast<size_t>(kv_width * width), 0.0f);
+    for (int64_t i = 0; i < width; ++i) q[static_cast<size_t>(i * width + i)] = 1.0f;
+    for (int64_t i = 0; i < kv_width; ++i) kv[static_cast<size_t>(i * width + i)] = 1.0f;
+    std::vector<float> x = normal(width), keys = normal(kv_heads * capacity * head_dim), values = normal(kv_heads * capacity * head_dim);
+    const std::vector<float> cosine = normal(head_dim), sine = normal(head_dim), sinks = normal(heads);
+    std::vector<uint8_t> mask(static_cast<size_t>(length), 0);
+    for (int64_t i = std::max<int64_t>(0, length - shown); i < length; ++i) mask[static_cast<size_t>(i)] = 1;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+    const AttentionLayout layout{width, heads, kv_heads, head_dim, head_dim, scale, 0.0f, matrix(q, width, width), matrix(kv, kv_width, width),
+                                 matrix(kv, kv_width, width), matrix(q, width, width), nullptr, nullptr, false, rotation, Format::F32,
+                                 std::numeric_limits<float>::infinity(), sunk ? sinks.data() : nullptr};
+    std::vector<float> out(static_cast<size_t>(width), NAN), other(out);
+    const auto bytes = [](auto& data) { return reinterpret_cast<uint8_t*>(const_cast<float*>(data.data())); };
+    Workspace workspace;
+    ThreadPool one(1), three(3);
+    attend(layout, {Format::F32, bytes(x), bytes(cosine), bytes(sine), bytes(keys), bytes(values), capacity, position, mask.data(), bytes(other)}, three, workspace);
+    attend(layout, {Format::F32, bytes(x), bytes(cosine), bytes(sine), bytes(keys), bytes(values), capacity, position, mask.data(), bytes(out)}, one, workspace);
+    CHECK(std::memcmp(out.data(), other.data(), out.size() * 4) == 0, "threads change attention at %lld", static_cast<long long>(position));
+    for (int64_t head = 0; head < heads; ++head) {
+        std::vector<double> query(x.begin() + head * head_dim, x.begin() + (head + 1) * head_dim), mixed(static_cast<size_t>(head_dim), 0.0);
+        const auto half = static_cast<size_t>(head_dim / 2);
+        for (size_t i = 0; i < half; ++i) {
+            const bool pairs = rotation == Rotation::Neighbors;
+            const size_t a = pairs ? 2 * i : i, b = pairs ? 2 * i + 1 : half + i, second = rotation == Rotation::Halves ? half + i : i;
+            const double low = query[a], high = query[b];
+            query[a] = low * static_cast<double>(cosine[i]) - high * static_cast<double>(sine[i]);
+            query[b] = high * static_cast<double>(cosine[second]) + low * static_cast<double>(sine[second]);
+        }
+        double sum = sunk ? std::exp(static_cast<double>(sinks[static_cast<size_t>(head)])) : 0;
+        for (int64_t t = 0; t < length; ++t) {
+            if (!mask[static_cast<size_t>(t)]) continue;
+            const auto at = static_cast<size_t>((head / (heads / kv_heads) * capacity + t) * head_dim);
+            double score = 0;
+            for (size_t d = 0; d < 2 * half; ++d) score += query[d] * static_cast<double>(keys[at + d]);
+            const double weight = std::exp(score * static_cast<double>(scale));
+            sum += weight;
+            for (size_t d = 0; d < 2 * half; ++d) mixed[d] += weight * static_cast<double>(values[at + d]);
+        }
+        for (size_t d = 0; d < 2 * half; ++d) {
+            const double error = std::fabs(static_cast<double>(out[static_cast<size_t>(head * head_dim) + d]) - mixed[d] / sum);
+            CHECK(error <= 3e-5, "attention of %lld keys, head %lld: error %g", static_cast<long long>(length), static_cast<long long>(head), error);
+        }
+    }
+}
+
+// Of a router that chooses before its softmax: the largest logits, and weights that are these alone.
+void test_late_router() {
+    const std::vector<float> w{1, 5, 3, 4}, bias{0, -3, 0, 0.5f}, x{1};
+    const Weights weights{{reinterpret_cast<const uint8_t*>(w.data()), Format::F32, Order::Plain, 4, 1, 1}, reinterpret_cast<const uint8_t*>(bias.data()), Format::F32};
+    std::vector<float> logits(4), chosen(2);
+    std::vector<int64_t> experts(2);
+    LayerScratch scratch;
+    Workspace workspace;
+    ThreadPool one(1);
+    route({weights, 2, 1.0f, false, false, false, true, true}, Format::F32, reinterpret_cast<const uint8_t*>(x.data()), reinterpret_cast<uint8_t*>(logits.data()),
+          experts.data(), chosen.data(), scratch, one, workspace);
+    CHECK(experts[0] == 3 && experts[1] == 2, "%lld and %lld were chosen", static_cast<long long>(experts[0]), static_cast<long long>(experts[1]));
+    const double largest = 1 / (1 + std::exp(-1.5));
+    CHECK(std::fabs(static_cast<double>(chosen[0]) - largest) < 1e-6 && std::fabs(static_cast<double>(chosen[1]) - (1 - largest)) < 1e-6, "their weights");
+}
+
 void test_nonfinite() {
     std::vector<uint8_t> w = stored_weights(Format::Q8_0, 17, 64);
     put(w, 34 * 33, 0x7c00);
@@ -369,6 +439,16 @@ int main() {
     for (const Format format : {Format::F32, Format::BF16, Format::Q8_0})
         for (const Turn turn : {Turn::Halves, Turn::NeighborsToHalves, Turn::Neighbors})
             for (const int64_t position : {0, 70, 700}) test_latent_attention(format, turn, position == 70, position);
+    const Rotation rotations[] = {Rotation::Halves, Rotation::Short, Rotation::Neighbors};
+    for (const Rotation rotation : rotations) {
+        for (const int64_t position : {0, 37, 511, 512, 1500}) {
+            test_attention(8, 1, 32, position, position + 1, false, rotation);
+            test_attention(6, 2, 20, position, 3, true, rotation);
+            test_attention(5, 5, 16, position, 130, true, rotation);
+            test_attention(16, 1, 64, position, 600, false, rotation);
+        }
+    }
+    test_late_router();
     test_nonfinite();
     test_pool();
     test_read();

@@ -124,7 +124,7 @@ def test_weights_that_pass_the_caches_make_the_framework_slower() -> None:
         )
         one = made("qwen3-30b-a3b", 1.0, speeds, form)
         assert one.decode.framework == pytest.approx(48 * cost.layer(nbytes), rel=1e-3)
-    torch = replace(shape, model_type="olmoe")
+    torch = replace(shape, model_type="qwen3_next")
     budget = plan_budget(torch, BF16, speeds, 1 << 50, 4096, experts=ExpertBudget(fraction=1.0))
     assert forecast(torch, BF16, speeds, budget, 64).decode.framework == pytest.approx(
         2 * made("qwen3-30b-a3b", 1.0, speeds).decode.framework

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,8 @@ def test_a_norm_is_within_rounding(dtype: torch.dtype, width: int) -> None:
 
 def attention(
     heads: int, kv_heads: int, head_dim: int, rotary: int, hidden: int, position: int, dtype: torch.dtype,
-    normed: bool, mask: torch.Tensor | None, threads: int = 1,
+    normed: bool, mask: torch.Tensor | None, threads: int = 1, wide: bool = False, sinks: bool = False,
+    clip: float = math.inf, rotation: str = "halves", turn_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(result, exact result in float64, new key, its exact value)."""
     generator = torch.Generator().manual_seed(3)
@@ -145,16 +147,23 @@ def attention(
     widths = [(heads * head_dim, hidden), (kv_heads * head_dim, hidden), (kv_heads * head_dim, hidden)]
     weights = [some(*shape, scale=shape[1] ** -0.5) for shape in (*widths, (hidden, heads * head_dim))]
     layers = [native.Linear(native.Matrix(TYPES[dtype], *w.shape), w.data_ptr()) for w in weights]
-    norms = (some(head_dim).float(), some(head_dim).float())
+    # A norm of each head, or (wide) of all heads of q and all of k.
+    norms = tuple(some(head_dim * (many if wide else 1)).float() for many in (heads, kv_heads))
+    sink = torch.randn(heads, generator=generator) * 2 if sinks else torch.empty(0)
     capacity, x = position + 3, some(hidden)
     keys, values = some(kv_heads, capacity, head_dim), some(kv_heads, capacity, head_dim)
-    cosine, sine, out = some(rotary), some(rotary), some(hidden)
+    turns = rotary // 2 if rotation == "short" else rotary
+    cosine, sine, out = some(turns).to(turn_dtype or dtype), some(turns).to(turn_dtype or dtype), some(hidden)
     kernel = native.Attention(
         tuple(layers),  # type: ignore[arg-type]
         (heads, kv_heads, head_dim, rotary),
         head_dim**-0.5,
         (norms[0].tolist(), norms[1].tolist()) if normed else None,
         1e-6,
+        sink.tolist(),
+        clip,
+        rotation,
+        TYPES[turn_dtype or dtype],
     )
     k, v = keys.clone(), values.clone()
     before = native.num_threads()
@@ -171,18 +180,29 @@ def attention(
     for after, as_it_was in ((k, keys), (v, values)):
         torch.testing.assert_close(after[:, others], as_it_was[:, others], rtol=0, atol=0, equal_nan=True)
 
-    wide = [w.double() for w in weights]
-    q_new, k_new = ((w @ x.double()).view(-1, head_dim) for w in wide[:2])
+    exact_weights = [w.double() for w in weights]
+    q_new, k_new, v_new = (w @ x.double() for w in exact_weights[:3])
     if normed:
         q_new, k_new = (
-            one / (one.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.double()
-            for one, norm in zip((q_new, k_new), norms, strict=True)
+            (one / (one.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.double()).flatten()
+            for one, norm in zip(
+                (q_new, k_new) if wide else (q_new.view(-1, head_dim), k_new.view(-1, head_dim)),
+                norms,
+                strict=True,
+            )
         )
+    q_new, k_new, v_new = (one.clamp(-clip, clip).view(-1, head_dim) for one in (q_new, k_new, v_new))
+    assert math.isinf(clip) or (v_new == clip).any()
+    assert torch.allclose(v[:, position].double(), v_new, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
     def turned(one: torch.Tensor) -> torch.Tensor:
-        part, rest = one[:, :rotary], one[:, rotary:]
-        low, high = part.chunk(2, -1)
-        part = part * cosine.double() + torch.cat([-high, low], -1) * sine.double()
+        part, rest = one[:, :rotary].clone(), one[:, rotary:]
+        half, second = rotary // 2, 0 if rotation != "halves" else rotary // 2
+        for i in range(half):
+            a, b = (2 * i, 2 * i + 1) if rotation == "neighbors" else (i, half + i)
+            low, high = part[:, a].clone(), part[:, b].clone()
+            part[:, a] = low * cosine[i].double() - high * sine[i].double()
+            part[:, b] = high * cosine[second + i].double() + low * sine[second + i].double()
         return torch.cat([part, rest], -1)
 
     q_new, k_new = turned(q_new), turned(k_new)
@@ -193,8 +213,11 @@ def attention(
     scores = torch.einsum("hd,hpd->hp", q_new, all_k.repeat_interleave(group, 0)) * head_dim**-0.5
     if mask is not None:
         scores[:, ~mask] = -torch.inf
-    mixed = torch.einsum("hp,hpd->hd", scores.softmax(-1), all_v.repeat_interleave(group, 0))
-    return out, wide[3] @ mixed.reshape(-1), k[:, position], k_new
+    if sinks:
+        scores = torch.cat([scores, sink.double()[:, None]], -1)
+    shares = scores.softmax(-1)[:, : position + 1]
+    mixed = torch.einsum("hp,hpd->hd", shares, all_v.repeat_interleave(group, 0))
+    return out, exact_weights[3] @ mixed.reshape(-1), k[:, position], k_new
 
 
 CASES: list[dict[str, Any]] = [
@@ -202,7 +225,13 @@ CASES: list[dict[str, Any]] = [
     {"heads": 8, "kv_heads": 1, "head_dim": 32, "rotary": 8, "hidden": 96, "position": 37, "normed": True},
     {"heads": 40, "kv_heads": 2, "head_dim": 64, "rotary": 64, "hidden": 64, "position": 700, "normed": True},
     {"heads": 3, "kv_heads": 3, "head_dim": 128, "rotary": 2, "hidden": 128, "position": 20, "normed": False},
-]
+    {"heads": 8, "kv_heads": 1, "head_dim": 64, "rotary": 64, "hidden": 64, "position": 1535, "normed": False,
+     "sinks": True, "rotation": "short"},
+    {"heads": 6, "kv_heads": 2, "head_dim": 32, "rotary": 16, "hidden": 64, "position": 511, "normed": True,
+     "wide": True, "clip": 0.7},
+    {"heads": 5, "kv_heads": 1, "head_dim": 20, "rotary": 20, "hidden": 48, "position": 1100, "normed": False,
+     "rotation": "neighbors", "turn_dtype": torch.float32},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -220,6 +249,31 @@ def test_attention_of_one_token(case: dict[str, Any], dtype: torch.dtype, masked
     assert torch.allclose(out.double(), exact, rtol=relative, atol=2e-5)
     again, *_ = attention(**case, dtype=dtype, mask=mask, threads=3)
     assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize("shown", [1, 40, 128, 600])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_sliding_window_reads_what_it_shows(shown: int, sinks: bool) -> None:
+    """What lies before the window is nothing at all: neither its numbers nor how much of it there is play a part."""
+    case = CASES[4] | {"sinks": sinks, "position": 1700}
+    mask = torch.zeros(1701, dtype=torch.bool)
+    mask[-shown:] = True
+    generator = torch.randn
+
+    def with_nan(*arguments: Any, **options: Any) -> torch.Tensor:
+        values = generator(*arguments, **options)
+        if values.shape == (1, 1703, 64):
+            values[:, : 1700 - shown - 16] = torch.nan
+        return values
+
+    out, exact, *_ = attention(**case, dtype=torch.float32, mask=mask)
+    assert torch.allclose(out.double(), exact, rtol=1e-6, atol=2e-5)
+    torch.randn = with_nan
+    try:
+        without, *_ = attention(**case, dtype=torch.float32, mask=mask)
+    finally:
+        torch.randn = generator
+    assert torch.equal(without, out)
 
 
 def test_what_is_no_number_stays_visible() -> None:
@@ -247,8 +301,16 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     for heads in [(4, 3, 16, 16), (4, 4, 8, 8), (4, 4, 16, 15), (4, 4, 16, 18), (0, 0, 16, 16)]:
         with pytest.raises(ValueError):
             native.Attention(four, heads, 1.0)
-    with pytest.raises(ValueError):
-        native.Attention(four, (4, 4, 16, 16), 1.0, ([1.0] * 15, [1.0] * 16))
+    for other in (
+        {"norms": ([1.0] * 15, [1.0] * 16)},
+        {"norms": ([1.0] * 64, [1.0] * 16)},
+        {"sinks": [1.0] * 3},
+        {"clip": 0.0},
+        {"rotation": "quarters"},
+        {"turn_type": "Q8_0"},
+    ):
+        with pytest.raises(ValueError):
+            native.Attention(four, (4, 4, 16, 16), 1.0, **other)
     kernel = native.Attention(four, (4, 4, 16, 16), 1.0)
     place = weight.data_ptr()
     with pytest.raises(ValueError, match="room"):

@@ -49,14 +49,11 @@ class NativeLatentAttention(NativeAttention):
         low = module.q_lora_rank is not None
         q = module.q_b_proj if low else module.q_proj
         kv_a, kv_b, o = module.kv_a_proj_with_mqa, module.kv_b_proj, module.o_proj
-        self._own, self._layer, self._dtype, self._type = (
-            module.forward,
-            module.layer_idx,
-            dtype,
-            TYPES[dtype],
-        )
+        self._own, self._layer = module.forward, module.layer_idx
+        self._dtype, self._type = dtype, TYPES[dtype]
         nope, rotary, value = module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
         self.width, self._rank, self._rotary = kv_a.in_features, kv_b.in_features, rotary
+        self._turn, self._turn_dtype = rotary, dtype
         self._complex = turn == "neighbors"
         self.tolerance = tolerance(dtype, (*([module.q_a_proj] if low else []), q, kv_a, kv_b, o), _ROUNDED)
         projections = LatentProjections(

@@ -7,6 +7,7 @@ attention with attributes that are not known here may do something that no trial
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,16 +26,20 @@ _MOST_VALUES = 1 << 14
 """Values of a norm's input up to which one native call beats several of torch."""
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
+_SINKS = "sinks"
 _KNOWN_ATTRIBUTES = frozenset({
     "attention_bias", "attention_dropout", "config", "head_dim", "hidden_size", "is_causal", "is_sliding", "layer_idx",
     "layer_type", "max_position_embeddings", "num_attention_heads", "num_heads", "num_key_value_groups",
-    "num_key_value_heads", "rope_parameters", "rope_theta", "scaling", "sliding_window", "training",
+    "num_key_value_heads", "rope_parameters", "rope_theta", "scaling", "sliding_window", "sliding_window_pattern",
+    "training", "use_qk_norm",
 })  # fmt: skip
 _TRIAL_TOKENS, _TRIALS = 7, ((1.0, False), (3.0, True))
 """Tokens of a trial; scale of its input, and whether some tokens are hidden."""
 _Arguments = tuple[str, int, tuple[int, int], tuple[int, int, int, int], int]
 _EXACT, _ROUNDED = 1e-4, 0.02
 """Tolerances of a trial when all is float32 and when something is rounded."""
+_SEEDS = 3
+"""Rounding alone may be more than that by chance, where scores are large: so a trial has some more chances."""
 
 
 class NativeNorm:
@@ -101,8 +106,8 @@ class ModuleCall:
 class NativeAttention:
     """The forward of an attention module: native for one token of one sequence, else its own."""
 
-    def __init__(self, module: Any, rotary: int, dtype: torch.dtype) -> None:
-        """rotary: values of a head that turn. Raises: ValueError if the parts do not fit together."""
+    def __init__(self, module: Any, turn: torch.Tensor, rotation: str, dtype: torch.dtype) -> None:
+        """turn: cosines, [..., those of a token]. rotation: of ``native.ROTATIONS``. ValueError if parts do not fit."""
         q, k, v, o = (getattr(module, name) for name in _PROJECTIONS)
         projections = linear_kernel(q), linear_kernel(k), linear_kernel(v), linear_kernel(o)
         self.head_dim = int(module.head_dim)
@@ -111,15 +116,23 @@ class NativeAttention:
         if norms and (not all(isinstance(one, NativeNorm) for one in norms) or norms[0].eps != norms[1].eps):
             raise ValueError("norms of another kind")
         weights = (norms[0].weight, norms[1].weight) if norms else None
-        self._own, self._layer, self._dtype, self._rotary = module.forward, module.layer_idx, dtype, rotary
+        self._own, self._layer, self._dtype = module.forward, module.layer_idx, dtype
+        self._turn, self._turn_dtype = turn.shape[-1], turn.dtype
         self._type, self.width = TYPES[dtype], q.in_features
         self.tolerance = tolerance(dtype, (q, k, v, o))
+        sinks = getattr(module, _SINKS, None)
+        # What clips hardly ever clips in a trial, so this one is known by its name.
+        clip = getattr(getattr(module, "config", None), "clip_qkv", None)
         self.kernel: native.Attention | LatentAttention = native.Attention(
             projections,
-            (heads, self.kv_heads, self.head_dim, rotary),
+            (heads, self.kv_heads, self.head_dim, self._turn * (2 if rotation == "short" else 1)),
             float(module.scaling),
             weights,
             norms[0].eps if norms else 0.0,
+            () if sinks is None else sinks.tolist(),
+            math.inf if clip is None else float(clip),
+            rotation,
+            TYPES[turn.dtype],
         )
 
     def __call__(
@@ -172,10 +185,10 @@ class NativeAttention:
             return None
         seen = 0
         if mask is not None:
-            length = layer.get_seq_length() + 1
-            if mask.dtype != torch.bool or mask.numel() != length or not mask.is_contiguous():
+            shown = _seen(mask)
+            if shown is None or shown.numel() != layer.get_seq_length() + 1 or not shown.is_contiguous():
                 return None
-            seen = mask.data_ptr()
+            seen = shown.data_ptr()
         place = self._place(layer, hidden_states)
         return None if place is None else (layer, (self._type, hidden_states.data_ptr(), turns, place, seen))
 
@@ -184,7 +197,7 @@ class NativeAttention:
         if not isinstance(turn, tuple) or len(turn) != 2:
             return None
         for given in turn:
-            if given.numel() != self._rotary or given.dtype != self._dtype or not given.is_contiguous():
+            if given.numel() != self._turn or given.dtype != self._turn_dtype or not given.is_contiguous():
                 return None
         return turn[0].data_ptr(), turn[1].data_ptr()
 
@@ -196,7 +209,7 @@ class NativeAttention:
 
         They are no rotation: so a variant that pairs other values cannot agree by chance.
         """
-        return tuple(some((1, tokens, self._rotary), generator, one.dtype) for one in like)
+        return tuple(some((1, tokens, self._turn), generator, one.dtype) for one in like)
 
     def random_states(self, tokens: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Numbers where a cache has ``tokens`` keys and values."""
@@ -214,6 +227,35 @@ def tolerance(dtype: torch.dtype, projections: Sequence[nn.Module], rounded: flo
     blocks = (one.matrix.format for one in projections if isinstance(one, BlockLinear))
     exact = dtype == torch.float32 and all(FORMATS[name].is_float for name in blocks)
     return _EXACT if exact else rounded
+
+
+_last_mask: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+
+def _seen(mask: torch.Tensor) -> torch.Tensor | None:
+    """Which tokens a mask shows: itself, or what one that is added to the scores leaves. None if it is something else.
+
+    The layers of a pass share few masks, often one after the other. So the last one is remembered.
+    """
+    global _last_mask
+    if mask.dtype == torch.bool:
+        return mask
+    last = _last_mask
+    if last is None or last[0] is not mask:
+        shown = mask == 0
+        only = mask.dtype.is_floating_point and bool(torch.all(shown | (mask <= torch.finfo(mask.dtype).min)))
+        last = _last_mask = mask, shown if only else None
+    return last[1]
+
+
+def trial_mask(call: ModuleCall, shown: list[bool]) -> torch.Tensor | None:
+    """A mask [1, 1, 1, tokens] of the kind that the module was called with; None if it had none and all are shown."""
+    given = call.arguments.get("attention_mask")
+    seen = torch.tensor(shown).view(1, 1, 1, -1)
+    if given is None or given.dtype == torch.bool:
+        return None if given is None and all(shown) else seen
+    hides = torch.finfo(given.dtype).min
+    return torch.zeros(seen.shape, dtype=given.dtype).masked_fill(~seen, hides)
 
 
 def linear_kernel(module: nn.Module) -> native.Linear:
@@ -235,7 +277,8 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
         own = {name for name in vars(module) if not name.startswith("_")}
         both = len(children & set(_NORMS)) in (0, 2)
         needed = {"head_dim", "layer_idx", "scaling"}
-        plain = not dict(module.named_parameters(recurse=False)) and not list(module.buffers(recurse=False))
+        parameters = dict(module.named_parameters(recurse=False))
+        plain = set(parameters) <= {_SINKS} and not list(module.buffers(recurse=False))
         if both and plain and needed <= own and own <= _KNOWN_ATTRIBUTES:
             found.append(module)
     return found
@@ -251,33 +294,32 @@ def use_native_attention(
         turn = call.arguments.get("position_embeddings")
         if not isinstance(turn, tuple) or not all(isinstance(one, torch.Tensor) for one in turn):
             continue
-        try:
-            found = NativeAttention(module, turn[0].shape[-1], dtype)
-        except Exception:
-            # Parts of another kind.
-            continue
-        if agrees(found, call):
-            module.forward = found
+        for rotation in native.ROTATIONS:
+            try:
+                found = NativeAttention(module, turn[0], rotation, dtype)
+            except Exception:
+                # Parts of another kind.
+                continue
+            if agrees(found, call):
+                module.forward = found
+                break
 
 
 def agrees(found: NativeAttention, call: ModuleCall) -> bool:
     """Whether ``found`` gives what its module's own forward gives. call: what the module was called with."""
     try:
-        return all(_agrees(found, call, *trial) for trial in _TRIALS)
+        return all(any(_agrees(found, call, *trial, seed) for seed in range(_SEEDS)) for trial in _TRIALS)
     except Exception:
         # Whatever a trial with arguments of our making raises: not the attention that we know.
         return False
 
 
-def _agrees(found: NativeAttention, call: ModuleCall, scale: float, hidden: bool) -> bool:
+def _agrees(found: NativeAttention, call: ModuleCall, scale: float, hidden: bool, seed: int) -> bool:
     """Whether both forwards give the same for a token after some others. hidden: it does not see some of them."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     given = (torch.randn((1, _TRIAL_TOKENS, found.width), generator=generator) * scale).to(found._dtype)
     turns = found.random_turns(call.arguments["position_embeddings"], _TRIAL_TOKENS, generator)
-    mask: torch.Tensor | None = None
-    if hidden:
-        mask = torch.ones((1, 1, 1, _TRIAL_TOKENS), dtype=torch.bool)
-        mask[..., 1:3] = False
+    mask = trial_mask(call, [not (hidden and token in (1, 2)) for token in range(_TRIAL_TOKENS)])
     cache = Cache(layers=[GrowingLayer() for _ in range(found._layer + 1)])
     layer = cache.layers[found._layer]
     results = []
@@ -288,7 +330,10 @@ def _agrees(found: NativeAttention, call: ModuleCall, scale: float, hidden: bool
     ):
         layer.cut_to(_TRIAL_TOKENS - 1)
         arguments = {**call.arguments, "attention_mask": shown, "past_key_values": cache}
-        arguments["position_embeddings"] = _of_tokens(turns, tokens)
+        turn = arguments["position_embeddings"] = _of_tokens(turns, tokens)
+        if forward is found and found.prepare(given[:, tokens].contiguous(), turn, shown, cache) is None:
+            # It would leave this to the module itself.
+            return False
         output = forward(hidden_states=given[:, tokens].contiguous(), **arguments)
         last = layer.get_seq_length() - 1
         results.append((output[0], layer.keys[..., last, :].clone(), layer.values[..., last, :].clone()))

@@ -18,14 +18,14 @@ from transformers import Cache, PreTrainedModel
 from moei_core.adapters.base import ExpertsRuntime, NothingResident
 from moei_core.adapters.dense_linear import FEW_ROWS, TYPES
 from moei_core.adapters.growing_layer import GrowingLayer
-from moei_core.adapters.native_decode import ModuleCall, NativeAttention, NativeNorm, some
+from moei_core.adapters.native_decode import ModuleCall, NativeAttention, NativeNorm, some, trial_mask
 from moei_core.adapters.native_ffn import NativeFfn
 from moei_core.adapters.skeleton import experts_modules
 from moei_core.quant import native
 from moei_core.quant.native_layer import Layer, Router, RouterKind
 
 _PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-_MIXTURES = ({"gate", "experts"}, {"gate", "experts", "shared_experts"})
+_MIXTURES = ({"gate", "experts"}, {"router", "experts"}, {"gate", "experts", "shared_experts"})
 _TRIAL_ROWS, _TRIAL_SCALES = 64, (1.0, 8.0)
 _TRIAL_TOKENS = 5
 
@@ -37,11 +37,12 @@ class NativeRouter:
     """The forward of a router: native for few rows, else its own. Which way depends on the rows alone."""
 
     def __init__(self, module: Any, kind: RouterKind) -> None:
-        weight = module.weight
+        weight, bias = module.weight, getattr(module, "bias", None)
         self.top_k, self._own, self._weight = int(module.top_k), module.forward, weight
         self._type, (self._experts, self._width) = TYPES[weight.dtype], weight.shape
         matrix = native.Matrix(self._type, self._experts, self._width)
-        self.kernel = Router(native.Linear(matrix, weight.data_ptr()), self.top_k, kind)
+        linear = native.Linear(matrix, weight.data_ptr(), self._type, 0 if bias is None else bias.data_ptr())
+        self.kernel = Router(linear, self.top_k, kind)
         self._scores = weight.dtype if kind.rounded else torch.float32
         self._logits = torch.float32 if kind.wide else weight.dtype
 
@@ -64,7 +65,7 @@ class NativeRouter:
 
 
 def use_native_routers(model: nn.Module) -> None:
-    """Give every router of ``model`` that is a softmax of all experts the native forward."""
+    """Give every router of ``model`` that is a softmax, of all experts or of those chosen, the native forward."""
     if not native.available():
         return
     for module in model.modules():
@@ -77,7 +78,12 @@ def _router(module: Any) -> NativeRouter | None:
     """The native forward of ``module``, or None if it is no router of this kind."""
     parameters = dict(module.named_parameters())
     weight: Any = parameters.get("weight")
-    if set(parameters) != {"weight"} or any(True for _ in module.buffers()) or weight.dim() != 2:
+    bias: Any = parameters.get("bias")
+    if not {"weight"} <= set(parameters) <= {"weight", "bias"} or any(True for _ in module.buffers()):
+        return None
+    if weight.dim() != 2 or (
+        bias is not None and (bias.shape, bias.dtype) != (weight.shape[:1], weight.dtype)
+    ):
         return None
     top_k = getattr(module, "top_k", None)
     if not isinstance(top_k, int) or weight.dtype not in TYPES or not weight.is_contiguous():
@@ -88,8 +94,8 @@ def _router(module: Any) -> NativeRouter | None:
         given = (torch.randn((_TRIAL_ROWS, weight.shape[1]), generator=generator) * scale).to(weight.dtype)
         try:
             logits, scores, experts = module(given)
-            scale = float(getattr(module, "routed_scaling_factor", 1.0))
-            kinds.add(_kind(given, weight, top_k, logits, scores, experts, scale))
+            factor = float(getattr(module, "routed_scaling_factor", 1.0))
+            kinds.add(_kind(given, weight, bias, top_k, logits, scores, experts, factor))
         except Exception:
             # It wants or returns something else.
             return None
@@ -100,6 +106,7 @@ def _router(module: Any) -> NativeRouter | None:
 def _kind(
     given: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     top_k: int,
     logits: torch.Tensor,
     scores: torch.Tensor,
@@ -107,20 +114,23 @@ def _kind(
     scale: float,
 ) -> RouterKind | None:
     """The kind of a router that returned this for ``given``, or None if it is computed otherwise."""
-    exact = nn.functional.linear(given.float(), weight.float())
+    exact = nn.functional.linear(given.float(), weight.float(), None if bias is None else bias.float())
     error = (logits.float() - exact).square().mean().sqrt()
     types = {torch.float32, weight.dtype}
     if logits.dtype not in types or not error <= torch.finfo(weight.dtype).eps * exact.square().mean().sqrt():
         return None
     if experts.dtype != torch.long or scores.dtype not in types:
         return None
+    rounded, wide = scores.dtype == weight.dtype, logits.dtype == torch.float32
     for in_order, normed, factor in product((True, False), (True, False), dict.fromkeys((1.0, scale))):
         best, index = torch.topk(torch.softmax(logits.float(), dim=-1), top_k, dim=-1, sorted=in_order)
         expected = (best / best.sum(dim=-1, keepdim=True) if normed else best) * factor
         if torch.equal(index, experts) and torch.equal(scores, expected.to(scores.dtype)):
-            rounded, wide = scores.dtype == weight.dtype, logits.dtype == torch.float32
             return RouterKind(normed, rounded, wide, in_order, factor)
-    return None
+    best, index = torch.topk(logits, top_k, dim=-1)
+    expected = torch.softmax(best, dim=-1, dtype=scores.dtype)
+    late = torch.equal(index, experts) and torch.equal(scores, expected)
+    return RouterKind(False, rounded, wide, late=True) if late else None
 
 
 class NativeLayer:
@@ -133,7 +143,8 @@ class NativeLayer:
             getattr(module, name).forward
             for name in ("input_layernorm", "self_attn", "post_attention_layernorm")
         )
-        router = mixture.gate.forward
+        gate = getattr(mixture, "gate", None) or mixture.router
+        router = gate.forward
         if not isinstance(first, NativeNorm) or not isinstance(behind, NativeNorm):
             raise ValueError("norms of another kind")
         if not isinstance(attention, NativeAttention) or not isinstance(router, NativeRouter):
@@ -141,7 +152,7 @@ class NativeLayer:
         self._own, self._installed, self._experts = module.forward, installed, mixture.experts
         self._attention, self._width = attention, len(first.weight)
         self._inner = [module.input_layernorm, module.self_attn, module.post_attention_layernorm]
-        self._inner += [mixture, mixture.gate, mixture.experts]
+        self._inner += [mixture, gate, mixture.experts]
         self._shared = _shared_forward(mixture)
         shared = None
         if self._shared is not None:
@@ -271,13 +282,14 @@ class LayerTrial(NothingResident):
         given = some((1, 1, found._width), generator, attention._dtype)
         states = attention.random_states(_TRIAL_TOKENS - 1, generator)
         results = []
-        for forward in (found._own, found):
+        for forward in (lambda x, named: found._own(x, **named), found._one_token):
             cache = Cache(layers=[GrowingLayer() for _ in range(attention._layer + 1)])
             layer = cache.layers[attention._layer]
             layer.update(states[0], states[1])
             self._seen.clear()
             arguments = {**call.arguments, "past_key_values": cache, "position_embeddings": turns}
-            output = forward(given, **arguments)
+            arguments["attention_mask"] = trial_mask(call, [True] * _TRIAL_TOKENS)
+            output = forward(given, arguments)
             if len(self._seen) != 1 or not isinstance(output, torch.Tensor):
                 return False
             kept = (one[..., :_TRIAL_TOKENS, :].clone() for one in (layer.keys, layer.values))

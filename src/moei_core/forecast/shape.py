@@ -32,19 +32,10 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 
-NATIVE_ATTENTION = frozenset(
-    {
-        "axk1",
-        "deepseek_v2",
-        "deepseek_v3",
-        "ernie4_5_moe",
-        "glm4_moe_lite",
-        "mixtral",
-        "phimoe",
-        "qwen2_moe",
-        "qwen3_moe",
-    }
-)
+NATIVE_ATTENTION = frozenset({
+    "axk1", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
+    "glm4_moe_lite", "gpt_oss", "granitemoe", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
+})  # fmt: skip
 """Kinds of models whose attention the engine computes natively. It finds out by trying (``adapters/native_decode.py``);
 a test compares."""
 

@@ -65,6 +65,10 @@ class Attention:
         eps: float,
         q_norm: list[float],
         k_norm: list[float],
+        sinks: list[float],
+        clip: float,
+        rotation: str,
+        turn_type: str,
         /,
     ) -> None: ...
     def __call__(
@@ -96,6 +100,7 @@ class Router:
         rounded: bool,
         wide: bool,
         sorted: bool,
+        late: bool,
         /,
     ) -> None: ...
     def __call__(self, type: str, x: int, rows: int, logits: int, experts: int, weights: int, /) -> None: ...

@@ -11,6 +11,8 @@ Where the extension was not built (no compiler) or cannot be loaded, importing t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,10 +35,10 @@ GATINGS = ("none", "separate", "concatenated", "interleaved")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu")
 CLAMP_ALPHA, CLAMP_LIMIT = 1.702, 7.0
 """gpt-oss's constants of ``clamped_swiglu``."""
+ROTATIONS = ("halves", "short", "neighbors")
+"""i turns with i + rotary / 2, by cosines [rotary] or [rotary / 2]; 2i with 2i + 1, by the first half of [rotary]."""
 PARTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 """The columns of an expert's addresses (``ExpertFfn``)."""
-
-
 _TILE_ROWS = 16
 
 
@@ -290,9 +292,9 @@ class RmsNorm:
 class Attention:
     """Grouped-query attention of one token, from the normed hidden state to the output projection.
 
-    In float32 throughout: q, k, v = projections of x; each head of q and k normed (if there are norms) and its first
-    ``rotary`` values turned (first half with second half); k and v join the cache, rounded to its type; softmax(scale
-    q k) v; output projection.
+    In float32 throughout: q, k, v = projections of x; q and k normed (if there are norms), each head or all together;
+    q, k, v kept within +-clip; the first ``rotary`` values of q's and k's heads turned (``ROTATIONS``); k and v join
+    the cache, rounded to its type; softmax(scale q k) v, a sink being one more score, of no value; output projection.
     """
 
     def __init__(
@@ -302,26 +304,31 @@ class Attention:
         scale: float,
         norms: tuple[list[float], list[float]] | None = None,
         eps: float = 0.0,
+        sinks: Sequence[float] = (),
+        clip: float = math.inf,
+        rotation: str = "halves",
+        turn_type: str = "F32",
     ) -> None:
         """projections: q, k, v (of one format) and output. heads: number for q, number for k and v, head_dim, rotary.
 
-        norms: weights of q's and k's norm, [head_dim]. ValueError if the shapes contradict each other.
+        norms: weights of q's and k's norm, both [head_dim] or as wide as all heads. sinks: none, or one for each head.
+        turn_type: the float format of cosines and sines. ValueError if the shapes contradict each other.
         """
         isa()
         q, k, v, o = (one.native for one in projections)
         q_norm, k_norm = norms or ([], [])
         self._projections = projections
-        self.native = _native.Attention(q, k, v, o, *heads, scale, eps, q_norm, k_norm)
+        rest = list(sinks), clip, rotation, turn_type
+        self.native = _native.Attention(q, k, v, o, *heads, scale, eps, q_norm, k_norm, *rest)
 
     def __call__(
         self, type: str, x: int, turn: tuple[int, int], cache: tuple[int, int, int, int], mask: int, out: int
     ) -> None:
         """type: the float format of everything but the mask. x, out: addresses of [hidden].
 
-        turn: addresses of cosines and sines [rotary]. cache: addresses of keys and values [kv_heads, capacity,
-        head_dim], capacity, and how many tokens they hold; this one becomes the next. mask: address of a byte for
-        each token, this one included, that is 0 where it is not seen; 0: all are seen.
-        ValueError if there is no room in the cache.
+        turn: addresses of cosines and sines. cache: addresses of keys and values [kv_heads, capacity, head_dim],
+        capacity, and how many tokens they hold; this one becomes the next. mask: address of a byte for each token,
+        this one included, that is 0 where it is not seen; 0: all are seen. ValueError if there is no room in the cache.
         """
         self.native(type, x, *turn, *cache, mask, out)
 

@@ -21,7 +21,7 @@ class RouterKind:
 
     normed: the chosen weights are divided by their sum. scale: what they are multiplied with then. rounded: they end in
     the type of the activations. wide: logits stay float32. sorted: most weight first, otherwise as torch.topk leaves
-    them when it need not sort.
+    them when it need not sort. late: the largest logits are chosen first, and the softmax is over these alone.
     """
 
     normed: bool
@@ -29,6 +29,7 @@ class RouterKind:
     wide: bool = False
     sorted: bool = True
     scale: float = 1.0
+    late: bool = False
 
 
 class Router:
@@ -38,7 +39,7 @@ class Router:
         """ValueError unless 0 < top_k <= experts."""
         self._weight = weight
         self.native = _native.Router(
-            weight.native, top_k, kind.scale, kind.normed, kind.rounded, kind.wide, kind.sorted
+            weight.native, top_k, kind.scale, kind.normed, kind.rounded, kind.wide, kind.sorted, kind.late
         )
 
     def __call__(self, type: str, x: int, rows: int, logits: int, experts: int, weights: int) -> None:
