@@ -10,7 +10,8 @@ from moei_cli.forecasts import speed_of_the_smallest
 from moei_cli.settings import DEFAULT_CONTEXT
 from moei_core.config import ExpertBudget, format_size
 from moei_core.errors import DoesNotFitError, UsageError
-from moei_core.forecast.forecast import Change, Forecast, Resources, corrected, what_would_help
+from moei_core.forecast.changes import Change, Resources, what_would_help
+from moei_core.forecast.forecast import Forecast, corrected
 from moei_core.forecast.formats import FORMATS, QUANTISED, StorageFormat
 from moei_core.forecast.gpu import GpuSpeeds, can_compute, plan_gpu
 from moei_core.forecast.ledger import Entry, correction, entries

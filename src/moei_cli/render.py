@@ -1,4 +1,4 @@
-"""The only file that knows Rich: consoles, tables, waiting, streaming Markdown. Long because it is the only one.
+"""The only file that knows Rich: consoles, tables, waiting, streaming Markdown. Being that, it has over 400 lines.
 
 Answers and reports go to standard output, everything else to standard error. Without a terminal, or with
 NO_COLOR, no escape code is written.

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from moei_core.config import ExpertBudget
 from moei_core.errors import DoesNotFitError
 from moei_core.forecast import limits as named
-from moei_core.forecast.forecast import Forecast, Resources, forecast, plan_budget, what_would_help
+from moei_core.forecast.changes import Resources, what_would_help
+from moei_core.forecast.forecast import Forecast, forecast, plan_budget
 from moei_core.forecast.formats import FORMATS, stored_format
 from moei_core.forecast.routing import Recording, Routing, recordings, routing_of
 from moei_core.forecast.shape import ModelShape, bundled_configs, bundled_shape

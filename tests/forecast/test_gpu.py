@@ -11,7 +11,8 @@ from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import POLICIES
 from moei_core.config import ExpertBudget
 from moei_core.errors import DoesNotFitError
-from moei_core.forecast.forecast import Forecast, Resources, forecast, plan_budget, what_would_help
+from moei_core.forecast.changes import Resources, what_would_help
+from moei_core.forecast.forecast import Forecast, forecast, plan_budget
 from moei_core.forecast.formats import FORMATS
 from moei_core.forecast.gpu import GpuPlan, GpuSpeeds, can_compute, decode_on_gpu, plan_gpu
 from moei_core.forecast.shape import ModelShape, bundled_shape

@@ -34,7 +34,7 @@ class PrefetchedExperts:
             elif step is Step.FAILED:
                 self._scheduler.cancel_load(key)
                 self._note(TraceEvent.CANCEL_LOAD, *key)
-                failure = load.failure
+                failure = failure if load.excused else load.failure
             else:
                 stays, evicted = self._scheduler.finish_load(key)
                 self._note(TraceEvent.FINISH_LOAD, *key)

@@ -40,7 +40,7 @@ class Load:
     """One expert on its way to ``slot``. waiting: chunks that no thread has begun. missing: not read yet.
 
     borrowed: into a slot that goes back when it is not demanded. So are streamed ones, of which neither the start nor
-        the end is an event.
+        the end is an event. excused: if it fails, that is not to be raised any more.
     """
 
     key: ExpertKey
@@ -54,6 +54,7 @@ class Load:
     readers: int = 0
     abandoned: bool = False
     settled: bool = False
+    excused: bool = False
     failure: Exception | None = None
 
 
@@ -210,9 +211,12 @@ class TransferQueue:
         """Forget all demand loads and what is streamed, and wait, but not for a read that hangs, until no thread
         writes to their slots.
 
-        ``take_returned`` gives the slots, also those that come back later.
+        ``take_returned`` gives the slots, also those that come back later. Prefetches go on; the turn that ends here
+        has paid for what becomes of them.
         """
         with self._lock:
+            for load in (*self._prefetches.values(), *(load for _, load in self._events)):
+                load.excused = True
             self._demand.clear()
             self._returned += [load.slot for load in self._ready]
             self._ready.clear()
