@@ -23,12 +23,14 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from moei_core.config import ExpertBudget, GenerationSettings
+from moei_core.engine.forced_routing import ForcedRouting
 from moei_core.engine.generate import GenerationTimes, Generator
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.engine.sampling import Sampler
 from moei_core.engine.time_split import time_split
 from moei_core.quant import native
+from moei_core.trace import Trace
 
 VOCABULARY = 151936
 _TINY = 512
@@ -72,6 +74,19 @@ def decode(model: LoadedModel, context: int, tokens: int) -> tuple[float, dict[s
     return statistics.median(times.token_s), {name: seconds / count for name, seconds in split.items()}
 
 
+def bring_all_in(model: LoadedModel) -> None:
+    """Make every expert resident: a prompt whose routing goes through all of them."""
+    layers, experts, top_k = len(model.spec.num_experts), 128, model.spec.num_experts_per_tok
+    every = np.arange(experts).reshape(-1, 1, top_k).repeat(layers, 1)
+    tokens = len(every)
+    model.runtime.routing = ForcedRouting(
+        Trace("all", experts, top_k, tuple(model.spec.num_experts), every, np.array([0, tokens])), model.spec
+    )
+    decode(model, tokens, 1)
+    model.runtime.routing = None
+    assert model.scheduler.resident_count == model.spec.total_experts
+
+
 def sampling(rounds: int) -> dict[str, tuple[float, float, float]]:
     """Milliseconds of a draw from 152k logits: median, least, most."""
     cases = {
@@ -111,6 +126,7 @@ def main() -> None:
         save_tiny(Path(name), layers)
         loading = LoadOptions(experts=ExpertBudget(fraction=1.0), context=8192)
         with LoadedModel(Path(name), loading) as model:
+            bring_all_in(model)
             for context in map(int, options.contexts.split(",")):
                 rounds = [decode(model, context, options.tokens) for _ in range(options.rounds + 1)][1:]
                 per_layer = [seconds * 1e3 / layers for seconds, _ in rounds]

@@ -43,7 +43,7 @@ from moei_core.quant import native
 from moei_core.store.base import chunks
 
 _MOEI = [sys.executable, "-c", "from moei_cli.main import main; main()"]
-_PEER_SETTINGS = {"mapped": ["-lm", "mmap"], "repacked": ["-lm", "none", "--repack", "1"]}
+_PEER_SETTINGS = {"mapped": ["-lm", "mmap", "--repack", "0"], "repacked": ["-lm", "none", "--repack", "1"]}
 _READAHEAD_SECTORS = "256"
 _READERS = 4
 

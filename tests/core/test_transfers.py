@@ -254,6 +254,24 @@ def test_a_prefetch_that_fails_is_an_event(bench: Bench) -> None:
     assert [step for step, _ in _until_finished(bench)] == [Step.STARTED, Step.FINISHED]
 
 
+def test_a_turn_that_failed_has_paid_for_its_prefetches(bench: Bench) -> None:
+    """For one that failed before it ended and for one that fails behind it; not for one of the next turn."""
+    bench.store.failures[KEYS[3]] = 100
+    bench.queue.add_spare(0)
+    bench.queue.prefetch([KEYS[3]])
+    bench.wait_until(lambda: len(bench.queue._events) == 2)
+    bench.queue.abandon_demand()
+    assert [load.excused for _, load in _until_finished(bench)] == [True, True]
+    bench.store.gate.clear()
+    bench.queue.prefetch([KEYS[3]])
+    bench.wait_until(lambda: len(bench.queue._events) == 1)
+    bench.queue.abandon_demand()
+    bench.store.gate.set()
+    assert [load.excused for _, load in _until_finished(bench)] == [True, True]
+    bench.queue.prefetch([KEYS[3]])
+    assert [(step, load.excused) for step, load in _until_finished(bench)][1] == (Step.FAILED, False)
+
+
 def test_abandoned_loads_give_their_slots_back(bench: Bench) -> None:
     bench.store.gate.clear()
     for slot, key in enumerate(KEYS[:3]):

@@ -97,10 +97,11 @@ def _top_p(probabilities: torch.Tensor, share: float) -> torch.Tensor:
     # The least probable ones that are together less than the rest go anyway: no need to sort them.
     rest, bound, below = 1 - share, float(probabilities.max()), 2.0
     while below >= rest and bound > 0:
-        bound /= 64
-        below = float(probabilities.where(probabilities < bound, 0).sum())
-    places = (probabilities >= bound).nonzero()[:, 0]
-    ascending, order = probabilities[places].sort()
+        bound /= 256
+        places = (probabilities >= bound).nonzero()[:, 0]
+        kept = probabilities[places]
+        below = max(0.0, 1.0 - float(kept.sum(dtype=torch.float64)))
+    ascending, order = kept.sort()
     stay = ascending.cumsum(0) > rest - (below if bound else 0)
     stay[-1] = True
     return places[order[stay]].sort().values
