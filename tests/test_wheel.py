@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -34,3 +35,9 @@ def test_the_wheel_works_without_a_compiler(tmp_path: Path) -> None:
     assert (
         "expert" in run(moei, "chat", "moei-demo", "What does moei do?", "--temperature", "0", **bare).lower()
     )
+    kernels = "from moei_core.quant import native; print(native.available())"
+    assert run(python, "-c", kernels, **bare).strip() == "True", "the kernels are part of the wheel"
+    home = {**bare, "MOEI_HOME": str(tmp_path / "home")}
+    run(moei, "quantize", "moei-demo", "q4_0", **home)
+    told = run(moei, "chat", "moei-demo:q4_0", "What does moei do?", "--temperature", "0", "--json", **home)
+    assert "expert" in json.loads(told)["answer"].lower()

@@ -1,6 +1,7 @@
 // The kernels without Python, for sanitizers and for processors that only an emulator runs. Every matrix product is
 // compared with one in double precision over the stored values, under a bound from the rounding of each step; then
-// bits are compared across token counts, thread counts and orders of storage. Prints a line per failure.
+// bits are compared across token counts, thread counts and orders of storage. Prints a line per failure. One program, so
+// that each sanitizer builds once; hence its more than 400 lines.
 #include <algorithm>
 #include <atomic>
 #include <chrono>

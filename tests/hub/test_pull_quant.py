@@ -40,6 +40,9 @@ def test_pull_and_pack(place: Place, real: dict[str, bytes]) -> None:
     assert (source.kind, source.name, source.revision, source.commit) == ("hub", REPO, "main", files.revision)
     shards = {name: place.hub.sha256(real[name]) for name in real if name.endswith(".safetensors")}
     assert source.files == shards
+    told = place.run("chat", REPO, "hello there", "--max-tokens", "3", "--temperature", "0", "--json")
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout)["new_tokens"] <= 3 and json.loads(told.stdout)["model"] == f"{REPO}:q4_0"
     assert resolve_model(f"{REPO}:none").folder.parent.name == "snapshots"
     assert place.run("pull", REPO, "--quant", "none").returncode == 0
     assert resolve_model(REPO).format == ""
