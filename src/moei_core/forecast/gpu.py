@@ -149,7 +149,7 @@ def decode_on_gpu(
     for chance, here, in_ram, missing in _places(shape.top_k, *hits):
         reading = getattr(speeds.read(nbytes, missing), bound)
         if copies:
-            computing, waiting = 0.0, 0.0
+            computing = 0.0
             brought = gpu.copy(nbytes)
             # A copy of what is read last begins when it is there.
             arrived = max((in_ram + missing) * brought, reading + brought if missing else 0.0)
@@ -171,10 +171,8 @@ def decode_on_gpu(
     layers = shape.moe_layers
     dense = gpu.dense(shape.active_weights, 1) + position * shape.kv_nbytes_per_token / gpu.bandwidth
     framework = shape.layers * cost.layer(0, native=False) + cost.token + cost.sampling * shape.vocab_size
-    waits = shape.moe_layers * gpu.read_back
-    return Parts(
-        layers * disk, layers * experts, 0.0, framework + layers * handling, layers * beside + dense + waits
-    )
+    on_gpu = layers * (beside + gpu.read_back) + dense
+    return Parts(layers * disk, layers * experts, 0.0, framework + layers * handling, on_gpu)
 
 
 def prefill_on_gpu(

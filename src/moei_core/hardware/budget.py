@@ -39,13 +39,12 @@ def prefill_chunk(
     passes reads a quarter of the bytes. Depends on the model's shape and the context alone, never on a budget: other
     shapes would give other roundings (contract E1). Arguments as of ``workspace_nbytes``.
     """
-    longest = min(context, PREFILL_CHUNKS[0])
     fitting = (
         chunk
         for chunk in PREFILL_CHUNKS
         if _pass_nbytes(config, top_k, context, item, chunk, eager_attention) <= _LARGEST_PASS
         # A pass can have no more tokens than the context.
-        and chunk < 2 * longest
+        and chunk < 2 * context
     )
     return next(fitting, PREFILL_CHUNK)
 
