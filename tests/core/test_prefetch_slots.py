@@ -48,7 +48,9 @@ def test_no_slot_is_lost_when_trials_begin_and_end(
 ) -> None:
     for name in ("WARM_UP", "EVIDENCE", "LEARN", "WINDOW", "WAIT", "FEW_PAIRS", "LEAST_PAIRS", "MOST_PAIRS"):
         monkeypatch.setattr(PrefetchController, name, 2)
-    monkeypatch.setattr(PrefetchController, "LEAST_WAITING", 0.0)
+    # Whatever the clock says: no trial is called off before the challenger has prefetched.
+    for name, value in (("LEAST_WAITING", 0.0), ("ABORT", 1e9), ("DOUBT", 1e9)):
+        monkeypatch.setattr(PrefetchController, name, value)
     expected, _, _ = reply(None, share)
     text, model, plans = reply(predictor, share)
     assert text == expected
