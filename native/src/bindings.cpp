@@ -151,6 +151,30 @@ void call_moe_token(const FfnLayout& layout, const nb::list& experts, const std:
     });
 }
 
+// The outputs of some of one token's experts, each in its row.
+void call_expert_rows(const FfnLayout& layout, const nb::list& experts, const std::vector<int64_t>& rows, std::string_view type,
+                      int64_t x, int64_t outputs) {
+    const auto count = static_cast<int64_t>(experts.size());
+    require(count > 0 && rows.size() == experts.size() && x != 0 && outputs != 0, "an expert's row or an address is missing");
+    for (const int64_t row : rows) require(row >= 0, "a row is negative");
+    const Format stored = float_type(type);
+    std::vector<ExpertParts> parts;
+    for (const nb::handle expert : experts) parts.push_back(nb::cast<const ExpertParts&>(expert));
+    exclusively([&](ThreadPool& pool, Workspace& workspace) {
+        expert_rows(layout, count, parts.data(), rows.data(), stored, reinterpret_cast<const uint8_t*>(x),
+                    reinterpret_cast<float*>(outputs), runtime().scratch, pool, workspace);
+    });
+}
+
+void call_weigh_rows(int64_t hidden, const std::vector<float>& weights, std::string_view type, int64_t outputs, int64_t out) {
+    require(hidden > 0 && !weights.empty() && outputs != 0 && out != 0, "a weight or an address is missing");
+    const Format stored = float_type(type);
+    exclusively([&](ThreadPool&, Workspace&) {
+        weigh_rows(static_cast<int64_t>(weights.size()), hidden, reinterpret_cast<const float*>(outputs), weights.data(), stored,
+                   reinterpret_cast<uint8_t*>(out), runtime().scratch);
+    });
+}
+
 void make_router(RouterLayout* self, const Weights& weights, int64_t top_k, double scale, bool normed, bool rounded, bool wide, bool sorted,
                  bool late) {
     require(top_k > 0 && top_k <= weights.matrix.rows, "a router must choose some of its experts");
@@ -286,6 +310,8 @@ NB_MODULE(_native, m) {
         new (self) ExpertParts{gate, up, down, gate_bias, up_bias, down_bias};
     });
     m.def("moe_token", &call_moe_token, "layout"_a, "experts"_a, "weights"_a, "type"_a, "x"_a, "out"_a);
+    m.def("expert_rows", &call_expert_rows, "layout"_a, "experts"_a, "rows"_a, "type"_a, "x"_a, "outputs"_a);
+    m.def("weigh_rows", &call_weigh_rows, "hidden"_a, "weights"_a, "type"_a, "outputs"_a, "out"_a);
     nb::class_<Weights>(m, "Weights").def("__init__", [](Weights* self, std::string_view format, std::string_view order, int64_t address, int64_t rows, int64_t cols, std::string_view bias_format, int64_t bias) {
         new (self) Weights(make_weights(format, order, address, rows, cols, bias_format, bias));
     });

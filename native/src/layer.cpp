@@ -45,6 +45,18 @@ void largest(std::vector<std::pair<float, int64_t>>& all, int64_t k, bool sorted
     if (sorted) std::sort(all.begin(), all.begin() + k - 1, before);
 }
 
+// The outputs of some experts for one token: [count, hidden].
+float* one_token(const FfnLayout& layout, int64_t count, const ExpertParts* parts, Format type, const uint8_t* x,
+                 LayerScratch& scratch, ThreadPool& pool, Workspace& workspace) {
+    float *const input = room(scratch.wide, layout.hidden), *const outputs = room(scratch.outputs, count * layout.hidden);
+    int64_t *const offsets = room(scratch.offsets, count + 1), *const rows = room(scratch.rows, count);
+    std::iota(offsets, offsets + count + 1, int64_t{0});
+    std::fill(rows, rows + count, int64_t{0});
+    widen(type, x, layout.hidden, input);
+    moe_ffn(layout, {count, 1, parts, offsets, rows, input, outputs}, pool, workspace);
+    return outputs;
+}
+
 }  // namespace
 
 void route(const RouterLayout& router, Format type, const uint8_t* x, uint8_t* logits, int64_t* experts, float* weights,
@@ -84,20 +96,27 @@ void route(const RouterLayout& router, Format type, const uint8_t* x, uint8_t* l
 
 void moe_token(const FfnLayout& layout, int64_t count, const ExpertParts* parts, const float* weights, Format type,
                const uint8_t* x, uint8_t* out, LayerScratch& scratch, ThreadPool& pool, Workspace& workspace) {
-    const int64_t hidden = layout.hidden;
-    float *const input = room(scratch.wide, hidden), *const outputs = room(scratch.outputs, count * hidden);
-    int64_t *const offsets = room(scratch.offsets, count + 1), *const rows = room(scratch.rows, count);
-    std::iota(offsets, offsets + count + 1, int64_t{0});
-    std::fill(rows, rows + count, int64_t{0});
-    widen(type, x, hidden, input);
-    moe_ffn(layout, {count, 1, parts, offsets, rows, input, outputs}, pool, workspace);
+    float* const outputs = one_token(layout, count, parts, type, x, scratch, pool, workspace);
+    weigh_rows(count, layout.hidden, outputs, weights, type, out, scratch);
+}
+
+void expert_rows(const FfnLayout& layout, int64_t count, const ExpertParts* parts, const int64_t* rows, Format type,
+                 const uint8_t* x, float* outputs, LayerScratch& scratch, ThreadPool& pool, Workspace& workspace) {
+    const float* const made = one_token(layout, count, parts, type, x, scratch, pool, workspace);
+    for (int64_t e = 0; e < count; ++e)
+        std::copy_n(made + e * layout.hidden, layout.hidden, outputs + rows[e] * layout.hidden);
+}
+
+void weigh_rows(int64_t count, int64_t hidden, const float* outputs, const float* weights, Format type, uint8_t* out,
+                LayerScratch& scratch) {
     const DefaultFloatingPoint guard;
-    for (int64_t i = 0; i < hidden; ++i) input[i] = outputs[i] * weights[0];
+    float* const sum = room(scratch.wide, hidden);
+    for (int64_t i = 0; i < hidden; ++i) sum[i] = outputs[i] * weights[0];
     for (int64_t e = 1; e < count; ++e) {
         const float* const row = outputs + e * hidden;
-        for (int64_t i = 0; i < hidden; ++i) input[i] += row[i] * weights[e];
+        for (int64_t i = 0; i < hidden; ++i) sum[i] += row[i] * weights[e];
     }
-    narrow(type, input, hidden, out);
+    narrow(type, sum, hidden, out);
 }
 
 void route_token(const LayerLayout& layout, const AttentionCall& attention, uint8_t* normed, int64_t* experts, float* weights,

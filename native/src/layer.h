@@ -41,6 +41,15 @@ void route(const RouterLayout& router, Format type, const uint8_t* x, uint8_t* l
 void moe_token(const FfnLayout& layout, int64_t count, const ExpertParts* parts, const float* weights, Format type,
                const uint8_t* x, uint8_t* out, LayerScratch& scratch, ThreadPool& pool, Workspace& workspace);
 
+// The same in two steps, for experts that come one after the other. Row rows[i] of outputs, [.., hidden], = the output of
+// the i-th expert.
+void expert_rows(const FfnLayout& layout, int64_t count, const ExpertParts* parts, const int64_t* rows, Format type,
+                 const uint8_t* x, float* outputs, LayerScratch& scratch, ThreadPool& pool, Workspace& workspace);
+
+// out = the rows of outputs, [count, hidden], times their weights, summed in order.
+void weigh_rows(int64_t count, int64_t hidden, const float* outputs, const float* weights, Format type, uint8_t* out,
+                LayerScratch& scratch);
+
 // An expert that serves every token beside those that the router chooses.
 struct SharedExpert {
     FfnLayout layout;

@@ -49,7 +49,10 @@ class Watcher(NothingResident):
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
+        meanwhile: Callable[[], None] | None = None,
     ) -> torch.Tensor:
+        if meanwhile is not None:
+            meanwhile()
         chosen = top_k_index[0].tolist()
         assert self.routers.route(layer, hidden_states) == chosen
         normed = self.routers.normed(layer, layer)

@@ -19,6 +19,7 @@ from moei_core.engine import runtime
 from moei_core.engine.expert_compute import HeldExpert, expert_forward, stored_alike
 from moei_core.engine.generate import Generator
 from moei_core.engine.kv_cache import ConversationCache
+from moei_core.engine.layer_work import LayerWork, TokenWork
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.engine.native_compute import FEW_TOKENS, NativeExperts, native_experts
 from moei_core.hub.resolve import resolve_model
@@ -85,7 +86,7 @@ def test_a_token_of_small_experts_is_one_call_whatever_is_absent(
     def reply() -> tuple[list[float], int, int]:
         calls: Counter[str] = Counter()
         with monkeypatch.context() as patch:
-            for name in ("token", "__call__"):
+            for name in ("token", "rows", "__call__"):
                 one = getattr(NativeExperts, name)
 
                 def counted(self: NativeExperts, *given: Any, name: str = name, one: Any = one) -> Any:
@@ -101,7 +102,8 @@ def test_a_token_of_small_experts_is_one_call_whatever_is_absent(
                 calls.clear()
                 logits = [generator._forward([token], Phase.DECODE) for token in (8, 9, 10, 11, 12, 13)]
                 assert model.scheduler.statistics.misses > 0
-        return torch.cat(logits).tolist(), calls["token"], calls["__call__"]
+        assert not calls["__call__"]
+        return torch.cat(logits).tolist(), calls["token"], calls["rows"]
 
     logits, whole, parts = reply()
     assert (whole, parts) == (6 * 4, 0)
@@ -109,3 +111,41 @@ def test_a_token_of_small_experts_is_one_call_whatever_is_absent(
     again, whole, parts = reply()
     assert again == logits and parts > 0
     assert whole < 6 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_goes_on_in_general_where_an_expert_has_no_kernel(
+    dtype: torch.dtype, chat_folder: Callable[..., Path]
+) -> None:
+    """What was computed before, one by one and in any order, is taken over: the same bits."""
+    adapter = TransformersAdapter(chat_folder("qwen3_moe", "float32"), dtype)
+    experts = held(adapter)
+    adapter.load()
+    module = next(m for _, layer, m in experts_modules(adapter.model) if layer == experts[0].key.layer)
+    kernel = native_experts(module, experts[0].layout)
+    hidden = torch.randn((1, adapter.spec().hidden_size), generator=torch.Generator().manual_seed(1)).to(
+        dtype
+    )
+    weights = {expert.key.expert: 0.1 + 0.3 * expert.key.expert for expert in experts}
+
+    def total(order: list[int], without: tuple[int, ...] = ()) -> torch.Tensor:
+        work = TokenWork(module, hidden, weights, lambda one: None if one.key.expert in without else kernel)
+        for at in order:
+            work.compute([experts[at]])
+        return work.total()
+
+    whole = TokenWork(module, hidden, weights, lambda _: kernel)
+    whole.compute(experts)
+    for order in ([0, 1, 2], [2, 0, 1]):
+        assert torch.equal(total(order), whole.total())
+    # Torch rounds its own way: what counts is that all ways through it agree.
+    in_torch = LayerWork(
+        module,
+        hidden,
+        torch.tensor([list(weights)]),
+        torch.tensor([list(weights.values())]),
+        lambda one: None if one.key.expert == 1 else kernel,
+    )
+    in_torch.compute(experts)
+    for order in ([1, 0, 2], [0, 2, 1], [2, 1, 0]):
+        assert torch.equal(total(order, without=(1,)), in_torch.total())

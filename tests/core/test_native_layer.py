@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
+from moei_core.adapters.native_ffn import NativeFfn
 from moei_core.adapters.native_layer import NativeLayer, NativeRouter, _router
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.config import ExpertBudget, GenerationSettings
@@ -19,6 +22,7 @@ from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.layer_work import TokenWork
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.engine.runtime import ExpertRuntime
+from moei_core.engine.transfers import TransferQueue
 from moei_core.quant import native
 from moei_core.quant.native_layer import Layer
 from moei_core.trace import read_trace
@@ -310,3 +314,31 @@ def test_a_smaller_budget_takes_the_general_way_and_back(chat_folder: Callable[.
             loaded.scheduler.request_end()
             assert (loaded.scheduler.statistics.evictions > 0) == shrinks and polled.count >= 72
     assert results[0] == results[1]
+
+
+def test_the_shared_expert_is_computed_while_the_absent_ones_are_read(
+    chat_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After they have been asked for, before the first is waited for; its time is the dense part's."""
+    steps: list[str] = []
+    for owner, name in ((TransferQueue, "demand"), (NativeFfn, "__call__"), (ExpertRuntime, "_arrival")):
+        own = getattr(owner, name)
+
+        def noted(self: object, *given: object, name: str = name, own: Callable[..., object] = own) -> object:
+            steps.append(name)
+            if name == "__call__":
+                time.sleep(0.02)
+            return own(self, *given)
+
+        monkeypatch.setattr(owner, name, noted)
+    with LoadedModel(chat_folder("deepseek_v2"), LoadOptions(experts=ExpertBudget(fraction=0.3))) as loaded:
+        cache = ConversationCache(loaded.adapter.config)
+        chat(loaded, [1, 2, 3], cache)
+        before = loaded.runtime.snapshot()
+        steps.clear()
+        chat(loaded, [*cache.tokens, 4], cache)
+        spent = loaded.runtime.statistics.minus(before)
+    after_asking = [then for one, then in pairwise(steps) if one == "demand" and then != "demand"]
+    assert len(after_asking) > 10 and set(after_asking) == {"__call__"}
+    assert spent.layers_s < 0.02 * steps.count("__call__")
+    assert min(spent.move_s, spent.combine_s) >= 0

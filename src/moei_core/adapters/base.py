@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -22,11 +23,13 @@ class ExpertsRuntime(Protocol):
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
+        meanwhile: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """The routed experts' output for one layer.
 
         hidden_states: [tokens, hidden_size]. top_k_index: [tokens, top_k] integers; ``num_experts`` means no
-        expert. top_k_weights: [tokens, top_k]. Returns [tokens, hidden_size] in ``hidden_states``' dtype.
+        expert. top_k_weights: [tokens, top_k]. meanwhile: called once, when what is absent has been asked for.
+        Returns [tokens, hidden_size] in ``hidden_states``' dtype.
         """
 
     def resident_experts(self, module: nn.Module, layer: int) -> ExpertTable | None:

@@ -199,9 +199,12 @@ class NativeLayer:
         normed = hidden_states.new_empty((1, self._width))
         self._kernel.route(*arguments, out.data_ptr(), self._places, normed.data_ptr())
         cached.wrote_token()
-        mixed = runtime.run_layer(self._experts, layer, normed, self._chosen, self._weights)
-        if self._shared is not None:
-            mixed = mixed + self._shared(normed)
+        shared: list[torch.Tensor] = []
+        own = self._shared
+        meanwhile = None if own is None else lambda: shared.append(own(normed))
+        mixed = runtime.run_layer(self._experts, layer, normed, self._chosen, self._weights, meanwhile)
+        if shared:
+            mixed = mixed + shared[0]
         out += mixed.view_as(out)
         return out
 
@@ -271,7 +274,10 @@ class LayerTrial(NothingResident):
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
+        meanwhile: Callable[[], None] | None = None,
     ) -> torch.Tensor:
+        if meanwhile is not None:
+            meanwhile()
         self._seen.append((hidden_states.clone(), top_k_index.clone(), top_k_weights.to(torch.float32)))
         return hidden_states * 0.37
 

@@ -310,7 +310,10 @@ class _Probe(NothingResident):
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
+        meanwhile: Callable[[], None] | None = None,
     ) -> torch.Tensor:
+        if meanwhile is not None:
+            meanwhile()
         self.top_k[layer], self.chosen[layer] = top_k_index.shape[-1], top_k_index
         return torch.zeros_like(hidden_states)
 

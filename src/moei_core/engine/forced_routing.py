@@ -45,6 +45,10 @@ class ForcedRouting:
 
     def top_k_index(self, layer: int, chosen: torch.Tensor) -> torch.Tensor:
         """The trace's experts for one layer of this pass, in the shape [tokens, top_k] of ``chosen``."""
+        if len(chosen) == 1:
+            # The way of decoding, whose time is measured.
+            row = self._experts[self._start % len(self._experts), self._position[layer]].tolist()
+            return torch.tensor([row + [self._none] * (chosen.shape[1] - len(row))])
         rows = np.arange(self._start, self._start + chosen.shape[0]) % len(self._experts)
         experts = np.asarray(self._experts[rows, self._position[layer]]).astype(np.int64)
         forced = torch.full_like(chosen, self._none)

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from moei_core.adapters.dense_linear import TYPES
 from moei_core.engine.expert_compute import HeldExpert, expert_forward
 from moei_core.engine.native_compute import NativeExperts
 from moei_core.engine.steady_shapes import missing_rows
+from moei_core.quant.native_layer import weigh_rows
 
 
 class LayerWork:
@@ -74,6 +76,11 @@ class LayerWork:
         output = expert_forward(self.module, expert.weights, self.hidden_states[padded // self.top_k])
         self._outputs[place] = output[: len(rows)].to(torch.float32) * self._scale[place]
 
+    def take_over(self, positions: list[int], outputs: torch.Tensor) -> None:
+        """Some rows of ``outputs``, [tokens * top_k, hidden], are what was computed elsewhere."""
+        place = torch.tensor(positions)
+        self._outputs[place] = outputs[place] * self._scale[place]
+
     def total(self) -> torch.Tensor:
         """[tokens, hidden]: the weighted outputs of each token's experts, summed in ascending expert order."""
         columns = self._outputs.view(self.tokens, self.top_k, -1)
@@ -84,9 +91,9 @@ class LayerWork:
 
 
 class TokenWork:
-    """One layer of one token: one native call if its experts are all here, else ``LayerWork``.
+    """One layer of one token: one native call if its experts are all here, else one for those of each arrival.
 
-    Each of the token's experts must be named once.
+    Each of the token's experts must be named once. What no kernel computes is left to ``LayerWork``.
     """
 
     tokens = 1
@@ -99,35 +106,57 @@ class TokenWork:
         kernel: Callable[[HeldExpert], NativeExperts | None],
     ) -> None:
         """hidden_states: [1, hidden]. weights: by expert, ascending."""
-        self._module, self._hidden_states, self._kernel, self._weights = (
-            module,
-            hidden_states,
-            kernel,
-            weights,
-        )
+        self._module, self._hidden_states, self._kernel = module, hidden_states, kernel
+        self._rows, self._weights = list(weights), list(weights.values())
         self._general: LayerWork | None = None
+        self._outputs: torch.Tensor | None = None
+        self._done: list[int] = []
         self._total: torch.Tensor | None = None
 
     def compute(self, experts: Sequence[HeldExpert]) -> None:
         """The outputs of some experts, ascending in each call."""
-        if self._general is None and len(experts) == len(self._weights):
-            kernel = self._kernel(experts[0])
-            alike = all(expert.kind == experts[0].kind for expert in experts)
-            if kernel is not None and alike and not getattr(self._module, "has_post_expert_norm", False):
-                self._total = kernel.token(experts, list(self._weights.values()), self._hidden_states)
-                return
-        if self._general is None:
-            index = torch.tensor([list(self._weights)])
-            weights = torch.tensor([list(self._weights.values())])
-            self._general = LayerWork(self._module, self._hidden_states, index, weights, self._kernel)
-        self._general.compute(experts)
+        kernel = None if self._general is not None else self._kernel_of_all(experts)
+        if kernel is None:
+            self._leave_to_general().compute(experts)
+        elif len(experts) == len(self._weights):
+            self._total = kernel.token(experts, self._weights, self._hidden_states)
+        else:
+            if self._outputs is None:
+                shape = len(self._weights), self._hidden_states.shape[-1]
+                self._outputs = torch.empty(shape, dtype=torch.float32)
+            rows = [self._rows.index(expert.key.expert) for expert in experts]
+            kernel.rows(experts, rows, self._hidden_states, self._outputs)
+            self._done += rows
 
     def total(self) -> torch.Tensor:
         """[1, hidden]: the weighted outputs of the token's experts, summed in ascending expert order."""
         if self._total is not None:
             return self._total
-        assert self._general is not None
-        return self._general.total()
+        if self._general is not None:
+            return self._general.total()
+        assert self._outputs is not None and len(self._done) == len(self._weights)
+        total = torch.empty_like(self._hidden_states)
+        weigh_rows(
+            total.shape[-1], self._weights, TYPES[total.dtype], self._outputs.data_ptr(), total.data_ptr()
+        )
+        return total
+
+    def _kernel_of_all(self, experts: Sequence[HeldExpert]) -> NativeExperts | None:
+        """What computes all of them in one call, if anything does."""
+        if getattr(self._module, "has_post_expert_norm", False):
+            return None
+        if any(expert.kind != experts[0].kind for expert in experts):
+            return None
+        return self._kernel(experts[0])
+
+    def _leave_to_general(self) -> LayerWork:
+        """With what has been computed so far."""
+        if self._general is None:
+            index, weights = torch.tensor([self._rows]), torch.tensor([self._weights])
+            self._general = LayerWork(self._module, self._hidden_states, index, weights, self._kernel)
+            if self._outputs is not None:
+                self._general.take_over(self._done, self._outputs)
+        return self._general
 
 
 def _rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, list[int]]:

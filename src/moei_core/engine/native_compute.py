@@ -21,6 +21,7 @@ from moei_core.engine.expert_compute import HeldExpert
 from moei_core.errors import UsageError
 from moei_core.quant import native
 from moei_core.quant.formats import FORMATS
+from moei_core.quant.native_layer import expert_rows
 from moei_core.store.base import ExpertLayout, StoredTensor
 
 FEW_TOKENS = 4
@@ -74,6 +75,23 @@ class NativeExperts:
             out.data_ptr(),
         )
         return out
+
+    def rows(
+        self,
+        experts: Sequence[HeldExpert],
+        rows: list[int],
+        hidden_states: torch.Tensor,
+        outputs: torch.Tensor,
+    ) -> None:
+        """What some of a token's experts make of it: ``outputs``, float32 [.., hidden], gets it at ``rows``."""
+        expert_rows(
+            self.ffn,
+            [self.parts(expert) for expert in experts],
+            rows,
+            TYPES[hidden_states.dtype],
+            hidden_states.data_ptr(),
+            outputs.data_ptr(),
+        )
 
     def parts(self, expert: HeldExpert) -> native.ExpertParts:
         """Where the expert's parts lie."""

@@ -4,11 +4,11 @@ Exactness: every expert's output goes to rows of its own in a float32 buffer, an
 summed in ascending expert order. So what was resident, and the order in which experts arrived, never changes
 a bit of the result.
 
-Order (reordered execution: ProMoE, arXiv 2410.22134, section 4): resident experts are computed while the absent
-ones are on their way, and each absent one as it arrives, which frees its slot for the next. A single token computes all
-that is there in one call, and if its experts are small nothing until all are there. An absent expert is asked for as
-soon as a slot is free, in the order of the files; when all are, a long prompt streams those of the next layer into what
-becomes free.
+Order (reordered execution: ProMoE, arXiv 2410.22134, section 4): a shared expert and resident ones are computed while
+the absent ones are on their way, and each absent one as it arrives, which frees its slot for the next. A single token
+computes all that is there in one call, and if its experts are small nothing until all are there. An absent expert is
+asked for as soon as a slot is free, in the order of the files; when all are, a long prompt streams those of the next
+layer into what becomes free.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers):
         self._threads = {Phase.PREFILL: threads, Phase.DECODE: 1 if native.available() else threads}
         self._pass_started = 0.0
         self._pass_stall = 0.0
+        self._meanwhile: Callable[[], None] | None = None
+        self._meanwhile_s = 0.0
         self.before_access: Callable[[], None] | None = None
         self.recorder: TraceWriter | None = None
         self.routing: ForcedRouting | None = None
@@ -141,6 +143,7 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers):
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
+        meanwhile: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         self.settle()
         self._before_access()
@@ -162,6 +165,7 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers):
         plan = self._scheduler.access(access)
         decided = time.perf_counter()
         known = spent.expert_compute_s + spent.stall_s
+        self._meanwhile, self._meanwhile_s = meanwhile, 0.0
         try:
             self._carry_out(plan, work)
         except BaseException:
@@ -172,8 +176,9 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers):
         ended = time.perf_counter()
         spent.combine_s += (gathered - started) + (ended - computed)
         spent.decide_s += decided - gathered
-        spent.move_s += (computed - decided) - (spent.expert_compute_s + spent.stall_s - known)
-        spent.layers_s += ended - started
+        known_s = spent.expert_compute_s + spent.stall_s - known + self._meanwhile_s
+        spent.move_s += computed - decided - known_s
+        spent.layers_s += ended - started - self._meanwhile_s
         return total
 
     def _before_access(self) -> None:
@@ -262,6 +267,7 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers):
                 looking_ahead = True
                 self._transfers.prefetch(plan.prefetch)
                 self._transfers.stream(sorted(plan.stream, key=self._place_on_disk))
+            self._do_meanwhile()
             while looking_ahead and to_stream and self._pool.free > self._prefetch_slots:
                 self._transfers.lend(self._pool.take())
                 to_stream -= 1
@@ -282,6 +288,15 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers):
                 resident = resident[batch:]
             else:
                 break
+
+    def _do_meanwhile(self) -> None:
+        """What the layer needs beside its experts, once: while those that are absent are on their way."""
+        if self._meanwhile is None:
+            return
+        started, run = time.perf_counter(), self._meanwhile
+        self._meanwhile = None
+        run()
+        self._meanwhile_s = time.perf_counter() - started
 
     def _compute(self, work: LayerWork | TokenWork, keys: Iterable[ExpertKey]) -> None:
         started = time.perf_counter()

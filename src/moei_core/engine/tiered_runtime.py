@@ -9,7 +9,7 @@ predicted for later layers is copied behind all that, and computed on the device
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -105,16 +105,17 @@ class TieredRuntime(ExpertRuntime):
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
+        meanwhile: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         self._ahead.advance()
         started = time.perf_counter()
-        host = self.device.read_back(hidden_states, top_k_index, top_k_weights)
+        states, index, weights = self.device.read_back(hidden_states, top_k_index, top_k_weights)
         self.statistics.device_wait_s += time.perf_counter() - started
         self._ahead.advance()
         if self.device_governor is not None and (slots := self.device_governor.poll()) is not None:
             self.resize_device(slots)
         self._inputs = hidden_states
-        return super().run_layer(module, layer, *host)
+        return super().run_layer(module, layer, states, index, weights, meanwhile)
 
     def _work(
         self, module: Any, hidden_states: torch.Tensor, index: torch.Tensor, scale: torch.Tensor

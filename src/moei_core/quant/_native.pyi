@@ -42,6 +42,10 @@ class ExpertParts:
 def moe_token(
     layout: FfnLayout, experts: list[ExpertParts], weights: list[float], type: str, x: int, out: int
 ) -> None: ...
+def expert_rows(
+    layout: FfnLayout, experts: list[ExpertParts], rows: list[int], type: str, x: int, outputs: int
+) -> None: ...
+def weigh_rows(hidden: int, weights: list[float], type: str, outputs: int, out: int) -> None: ...
 
 class Weights:
     def __init__(

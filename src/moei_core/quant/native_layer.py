@@ -118,3 +118,27 @@ class Layer:
         The experts' outputs are summed in ascending order of experts. ValueError also if ``table`` does not fit.
         """
         return self._native(type, x, *turn, *cache, mask, out, *chosen, 0, table.native)
+
+
+def expert_rows(
+    ffn: native.ExpertFfn,
+    experts: list[native.ExpertParts],
+    rows: list[int],
+    type: str,
+    x: int,
+    outputs: int,
+) -> None:
+    """What some of a token's experts make of it, each in its row: with ``weigh_rows`` the bits of ``ExpertFfn.token``.
+
+    type: the float format of x, the address of [hidden_size]. outputs: the address of float32 [.., hidden_size].
+    ValueError without experts, or if rows or addresses are missing.
+    """
+    _native.expert_rows(ffn.native, experts, rows, type, x, outputs)
+
+
+def weigh_rows(hidden_size: int, weights: list[float], type: str, outputs: int, out: int) -> None:
+    """The rows of ``outputs``, float32 [len(weights), hidden_size], times their weights, summed in order.
+
+    out: the address of [hidden_size] of the float format ``type``, rounded once. ValueError if an address is missing.
+    """
+    _native.weigh_rows(hidden_size, weights, type, outputs, out)
