@@ -65,7 +65,15 @@ def test_attention(length: int, before: int, mask: str) -> None:
         "float": torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, -torch.inf),
         "shared": (torch.arange(total) < max(1, total - 3)).view(1, 1, 1, total),
     }
-    same(lambda: scaled_dot_product_attention(query, keys, keys, masks[mask], scale=0.3))
+    for values in (keys, keys[..., : HEAD // 2 + 3]):
+        same(lambda values=values: scaled_dot_product_attention(query, keys, values, masks[mask], scale=0.3))
+
+
+def test_narrow_values_have_the_fused_kernel() -> None:
+    query, values = random_numbers(1, 4, 20, HEAD), random_numbers(1, 4, 20, HEAD // 2)
+    with SteadyShapes(), torch.profiler.profile() as profile:
+        scaled_dot_product_attention(query, query, values, is_causal=True)
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in {one.name for one in profile.events()}
 
 
 @pytest.mark.parametrize("length", LENGTHS)

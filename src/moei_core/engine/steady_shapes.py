@@ -81,6 +81,11 @@ def _attention(
     **more: Any,
 ) -> torch.Tensor:
     queries, keys = query.shape[-2], key.shape[-2]
+    width = value.shape[-1]
+    if queries > 1 and width < key.shape[-1]:
+        # torch has no fused kernel for values of another width than the keys': ten times the time.
+        value = pad(value, (0, key.shape[-1] - width))
+        return _attention(query, key, value, attn_mask, dropout_p, is_causal, **more)[..., :width]
     rows, columns = steady(queries) - queries, steady(keys) - keys
     # Where there are more keys than queries torch's own causal mask would hide the last ones.
     if queries == 1 or (is_causal and queries != keys):
