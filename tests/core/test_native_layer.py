@@ -184,40 +184,27 @@ class _Wide(_Router):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_router_in_float32_chooses_as_its_module_does(dtype: torch.dtype) -> None:
-    router = _Wide(dtype)
+@pytest.mark.parametrize("kind", [_Router, _Wide])
+def test_a_router_chooses_as_its_module_does(kind: type[_Router], dtype: torch.dtype) -> None:
+    router, wide = kind(dtype), kind is _Wide
     found = _router(router)
     assert found is not None
     generator, differ = torch.Generator().manual_seed(1), 0
+    # The module's own logits are rounded to its type.
+    close = (1e-5, 1e-5) if wide else (2 * torch.finfo(dtype).eps, 1e-2)
     for _ in range(200):
         given = (torch.randn((2, 96), generator=generator) * 2).to(dtype)
         logits, weights, experts = found(given)
         expected = router(given)
-        assert logits.dtype == torch.float32 and torch.allclose(logits, expected[0], rtol=1e-5, atol=1e-5)
-        best, index = torch.topk(torch.softmax(logits, -1), 6, -1, sorted=False)
-        assert torch.equal(index, experts)
-        assert torch.allclose(weights, best * 2.5, rtol=1e-6)
-        differ += not torch.equal(experts.sort().values, expected[2].sort().values)
-    assert differ <= 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_router_chooses_as_its_module_does(dtype: torch.dtype) -> None:
-    router = _Router(dtype)
-    found = _router(router)
-    assert found is not None
-    generator, differ = torch.Generator().manual_seed(1), 0
-    for _ in range(200):
-        given = (torch.randn((2, 96), generator=generator) * 2).to(dtype)
-        logits, weights, experts = found(given)
-        expected = router(given)
-        assert torch.allclose(logits.float(), expected[0].float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
+        assert logits.dtype == (torch.float32 if wide else dtype)
+        assert torch.allclose(logits.float(), expected[0].float(), *close)
         # From its own logits, which round otherwise at times, it must be exactly torch's choice, equal ones included.
-        best, index = torch.topk(torch.softmax(logits.float(), -1), 6, -1)
+        best, index = torch.topk(torch.softmax(logits.float(), -1), 6, -1, sorted=not wide)
         assert torch.equal(index, experts)
-        assert torch.allclose(weights, best / best.sum(-1, keepdim=True), rtol=1e-6)
-        differ += not torch.equal(experts, expected[2])
-    assert differ <= 20
+        scores = best * router.routed_scaling_factor if wide else best / best.sum(-1, keepdim=True)
+        assert torch.allclose(weights, scores, rtol=1e-6)
+        differ += not torch.equal(experts.sort().values, expected[2].sort().values)
+    assert differ <= (2 if wide else 20)
     many = torch.randn((9, 96), generator=generator).to(dtype)
     assert torch.equal(found(many)[2], router(many)[2])
 
