@@ -17,7 +17,8 @@ from moei_core.hardware.gpus import visible_gpus
 from moei_core.hardware.profile import HardwareProfile, load_profile, save_profile
 
 if TYPE_CHECKING:
-    from moei_core.hardware.probe import Machine
+    from moei_core.hardware.machine import Machine
+    from moei_core.hardware.probe.allowance import Allowance
     from moei_core.hardware.profile import ExpertSpeed, FrameworkCost
 
 
@@ -104,19 +105,26 @@ def measure_now(folders: Sequence[Path]) -> tuple[HardwareProfile, str]:
 
 
 def _measure(machine: Machine, progress: Callable[[str, int, int], None]) -> HardwareProfile:
+    from moei_core.engine.expert_probe import ProbeEffort, measure_experts
     from moei_core.hardware.probe import measure
 
     place = _expert_place(machine)
 
-    def experts() -> tuple[ExpertSpeed, ...]:
-        from moei_core.engine.expert_probe import ProbeEffort, measure_experts
-
+    def experts(allowance: Allowance) -> tuple[ExpertSpeed, ...]:
         if place is None:
             return ()
         room = min(machine.memory.usable // 8, read_disk(place).free // 10, ProbeEffort().nbytes)
-        return measure_experts(place, ProbeEffort(nbytes=room))
+        return measure_experts(place, ProbeEffort(nbytes=room), allowance)
 
-    return measure(machine, weights_by_disk(), _framework, experts, progress=progress)
+    profile = measure(machine, weights_by_disk(), _framework, experts, progress=progress)
+    effort = ProbeEffort()
+    wanted = len(effort.geometries) * len(effort.formats) * (1 + len(effort.tokens))
+    if 0 < len(profile.experts) < wanted:
+        missing = (
+            f"{wanted - len(profile.experts)} of {wanted} settings of experts were left out: too little time."
+        )
+        profile = replace(profile, notes=(*profile.notes, missing))
+    return profile
 
 
 def _expert_place(machine: Machine) -> Path | None:
@@ -125,9 +133,10 @@ def _expert_place(machine: Machine) -> Path | None:
     return next((Path(disk.folder) for disk in disks), None)
 
 
-def _framework() -> FrameworkCost | None:
+def _framework(allowance: Allowance) -> FrameworkCost | None:
     """Measured on the bundled model; None where this installation has none."""
     from moei_core.engine.calibrate import measure_framework
     from moei_core.hub.resolve import bundled_folder
 
-    return measure_framework(bundled_folder()) if bundled_folder().is_dir() else None
+    folder = bundled_folder()
+    return measure_framework(folder, allowance=allowance) if folder.is_dir() else None

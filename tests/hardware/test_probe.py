@@ -10,17 +10,23 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from moei_core.forecast.routing import Range
+from moei_core.forecast.speed import Speeds
 from moei_core.hardware.disks import DiskFacts, read_disk
 from moei_core.hardware.gpus import GpuFacts
 from moei_core.hardware.machine import Machine, read_machine
 from moei_core.hardware.probe import Effort, measure
 from moei_core.hardware.probe import disk as disk_probe
+from moei_core.hardware.probe import reads as disk_reads
+from moei_core.hardware.probe.allowance import Allowance
 from moei_core.hardware.probe.disk import DiskEffort, nameless_file, probe_disk
-from moei_core.hardware.profile import fingerprint, load_profile, profile_path, save_profile
+from moei_core.hardware.probe.reads import ExpertReads, read_again
+from moei_core.hardware.profile import Figure, fingerprint, load_profile, profile_path, save_profile
 from moei_core.hardware.system import CgroupMemory
 from moei_core.quant import native
 from tests.cli.conftest import Outcome
@@ -28,6 +34,7 @@ from tests.hardware.fakes import FakeGpu, FakeNvml, exactly, made_profile
 from tests.hardware.test_gpus import BOARD
 
 MIB = 1 << 20
+LONG = DiskEffort(1.0, 8 * MIB, (MIB, 4 * MIB), (1, 2))
 QUICK = DiskEffort(0.05, 8 * MIB, (MIB, 4 * MIB), (1, 2))
 
 
@@ -37,7 +44,7 @@ def everything_in(folder: Path) -> list[Path]:
 
 def test_a_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
     steps = []
-    profile = probe_disk(read_disk(tmp_path), (), QUICK, lambda: steps.append(1))
+    profile = probe_disk(read_disk(tmp_path), (), LONG, lambda: steps.append(1))
     assert [(read.nbytes, read.depth) for read in profile.reads] == [
         (size, depth) for size in QUICK.blocks for depth in QUICK.depths
     ]
@@ -145,7 +152,7 @@ def test_a_probe_killed_half_way_leaves_nothing(tmp_path: Path, how: signal.Sign
     assert everything_in(tmp_path) == []
 
 
-TINY = Effort(0.02, 0.02, 0.2, QUICK, 4 * MIB)
+TINY = Effort(0.5, 0.02, 0.02, 0.2, 0.0, 0.0, 0.01, QUICK, 4 * MIB)
 
 
 def machine_with(tmp_path: Path, boards: list[dict[str, object]]) -> Machine:
@@ -277,13 +284,15 @@ def test_experts_are_read_in_chunks_and_hashed_once(tmp_path: Path, monkeypatch:
         return ""
 
     monkeypatch.setattr(os, "preadv", watched)
-    monkeypatch.setattr(disk_probe, "checksum", noted)
+    monkeypatch.setattr(disk_reads, "checksum", noted)
     descriptor = os.open(file, os.O_RDONLY)
-    with disk_probe._target(16 * MIB) as target:
-        source = disk_probe._Source(descriptor, 16 * MIB, False, "a file")
-        experts = disk_probe._ExpertReads(source, target, [4 * MIB])
+    with disk_reads.read_target(16 * MIB) as target:
+        source = disk_reads.Source(descriptor, 16 * MIB, False, "a file")
+        experts = disk_reads.ExpertReads(source, target, [4 * MIB])
         for _ in range(3):
-            experts.sample(0.0)
+            for kind in experts._spent:
+                experts._spent[kind] = 0.0  # as at the first moment, so that each is read once
+            experts.sample(Allowance(0.0))
             assert sorted(bytes(target[::MIB])) == sorted(content[::MIB])
     os.close(descriptor)
     (speed,), fresh = experts.speeds()
@@ -301,22 +310,24 @@ def test_every_size_is_read_all_through_the_measurement(
 ) -> None:
     """So that no size is judged by one moment of a disk whose speed changes."""
     order: list[str] = []
-    sample, measure_one = disk_probe._ExpertReads.sample, disk_probe._measure
+    sample, measure_one = ExpertReads.sample, disk_probe._measure
+    spent: list[dict[tuple[int, bool], float]] = []
 
-    def sampled(self: disk_probe._ExpertReads, seconds: float) -> None:
+    def sampled(self: ExpertReads, allowance: Allowance) -> None:
         order.append("experts")
-        before = {kind: len(samples) for kind, samples in self._samples.items()}
-        sample(self, seconds)
-        assert all(len(samples) > before[kind] for kind, samples in self._samples.items())
+        sample(self, allowance)
+        spent.append(dict(self._spent))
 
     def measured(*arguments: object) -> object:
         order.append("blocks")
         return measure_one(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(disk_probe._ExpertReads, "sample", sampled)
+    monkeypatch.setattr(ExpertReads, "sample", sampled)
     monkeypatch.setattr(disk_probe, "_measure", measured)
-    profile = probe_disk(read_disk(tmp_path), (), QUICK)
+    profile = probe_disk(read_disk(tmp_path), (), replace(QUICK, seconds=1.0))
     assert order == ["blocks", "experts"] * 4 + ["blocks"]
+    for earlier, later in pairwise([dict.fromkeys(spent[0], 0.0), *spent]):
+        assert all(later[kind] > earlier[kind] for kind in later)
     assert profile.fresh is not None
     assert profile.fresh.nbytes == max(QUICK.blocks)
 
@@ -366,3 +377,28 @@ def test_measuring_ends_soon(tmp_path: Path) -> None:
     probe_disk(read_disk(tmp_path), (), replace(QUICK, seconds=0.2))
     # Generous: shared machines stall. Without the limit it would read for ever.
     assert time.perf_counter() - started < 60
+
+
+def test_a_model_is_read_again_before_it_runs(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(os.urandom(9 * MIB))
+    found = read_again(file, MIB + 17, 0.05)  # no expert is a whole number of pages
+    assert found is not None
+    now, fresh = found
+    assert now.nbytes == MIB and fresh is not None and fresh.nbytes == MIB
+    assert 0 < now.bandwidth.low <= now.bandwidth.value <= now.bandwidth.high
+    assert read_again(file, 2 * MIB, 0.05) is None  # too few of them
+    assert read_again(tmp_path / "gone", MIB, 0.05) is None
+
+
+def test_a_disk_at_another_moment_is_as_much_faster_at_every_size() -> None:
+    disk = made_profile(disk_bandwidth=1e9).disks[0]
+    small, large = disk.experts
+    disk = replace(disk, experts=(replace(small, bandwidth=Figure(1e9, 0.5e9, 1.2e9)), large))
+    now = replace(small, nbytes=4 * MIB, bandwidth=Figure(2e9, 1.8e9, 2.8e9))
+    then = disk.at_another_moment(now, now)
+    assert then.expert_bandwidth(MIB) == Figure(2e9, 1e9, 2.8e9)
+    assert then.expert_bandwidth(64 * MIB) == Figure(2e9, 1.8e9, 2.8e9)
+    assert then.fresh == now
+    speeds = Speeds.of(replace(made_profile(), disks=(then,)), then)
+    assert speeds.read(MIB, 4) == Range(*(4 * MIB / one for one in (2.8e9, 2e9, 1e9)))
