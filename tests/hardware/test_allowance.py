@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,8 +70,9 @@ def test_a_slow_machine_is_measured_in_time(
         given.append(allowance.left)
         world.move(others * allowance.left)
 
-    def experts(allowance: Allowance) -> tuple[ExpertSpeed, ...]:
+    def experts(allowance: Allowance, bandwidths: Mapping[str, float]) -> tuple[ExpertSpeed, ...]:
         take(allowance)
+        assert list(bandwidths.values()) == [pytest.approx(bandwidth, rel=0.3)]
         return ()
 
     def framework(allowance: Allowance) -> FrameworkCost | None:

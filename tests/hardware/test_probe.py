@@ -230,10 +230,38 @@ def test_a_stored_profile_is_not_believed_blindly(tmp_path: Path) -> None:
         assert load_profile() is None
 
 
-def test_a_read_only_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEI_HOME", "/proc/self/nowhere")
-    assert "cannot be written" in save_profile(made_profile())
+    runtime = tmp_path / "runtime"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    told = save_profile(made_profile())
+    assert told.startswith(
+        f"The profile is kept until the machine restarts ({runtime}/moei-hardware.json): /proc"
+    )
+    assert load_profile() == made_profile()
+    # Where others can write, they could have written it.
+    runtime.chmod(0o777)
     assert load_profile() is None
+    assert save_profile(made_profile()).startswith("The profile is not kept: /proc/self/nowhere")
+
+
+def test_experts_are_measured_on_the_fastest_disk_with_room(tmp_path: Path) -> None:
+    from moei_cli.measured_machine import _expert_places
+
+    machine = machine_with(tmp_path, [])
+    disk = replace(machine.disks[0], free=100 << 30)
+    slow, fast, full, memory, fixed = (
+        replace(disk, number=number, **changes)
+        for number, changes in (
+            ("slow", {}), ("fast", {}), ("full", {"free": 1 << 20}), ("memory", {"file_system": "tmpfs"}),
+            ("fixed", {"read_only": True}),
+        )
+    )  # fmt: skip
+    nowhere = replace(disk, number="nowhere", folder="/proc/self/nowhere")
+    machine = replace(machine, disks=(slow, full, memory, nowhere, fixed, fast))
+    speeds = {"slow": 1e9, "fast": 3e9, "full": 7e9, "memory": 9e9, "fixed": 9e9, "nowhere": 9e9}
+    assert _expert_places(machine, speeds) == [fast, slow, full]
+    assert _expert_places(machine, {}) == [slow, fast, full]
 
 
 def test_the_fingerprint_changes_with_the_machine_and_not_with_the_minute(tmp_path: Path) -> None:

@@ -57,7 +57,9 @@ def measure(
     machine: Machine,
     files: Mapping[str, Sequence[Path]] | None = None,
     framework: Callable[[Allowance], FrameworkCost | None] = lambda allowance: None,
-    experts: Callable[[Allowance], tuple[ExpertSpeed, ...]] = lambda allowance: (),
+    experts: Callable[
+        [Allowance, Mapping[str, float]], tuple[ExpertSpeed, ...]
+    ] = lambda allowance, disks: (),
     effort: Effort | None = None,
     progress: Progress = lambda what, done, total: None,
     open_gpu: Callable[[GpuFacts], GpuDevice] = torch_gpu,
@@ -65,8 +67,9 @@ def measure(
 ) -> HardwareProfile:
     """Measure everything that can be measured. Leaves no file behind.
 
-    files: weights of models by ``DiskFacts.number``. framework: measures what a token costs beside reading
-    weights; experts: what experts cost. They are not of this package because they run the engine.
+    files: weights of models by ``DiskFacts.number``. framework: measures what a token costs beside reading weights;
+    experts: what experts cost, on one of the disks, whose bytes a second it is told by number. They are not of this
+    package because they run the engine.
     """
     effort = effort or Effort()
     whole, spent = Allowance(effort.seconds, clock), processor_seconds()
@@ -122,7 +125,7 @@ def measure(
                 notes.append(f"GPU {gpu.index} was not measured: {profile.note}.")
             step("GPU")
         progress("experts", done, total)
-        expert_speeds = experts(part(effort.experts))
+        expert_speeds = experts(part(effort.experts), {one.number: one.bandwidth for one in probes})
         step("experts")
         look()
         progress("a small model", done, total)

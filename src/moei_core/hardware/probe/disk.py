@@ -93,6 +93,15 @@ class DiskProbe:
             self._note = _why_not(self._facts, error)
             self._held.close()
 
+    @property
+    def number(self) -> str:
+        return self._facts.number
+
+    @property
+    def bandwidth(self) -> float:
+        """The best so far, bytes a second."""
+        return max((read.bandwidth.value for read in self._reads), default=0.0)
+
     def sample(self, allowance: Allowance) -> None:
         """Read experts for so long."""
         if not self._note:
