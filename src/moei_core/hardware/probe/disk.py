@@ -37,7 +37,7 @@ DEPTHS = (1, 2, 4, 8, 16)
 _LARGEST_FILE = 1 << 30
 _SMALLEST_FILE = 8 << 20
 _WRITTEN_AT_ONCE = 32 << 20
-_INSTANT_S = 0.1
+_INSTANT_S = 0.5
 _FREE_SHARE = 10
 """A file of ours takes at most a tenth of what the disk has free."""
 
@@ -132,8 +132,7 @@ class DiskProbe:
         """Whether reading so much once is done within a tenth of the time, or nothing was read yet."""
         if not self._reads:
             return True
-        slowest = self._reads[-1].bandwidth.value
-        return nbytes / slowest <= max(0.1 * (allowance.left + allowance.spent), _INSTANT_S)
+        return nbytes / self.bandwidth <= max(0.1 * (allowance.left + allowance.spent), _INSTANT_S)
 
     def finish(self) -> DiskProfile:
         """What was found. The file of ours is gone."""
