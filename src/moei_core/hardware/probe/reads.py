@@ -155,6 +155,8 @@ class ExpertReads:
 
 
 _MOMENTS = 4
+_AGAIN_NBYTES = 4 << 20
+"""Two chunks: eight of them in memory are little beside what a model that is loaded has not used yet of its budget."""
 
 
 def read_again(file: Path, nbytes: int, seconds: float) -> tuple[ReadSpeed, ReadSpeed | None] | None:
@@ -163,7 +165,7 @@ def read_again(file: Path, nbytes: int, seconds: float) -> tuple[ReadSpeed, Read
 
     None if the file cannot be opened, or is so small that what is read once is known. Raises: OSError while reading.
     """
-    size = align_down(min(nbytes, FRESH_NBYTES))
+    size = align_down(min(nbytes, _AGAIN_NBYTES))
     try:
         descriptor, direct = open_file(file)
     except OSError:
