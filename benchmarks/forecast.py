@@ -62,7 +62,6 @@ CASES = (
 )
 """2.8 to 4.8 GB of experts in bf16. Of DeepSeek's shape, and of 35% and 60%, nothing was looked at while the forecast
 was made."""
-_OWN = ("limits", "decode_parts_s", "prefill_parts_s")
 _SPARE_RAM = 1.02
 _CAP = 1.05
 
@@ -177,24 +176,18 @@ def row(case: Case, report: dict[str, Any]) -> dict[str, Any]:
         {name: one[f"prefill_{name}_s"]["median"] for name in ("disk", "experts")} for one in (cold, changing)
     )
     first["rest"] = cold["ttft_s"]["median"] - sum(first.values())
+    came = {"tokens_per_s": 1 / a_token, "ttft_s": cold["ttft_s"]["median"]}
     before = report["prediction"]
     learned = before["corrected"]
     later["rest"] = changing["ttft_s"]["median"] - sum(later.values())
-    planned = asdict(case)
-    return planned | {
+    return asdict(case) | {
         # What the command itself wrote down before it ran, the disk looked at once more; the plan is kept beside it.
         **{name: before[name]["value"] for name in ("tokens_per_s", "ttft_s")},
-        **{name: tuple(before["limits"]) if name == "limits" else before[name] for name in _OWN},
-        **{f"planned_{name}": planned[name] for name in ("tokens_per_s", "ttft_s")},
-        "in_range": sum(
-            before[name]["low"] <= came <= before[name]["high"]
-            for name, came in (
-                ("tokens_per_s", changing["decode_tokens_per_s"]["median"]),
-                ("ttft_s", cold["ttft_s"]["median"]),
-            )
-        ),
-        "came_tokens_per_s": changing["decode_tokens_per_s"]["median"],
-        "came_ttft_s": cold["ttft_s"]["median"],
+        **{name: before[name] for name in ("limits", "decode_parts_s", "prefill_parts_s")},
+        "planned_tokens_per_s": case.tokens_per_s,
+        "planned_ttft_s": case.ttft_s,
+        "in_range": sum(before[name]["low"] <= value <= before[name]["high"] for name, value in came.items()),
+        **{f"came_{name}": value for name, value in came.items()},
         "corrected_tokens_per_s": learned["tokens_per_s"]["value"],
         "corrected_ttft_s": learned["ttft_s"]["value"],
         "learned_runs": learned["runs"],

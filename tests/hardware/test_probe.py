@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from moei_core.forecast.routing import Range
-from moei_core.forecast.speed import Speeds
 from moei_core.hardware.disks import DiskFacts, read_disk
 from moei_core.hardware.gpus import GpuFacts
 from moei_core.hardware.machine import Machine, read_machine
@@ -26,11 +24,10 @@ from moei_core.hardware.probe import reads as disk_reads
 from moei_core.hardware.probe.allowance import Allowance
 from moei_core.hardware.probe.disk import DiskEffort, nameless_file, probe_disk
 from moei_core.hardware.probe.reads import ExpertReads, read_again
-from moei_core.hardware.profile import Figure, fingerprint, load_profile, profile_path, save_profile
-from moei_core.hardware.system import CgroupMemory
+from moei_core.hardware.profile import load_profile, save_profile
 from moei_core.quant import native
 from tests.cli.conftest import Outcome
-from tests.hardware.fakes import FakeGpu, FakeNvml, exactly, made_profile
+from tests.hardware.fakes import FakeGpu, FakeNvml, made_profile
 from tests.hardware.test_gpus import BOARD
 
 MIB = 1 << 20
@@ -213,38 +210,6 @@ def test_the_processor_time_of_this_program_is_part_of_everybodys() -> None:
     assert 0.1 < own <= everybody + 0.05
 
 
-def test_a_stored_profile_is_not_believed_blindly(tmp_path: Path) -> None:
-    assert load_profile() is None
-    profile = made_profile()
-    save_profile(profile)
-    content = json.loads(profile_path().read_text())
-    for damaged in (
-        "",
-        "[]",
-        json.dumps(content | {"format_version": 0}),
-        json.dumps(content | {"memory_bandwidth": {}}),
-        json.dumps(content | {"disks": 3}),
-        json.dumps({key: value for key, value in content.items() if key != "cpu"}),
-    ):
-        profile_path().write_text(damaged)
-        assert load_profile() is None
-
-
-def test_a_read_only_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOEI_HOME", "/proc/self/nowhere")
-    runtime = tmp_path / "runtime"
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
-    told = save_profile(made_profile())
-    assert told.startswith(
-        f"The profile is kept until the machine restarts ({runtime}/moei-hardware.json): /proc"
-    )
-    assert load_profile() == made_profile()
-    # Where others can write, they could have written it.
-    runtime.chmod(0o777)
-    assert load_profile() is None
-    assert save_profile(made_profile()).startswith("The profile is not kept: /proc/self/nowhere")
-
-
 def test_experts_are_measured_on_the_fastest_disk_with_room(tmp_path: Path) -> None:
     from moei_cli.measured_machine import _expert_places
 
@@ -262,37 +227,6 @@ def test_experts_are_measured_on_the_fastest_disk_with_room(tmp_path: Path) -> N
     speeds = {"slow": 1e9, "fast": 3e9, "full": 7e9, "memory": 9e9, "fixed": 9e9, "nowhere": 9e9}
     assert _expert_places(machine, speeds) == [fast, slow, full]
     assert _expert_places(machine, {}) == [slow, fast, full]
-
-
-def test_the_fingerprint_changes_with_the_machine_and_not_with_the_minute(tmp_path: Path) -> None:
-    machine = machine_with(tmp_path, [BOARD])
-    memory, cpu, disks, gpus = machine.memory, machine.cpu, machine.disks, machine.gpus
-    before = fingerprint(memory, cpu, disks, gpus)
-    limit = CgroupMemory(2, "/sys/fs/cgroup/x", 1 << 30, 1 << 20)
-    busy = replace(memory, available=memory.available // 2, swap_free=0, cgroup=limit)
-    later = [replace(disk, free=disk.free // 2) for disk in disks]
-    other = [replace(gpu, free=1, used_by_others=5) for gpu in gpus]
-    assert fingerprint(busy, cpu, later, other) == before
-    changed = [
-        fingerprint(replace(memory, total=memory.total * 2), cpu, disks, gpus),
-        fingerprint(memory, replace(cpu, cores=cpu.cores + 1), disks, gpus),
-        fingerprint(memory, replace(cpu, quota=0.5), disks, gpus),
-        fingerprint(memory, cpu, [replace(disk, number="9:9") for disk in disks], gpus),
-        fingerprint(memory, cpu, disks, []),
-    ]
-    assert before not in changed
-    assert len(set(changed)) == len(changed)
-
-
-def test_between_measured_sizes_the_bandwidth_is_between() -> None:
-    disk = made_profile().disks[0]
-    small, large = disk.experts
-    disk = replace(disk, experts=(small, replace(large, bandwidth=exactly(3e9))))
-    assert (small.nbytes, large.nbytes) == (MIB, 16 * MIB)
-    assert disk.expert_bandwidth(MIB // 2) == exactly(1e9)
-    assert disk.expert_bandwidth(MIB) == exactly(1e9)
-    assert disk.expert_bandwidth(4 * MIB).value == pytest.approx(2e9)
-    assert disk.expert_bandwidth(100 * MIB) == exactly(3e9)
 
 
 def test_experts_are_read_in_chunks_and_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,16 +351,3 @@ def test_a_model_is_read_again_before_it_runs(tmp_path: Path) -> None:
     assert 0 < now.bandwidth.low <= now.bandwidth.value <= now.bandwidth.high
     assert read_again(file, 2 * MIB, 0.05) is None  # too few of them
     assert read_again(tmp_path / "gone", MIB, 0.05) is None
-
-
-def test_a_disk_at_another_moment_is_as_much_faster_at_every_size() -> None:
-    disk = made_profile(disk_bandwidth=1e9).disks[0]
-    small, large = disk.experts
-    disk = replace(disk, experts=(replace(small, bandwidth=Figure(1e9, 0.5e9, 1.2e9)), large))
-    now = replace(small, nbytes=4 * MIB, bandwidth=Figure(2e9, 1.8e9, 2.8e9))
-    then = disk.at_another_moment(now, now)
-    assert then.expert_bandwidth(MIB) == Figure(2e9, 1e9, 2.8e9)
-    assert then.expert_bandwidth(64 * MIB) == Figure(2e9, 1.8e9, 2.8e9)
-    assert then.fresh == now
-    speeds = Speeds.of(replace(made_profile(), disks=(then,)), then)
-    assert speeds.read(MIB, 4) == Range(*(4 * MIB / one for one in (2.8e9, 2e9, 1e9)))
