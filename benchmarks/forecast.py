@@ -6,7 +6,8 @@
     python benchmarks/forecast.py --cases FILE --parts             # others, and where the time went
 
 1. Predict: for each case the forecast of its config, of this machine and of a memory budget (``--ram``: what that share
-   of the experts should take), as ``moei plan`` makes it; nothing of the ledger. All go to ``--predictions``.
+   of the experts should take), as ``moei plan`` makes it; nothing of the ledger. All go to ``--predictions``. The run's
+   own forecast, which the table shows, is written down by the command before it runs, after a look at the disk.
 2. Run: ``moei bench --ram ... --experts ...``, each a process of its own in a control group of its --ram plus 5% where
    one can be made. New prompts on a warm cache give the speed, the first prompt of all its time to first token.
 3. Compare: a table in Markdown, and one line of JSON. Exit status 1 if a case failed.
@@ -175,11 +176,18 @@ def row(case: Case, report: dict[str, Any]) -> dict[str, Any]:
         {name: one[f"prefill_{name}_s"]["median"] for name in ("disk", "experts")} for one in (cold, changing)
     )
     first["rest"] = cold["ttft_s"]["median"] - sum(first.values())
-    learned = report["prediction"]["corrected"]
+    came = {"tokens_per_s": 1 / a_token, "ttft_s": cold["ttft_s"]["median"]}
+    before = report["prediction"]
+    learned = before["corrected"]
     later["rest"] = changing["ttft_s"]["median"] - sum(later.values())
     return asdict(case) | {
-        "came_tokens_per_s": changing["decode_tokens_per_s"]["median"],
-        "came_ttft_s": cold["ttft_s"]["median"],
+        # What the command itself wrote down before it ran, the disk looked at once more; the plan is kept beside it.
+        **{name: before[name]["value"] for name in ("tokens_per_s", "ttft_s")},
+        **{name: before[name] for name in ("limits", "decode_parts_s", "prefill_parts_s")},
+        "planned_tokens_per_s": case.tokens_per_s,
+        "planned_ttft_s": case.ttft_s,
+        "in_range": sum(before[name]["low"] <= value <= before[name]["high"] for name, value in came.items()),
+        **{f"came_{name}": value for name, value in came.items()},
         "corrected_tokens_per_s": learned["tokens_per_s"]["value"],
         "corrected_ttft_s": learned["ttft_s"]["value"],
         "learned_runs": learned["runs"],
@@ -198,7 +206,7 @@ def row(case: Case, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def error(found: dict[str, Any], quantity: str, kind: str = "") -> float:
-    """Forecast over actual, less one. kind: ``corrected_`` for the forecast with what was learned."""
+    """Forecast over actual, less one. kind: ``corrected_`` with what was learned, ``planned_`` without the run."""
     return float(found[kind + quantity] / found[f"came_{quantity}"] - 1)
 
 
@@ -258,7 +266,7 @@ def parts_table(rows: list[dict[str, Any]]) -> str:
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Median and worst error of each quantity, and how often the bottleneck was right."""
     found: dict[str, Any] = {"runs": len(rows)}
-    for kind in ("", "corrected_"):
+    for kind in ("", "planned_", "corrected_"):
         for quantity in ("tokens_per_s", "ttft_s"):
             errors = [abs(error(one, quantity, kind)) for one in rows]
             found[kind + quantity] = {
@@ -266,6 +274,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 "worst_error": round(max(errors), 4),
             }
     found["bottleneck_right"] = sum(agree(one["limits"], one["came_limits"]) for one in rows)
+    found["in_range"] = sum(one["in_range"] for one in rows) / (2 * len(rows))
     found["two_limits_named"] = sum(len(one["limits"]) > 1 for one in rows)
     found["compute_bound"] = sum(one["came_limits"][0] != "disk" for one in rows)
     found["peak_over_ram"] = round(max(one["peak"] / one["ram"] for one in rows), 4)
@@ -283,6 +292,8 @@ def errors_in_words(found: dict[str, Any], kind: str = "") -> str:
 def in_words(found: dict[str, Any]) -> str:
     return (
         f"{found['runs']} runs, {found['compute_bound']} of them bound by computing. {errors_in_words(found)} "
+        f"{found['in_range']:.0%} of the figures came within their ranges. Planned, before the disk was looked at "
+        f"once more: {errors_in_words(found, 'planned_')} "
         f"The limit was right in {found['bottleneck_right']}, and two were named in {found['two_limits_named']}. "
         f"The highest peak was {found['peak_over_ram']:.1%} of --ram."
     )

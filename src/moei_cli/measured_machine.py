@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moei_core.errors import UsageError
 from moei_core.forecast.gpu import GpuSpeeds
-from moei_core.hardware.disks import read_disk
+from moei_core.hardware.disks import DiskFacts, read_disk
 from moei_core.hardware.gpus import visible_gpus
 from moei_core.hardware.profile import HardwareProfile, load_profile, save_profile
 
 if TYPE_CHECKING:
-    from moei_core.hardware.probe import Machine
+    from moei_core.hardware.machine import Machine
+    from moei_core.hardware.probe.allowance import Allowance
     from moei_core.hardware.profile import ExpertSpeed, FrameworkCost
 
 
@@ -104,30 +105,53 @@ def measure_now(folders: Sequence[Path]) -> tuple[HardwareProfile, str]:
 
 
 def _measure(machine: Machine, progress: Callable[[str, int, int], None]) -> HardwareProfile:
+    from moei_core.engine.expert_probe import ProbeEffort, measure_experts
     from moei_core.hardware.probe import measure
 
-    place = _expert_place(machine)
+    notes: list[str] = []
 
-    def experts() -> tuple[ExpertSpeed, ...]:
-        from moei_core.engine.expert_probe import ProbeEffort, measure_experts
+    def experts(allowance: Allowance, bandwidths: Mapping[str, float]) -> tuple[ExpertSpeed, ...]:
+        places = _expert_places(machine, bandwidths)
+        for disk in places:
+            room = min(machine.memory.usable // 8, disk.free // 10, ProbeEffort().nbytes)
+            if found := measure_experts(Path(disk.folder), ProbeEffort(nbytes=room), allowance):
+                if len(machine.disks) > 1:
+                    notes.append(
+                        f"Experts were measured on the disk at {disk.mount}, the fastest with room for them."
+                    )
+                return found
+        notes.append("No disk has room to measure experts on: they are reckoned from products.")
+        return ()
 
-        if place is None:
-            return ()
-        room = min(machine.memory.usable // 8, read_disk(place).free // 10, ProbeEffort().nbytes)
-        return measure_experts(place, ProbeEffort(nbytes=room))
-
-    return measure(machine, weights_by_disk(), _framework, experts, progress=progress)
-
-
-def _expert_place(machine: Machine) -> Path | None:
-    """A folder on the first disk that can be written: where models are, so that their disk is the one that is read."""
-    disks = (disk for disk in machine.disks if not disk.in_memory and not disk.read_only)
-    return next((Path(disk.folder) for disk in disks), None)
+    profile = measure(machine, weights_by_disk(), _framework, experts, progress=progress)
+    effort = ProbeEffort()
+    wanted = len(effort.geometries) * len(effort.formats) * (1 + len(effort.tokens))
+    if 0 < len(profile.experts) < wanted:
+        missing = (
+            f"{wanted - len(profile.experts)} of {wanted} settings of experts were left out: too little time."
+        )
+        notes.append(missing)
+    return replace(profile, notes=(*profile.notes, *notes))
 
 
-def _framework() -> FrameworkCost | None:
+def _expert_places(machine: Machine, bandwidths: Mapping[str, float]) -> list[DiskFacts]:
+    """The disks where experts could be written and read, the fastest that has room for all first.
+
+    bandwidths: bytes a second by the disk's number. Of equal ones the first: where models are.
+    """
+    from moei_core.engine.expert_probe import ProbeEffort
+
+    def rank(disk: DiskFacts) -> tuple[bool, float]:
+        return disk.free // 10 < ProbeEffort().nbytes, -bandwidths.get(disk.number, 0.0)
+
+    usable = (disk for disk in machine.disks if not disk.in_memory and not disk.read_only)
+    return sorted((disk for disk in usable if os.access(disk.folder, os.W_OK)), key=rank)
+
+
+def _framework(allowance: Allowance) -> FrameworkCost | None:
     """Measured on the bundled model; None where this installation has none."""
     from moei_core.engine.calibrate import measure_framework
     from moei_core.hub.resolve import bundled_folder
 
-    return measure_framework(bundled_folder()) if bundled_folder().is_dir() else None
+    folder = bundled_folder()
+    return measure_framework(folder, allowance=allowance) if folder.is_dir() else None

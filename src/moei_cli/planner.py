@@ -40,6 +40,11 @@ class Candidate:
     problem: DoesNotFitError | None
     disk_problem: str = ""
 
+    @property
+    def runs(self) -> bool:
+        """Whether both memory and disk have room for it."""
+        return self.one is not None and not self.disk_problem
+
     def report(self) -> dict[str, Any]:
         """For JSON."""
         found: dict[str, Any] = {

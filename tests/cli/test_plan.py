@@ -16,7 +16,7 @@ from moei_core.hardware.gpus import GpuFacts
 from moei_core.hardware.probe.gpu import probe_gpu
 from moei_core.hub.aliases import aliases
 from tests.cli.conftest import Outcome
-from tests.hardware.fakes import FakeGpu, made_profile
+from tests.hardware.fakes import FakeGpu, exactly, made_profile
 
 Moei = Callable[..., Outcome]
 GPU = GpuFacts(0, "A Board", "GPU-1", 8 << 30, 6 << 30, 0, (8, 6), 4, 16, False)
@@ -50,8 +50,9 @@ def test_every_alias_is_planned_without_a_network(
     name: str, moei: Moei, measured: None, no_network: None
 ) -> None:
     done = moei("plan", name, "--json")
-    assert done.code == 0
     report = json.loads(done.out)
+    runs = any(one["fits"] and not one["disk_problem"] for one in report["formats"])
+    assert done.code == (0 if runs else 4)
     assert report["shape"]["moe_layers"] == aliases()[name].layers
     assert {one["format"] for one in report["formats"]} >= {aliases()[name].format}
     for one in report["formats"]:
@@ -63,7 +64,7 @@ def test_every_alias_is_planned_without_a_network(
         else:
             assert len(one["problem"]) in (2, 3)
     shown = moei("plan", name)
-    assert shown.code == 0
+    assert shown.code == done.code
     assert "\x1b" not in shown.out
 
 
@@ -88,7 +89,15 @@ def test_flags_win_and_too_small_is_a_row_with_its_reason(moei: Moei, measured: 
     small = json.loads(moei("plan", "mixtral-8x7b", "--ram", "3GiB", "--json").out)
     assert not small["plan"]["fits"]
     assert "smallest that works" in small["plan"]["problem"][2]
-    assert moei("plan", "mixtral-8x7b", "--ram", "3GiB").code == 0
+    # The answer is shown either way; scripts learn it from the exit code.
+    for arguments, code in (
+        (["--ram", "3GiB"], 4),
+        (["--ram", "3GiB", "--format", "q4_0"], 4),
+        (["--ram", "5GiB"], 0),
+        (["--ram", "5GiB", "--format", "bf16"], 4),
+    ):
+        done = moei("plan", "mixtral-8x7b", *arguments)
+        assert (done.code, "does not fit" in done.out) == (code, True)
 
 
 def test_lengths_follow_each_other_and_the_model(moei: Moei, measured: None) -> None:
@@ -223,6 +232,32 @@ def test_a_bench_sets_its_prediction_beside_what_came(
     shown = moei("bench", folder, "--experts", "50%", *SMALL)
     assert "before the run" in shown.out
     assert "with 1 runs learned" in shown.out
+
+
+def test_a_prediction_looks_at_the_disk_of_a_large_model_once_more(
+    moei: Moei, chat_folder: Callable[..., Path], measured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moei_cli import forecasts
+    from moei_core.hardware.probe import reads
+
+    monkeypatch.setattr(forecasts, "_LEAST_NBYTES", 0)
+    asked: list[tuple[str, int]] = []
+    speeds = iter((1e9, 1e5))
+
+    def again(file: Path, nbytes: int, seconds: float) -> object:
+        asked.append((file.name, nbytes))
+        even = exactly(next(speeds))
+        return replace(made_profile().disks[0].experts[0], nbytes=nbytes, bandwidth=even), None
+
+    monkeypatch.setattr(reads, "read_again", again)
+    folder = str(chat_folder("qwen3_moe"))
+    fast, slow = (
+        json.loads(moei("bench", folder, "--experts", "50%", *SMALL, "--json").out)["prediction"]
+        for _ in range(2)
+    )
+    assert len(asked) == 2 and all(name.endswith(".safetensors") for name, _ in asked)
+    waiting = [one["decode_parts_s"]["disk"] + one["prefill_parts_s"]["disk"] for one in (fast, slow)]
+    assert waiting[1] > 100 * waiting[0]
 
 
 def test_an_answer_is_predicted_too(moei: Moei, measured: None) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,15 +20,18 @@ from moei_core.hardware.gpus import GpuFacts
 from moei_core.hardware.machine import Machine, read_machine
 from moei_core.hardware.probe import Effort, measure
 from moei_core.hardware.probe import disk as disk_probe
+from moei_core.hardware.probe import reads as disk_reads
+from moei_core.hardware.probe.allowance import Allowance
 from moei_core.hardware.probe.disk import DiskEffort, nameless_file, probe_disk
-from moei_core.hardware.profile import fingerprint, load_profile, profile_path, save_profile
-from moei_core.hardware.system import CgroupMemory
+from moei_core.hardware.probe.reads import ExpertReads, read_again
+from moei_core.hardware.profile import load_profile, save_profile
 from moei_core.quant import native
 from tests.cli.conftest import Outcome
-from tests.hardware.fakes import FakeGpu, FakeNvml, exactly, made_profile
+from tests.hardware.fakes import FakeGpu, FakeNvml, made_profile
 from tests.hardware.test_gpus import BOARD
 
 MIB = 1 << 20
+LONG = DiskEffort(1.0, 8 * MIB, (MIB, 4 * MIB), (1, 2))
 QUICK = DiskEffort(0.05, 8 * MIB, (MIB, 4 * MIB), (1, 2))
 
 
@@ -37,7 +41,7 @@ def everything_in(folder: Path) -> list[Path]:
 
 def test_a_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
     steps = []
-    profile = probe_disk(read_disk(tmp_path), (), QUICK, lambda: steps.append(1))
+    profile = probe_disk(read_disk(tmp_path), (), LONG, lambda: steps.append(1))
     assert [(read.nbytes, read.depth) for read in profile.reads] == [
         (size, depth) for size in QUICK.blocks for depth in QUICK.depths
     ]
@@ -145,7 +149,7 @@ def test_a_probe_killed_half_way_leaves_nothing(tmp_path: Path, how: signal.Sign
     assert everything_in(tmp_path) == []
 
 
-TINY = Effort(0.02, 0.02, 0.2, QUICK, 4 * MIB)
+TINY = Effort(0.5, 0.02, 0.02, 0.2, 0.0, 0.0, 0.01, QUICK, 4 * MIB)
 
 
 def machine_with(tmp_path: Path, boards: list[dict[str, object]]) -> Machine:
@@ -206,58 +210,23 @@ def test_the_processor_time_of_this_program_is_part_of_everybodys() -> None:
     assert 0.1 < own <= everybody + 0.05
 
 
-def test_a_stored_profile_is_not_believed_blindly(tmp_path: Path) -> None:
-    assert load_profile() is None
-    profile = made_profile()
-    save_profile(profile)
-    content = json.loads(profile_path().read_text())
-    for damaged in (
-        "",
-        "[]",
-        json.dumps(content | {"format_version": 0}),
-        json.dumps(content | {"memory_bandwidth": {}}),
-        json.dumps(content | {"disks": 3}),
-        json.dumps({key: value for key, value in content.items() if key != "cpu"}),
-    ):
-        profile_path().write_text(damaged)
-        assert load_profile() is None
+def test_experts_are_measured_on_the_fastest_disk_with_room(tmp_path: Path) -> None:
+    from moei_cli.measured_machine import _expert_places
 
-
-def test_a_read_only_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOEI_HOME", "/proc/self/nowhere")
-    assert "cannot be written" in save_profile(made_profile())
-    assert load_profile() is None
-
-
-def test_the_fingerprint_changes_with_the_machine_and_not_with_the_minute(tmp_path: Path) -> None:
-    machine = machine_with(tmp_path, [BOARD])
-    memory, cpu, disks, gpus = machine.memory, machine.cpu, machine.disks, machine.gpus
-    before = fingerprint(memory, cpu, disks, gpus)
-    limit = CgroupMemory(2, "/sys/fs/cgroup/x", 1 << 30, 1 << 20)
-    busy = replace(memory, available=memory.available // 2, swap_free=0, cgroup=limit)
-    later = [replace(disk, free=disk.free // 2) for disk in disks]
-    other = [replace(gpu, free=1, used_by_others=5) for gpu in gpus]
-    assert fingerprint(busy, cpu, later, other) == before
-    changed = [
-        fingerprint(replace(memory, total=memory.total * 2), cpu, disks, gpus),
-        fingerprint(memory, replace(cpu, cores=cpu.cores + 1), disks, gpus),
-        fingerprint(memory, replace(cpu, quota=0.5), disks, gpus),
-        fingerprint(memory, cpu, [replace(disk, number="9:9") for disk in disks], gpus),
-        fingerprint(memory, cpu, disks, []),
-    ]
-    assert before not in changed
-    assert len(set(changed)) == len(changed)
-
-
-def test_between_measured_sizes_the_bandwidth_is_between() -> None:
-    disk = made_profile().disks[0]
-    small, large = disk.experts
-    disk = replace(disk, experts=(small, replace(large, bandwidth=exactly(3e9))))
-    assert (small.nbytes, large.nbytes) == (MIB, 16 * MIB)
-    assert disk.expert_bandwidth(MIB // 2) == exactly(1e9)
-    assert disk.expert_bandwidth(MIB) == exactly(1e9)
-    assert disk.expert_bandwidth(4 * MIB).value == pytest.approx(2e9)
-    assert disk.expert_bandwidth(100 * MIB) == exactly(3e9)
+    machine = machine_with(tmp_path, [])
+    disk = replace(machine.disks[0], free=100 << 30)
+    slow, fast, full, memory, fixed = (
+        replace(disk, number=number, **changes)
+        for number, changes in (
+            ("slow", {}), ("fast", {}), ("full", {"free": 1 << 20}), ("memory", {"file_system": "tmpfs"}),
+            ("fixed", {"read_only": True}),
+        )
+    )  # fmt: skip
+    nowhere = replace(disk, number="nowhere", folder="/proc/self/nowhere")
+    machine = replace(machine, disks=(slow, full, memory, nowhere, fixed, fast))
+    speeds = {"slow": 1e9, "fast": 3e9, "full": 7e9, "memory": 9e9, "fixed": 9e9, "nowhere": 9e9}
+    assert _expert_places(machine, speeds) == [fast, slow, full]
+    assert _expert_places(machine, {}) == [slow, fast, full]
 
 
 def test_experts_are_read_in_chunks_and_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,13 +246,15 @@ def test_experts_are_read_in_chunks_and_hashed_once(tmp_path: Path, monkeypatch:
         return ""
 
     monkeypatch.setattr(os, "preadv", watched)
-    monkeypatch.setattr(disk_probe, "checksum", noted)
+    monkeypatch.setattr(disk_reads, "checksum", noted)
     descriptor = os.open(file, os.O_RDONLY)
-    with disk_probe._target(16 * MIB) as target:
-        source = disk_probe._Source(descriptor, 16 * MIB, False, "a file")
-        experts = disk_probe._ExpertReads(source, target, [4 * MIB])
+    with disk_reads.read_target(16 * MIB) as target:
+        source = disk_reads.Source(descriptor, 16 * MIB, False, "a file")
+        experts = disk_reads.ExpertReads(source, target, [4 * MIB])
         for _ in range(3):
-            experts.sample(0.0)
+            for kind in experts._spent:
+                experts._spent[kind] = 0.0  # as at the first moment, so that each is read once
+            experts.sample(Allowance(0.0))
             assert sorted(bytes(target[::MIB])) == sorted(content[::MIB])
     os.close(descriptor)
     (speed,), fresh = experts.speeds()
@@ -301,22 +272,24 @@ def test_every_size_is_read_all_through_the_measurement(
 ) -> None:
     """So that no size is judged by one moment of a disk whose speed changes."""
     order: list[str] = []
-    sample, measure_one = disk_probe._ExpertReads.sample, disk_probe._measure
+    sample, measure_one = ExpertReads.sample, disk_probe._measure
+    spent: list[dict[tuple[int, bool], float]] = []
 
-    def sampled(self: disk_probe._ExpertReads, seconds: float) -> None:
+    def sampled(self: ExpertReads, allowance: Allowance) -> None:
         order.append("experts")
-        before = {kind: len(samples) for kind, samples in self._samples.items()}
-        sample(self, seconds)
-        assert all(len(samples) > before[kind] for kind, samples in self._samples.items())
+        sample(self, allowance)
+        spent.append(dict(self._spent))
 
     def measured(*arguments: object) -> object:
         order.append("blocks")
         return measure_one(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(disk_probe._ExpertReads, "sample", sampled)
+    monkeypatch.setattr(ExpertReads, "sample", sampled)
     monkeypatch.setattr(disk_probe, "_measure", measured)
-    profile = probe_disk(read_disk(tmp_path), (), QUICK)
+    profile = probe_disk(read_disk(tmp_path), (), replace(QUICK, seconds=1.0))
     assert order == ["blocks", "experts"] * 4 + ["blocks"]
+    for earlier, later in pairwise([dict.fromkeys(spent[0], 0.0), *spent]):
+        assert all(later[kind] > earlier[kind] for kind in later)
     assert profile.fresh is not None
     assert profile.fresh.nbytes == max(QUICK.blocks)
 
@@ -366,3 +339,15 @@ def test_measuring_ends_soon(tmp_path: Path) -> None:
     probe_disk(read_disk(tmp_path), (), replace(QUICK, seconds=0.2))
     # Generous: shared machines stall. Without the limit it would read for ever.
     assert time.perf_counter() - started < 60
+
+
+def test_a_model_is_read_again_before_it_runs(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(os.urandom(9 * MIB))
+    found = read_again(file, MIB + 17, 0.05)  # no expert is a whole number of pages
+    assert found is not None
+    now, fresh = found
+    assert now.nbytes == MIB and fresh is not None and fresh.nbytes == MIB
+    assert 0 < now.bandwidth.low <= now.bandwidth.value <= now.bandwidth.high
+    assert read_again(file, 2 * MIB, 0.05) is None  # too few of them
+    assert read_again(tmp_path / "gone", MIB, 0.05) is None

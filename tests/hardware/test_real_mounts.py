@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moei_cli.measured_machine import _expert_place
+from moei_cli.measured_machine import _expert_places
 from moei_core.engine.expert_probe import Geometry, ProbeEffort, measure_experts
 from moei_core.hardware.disks import read_disk
 from moei_core.hardware.machine import read_machine
@@ -74,7 +74,7 @@ def test_a_model_in_memory(mount: Path, moei: Moei) -> None:
     assert len(probe_disk(facts, (), EFFORT).reads) == 2
     assert len(measure_experts(mount, EXPERTS)) == 2
     # Reading from memory would stand for no disk.
-    assert _expert_place(read_machine([mount])) is None
+    assert _expert_places(read_machine([mount]), {}) == []
     ask(moei, mount)
     assert files(mount) == before
 

@@ -42,7 +42,10 @@ def plan(
     vram: VramOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Report as one JSON object.")] = False,
 ) -> None:
-    """Forecast a model on this machine from its config alone: where its experts would live, how fast, and why."""
+    """Forecast a model on this machine from its config alone: where its experts would live, how fast, and why.
+
+    Exit code 4 if it would not run here in any format (with --format: in that one), 0 if it would.
+    """
     from moei_cli import render
     from moei_cli.forecasts import shape_of
     from moei_cli.measured_machine import gpu_for, measure_now, model_folders, stored_profile
@@ -50,7 +53,7 @@ def plan(
     from moei_cli.planner import Planner, lengths
     from moei_cli.settings import resolve
     from moei_core.config import ExpertBudget, parse_size
-    from moei_core.errors import UsageError
+    from moei_core.errors import DoesNotFitError, UsageError
     from moei_core.forecast.formats import FORMATS
 
     if form is not None and form not in FORMATS:
@@ -81,9 +84,13 @@ def plan(
             render.print_json({"model": shape.name, "ranking": [one.report() for one in ranking]})
         else:
             print_comparison(ranking, shape, prompt)
+        if not any(one.runs for one in ranking):
+            raise typer.Exit(DoesNotFitError.exit_code)
         return
     made = planner.plan(shape, FORMATS[form] if form else shape.format)
     if as_json:
         render.print_json(made.report())
     else:
         print_plan(made)
+    if not any(one.runs for one in ([made.chosen] if form else made.all)):
+        raise typer.Exit(DoesNotFitError.exit_code)

@@ -6,6 +6,7 @@ next one, which makes that up to five times as slow. So here as many bytes are r
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from pathlib import Path
@@ -19,12 +20,14 @@ from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.engine.sampling import Sampler
 from moei_core.hardware.memory import resident_memory
+from moei_core.hardware.probe.allowance import Allowance
 from moei_core.hardware.probe.bandwidth import make_buffer
 from moei_core.hardware.profile import FrameworkCost, LayerCost
 from moei_core.types import Phase
 
 _VOCABULARY = 100_000
 _WARM_UP = 4
+_LEAST = 5
 _BUFFER = 1 << 29
 """More than the caches of most processors hold."""
 _LAYER_NBYTES = (0, 8 << 20, 32 << 20, 128 << 20)
@@ -77,9 +80,12 @@ class _LayerClock:
             hook.remove()
 
 
-def measure_framework(folder: Path, tokens: int = 12, threads: int = 1) -> FrameworkCost:
+def measure_framework(
+    folder: Path, tokens: int = 12, threads: int = 1, allowance: Allowance | None = None
+) -> FrameworkCost:
     """Run the model in ``folder``, with every expert resident: one prompt chunk, and ``tokens`` tokens in each setting.
 
+    allowance: with less time than that there are fewer tokens, but ``_LEAST``.
     threads: that torch computes with; one, since waking others is part of what products are measured to take.
     Raises: what loading a model raises.
     """
@@ -90,13 +96,13 @@ def measure_framework(folder: Path, tokens: int = 12, threads: int = 1) -> Frame
         torch.set_num_threads(threads)
         clock = _LayerClock(model)
         try:
-            return _measure(model, clock, tokens)
+            return _measure(model, clock, tokens, allowance or Allowance(math.inf))
         finally:
             clock.remove()
             torch.set_num_threads(before)
 
 
-def _measure(model: LoadedModel, clock: _LayerClock, tokens: int) -> FrameworkCost:
+def _measure(model: LoadedModel, clock: _LayerClock, tokens: int, allowance: Allowance) -> FrameworkCost:
     runtime, network, spec = model.runtime, model.adapter.model, model.spec
     layers, vocabulary = len(spec.num_experts), model.adapter.config.get_text_config().vocab_size
     cache = ConversationCache(model.adapter.config)
@@ -118,10 +124,18 @@ def _measure(model: LoadedModel, clock: _LayerClock, tokens: int) -> FrameworkCo
         cache.commit(ids)
         return elapsed, clock.seconds[-1], runtime.statistics.expert_compute_s - experts_before
 
-    def steps(nbytes: int) -> list[tuple[float, float, float]]:
+    def steps(nbytes: int, share: Allowance) -> list[tuple[float, float, float]]:
         clock.nbytes = nbytes
-        ids = ([11 * number % vocabulary] for number in range(_WARM_UP + tokens))
-        return [run(one, Phase.DECODE) for one in ids][_WARM_UP:]
+        found: list[tuple[float, float, float]] = []
+        for number in range(_WARM_UP + tokens):
+            if number >= _WARM_UP + _LEAST and share.over:
+                break
+            found.append(run([11 * number % vocabulary], Phase.DECODE))
+        return found[_WARM_UP:]
+
+    def settings(share: Allowance) -> list[list[tuple[float, float, float]]]:
+        count = len(_LAYER_NBYTES)
+        return [steps(nbytes, share.part(1 / (count - i))) for i, nbytes in enumerate(_LAYER_NBYTES)]
 
     def layer_seconds(found: list[tuple[float, float, float]]) -> float:
         return statistics.median((inner - experts) / layers for _, inner, experts in found)
@@ -134,9 +148,9 @@ def _measure(model: LoadedModel, clock: _LayerClock, tokens: int) -> FrameworkCo
     touched_before = model.scheduler.statistics.hits + model.scheduler.statistics.misses
     again, prefill_layers, prefill_experts = run(prompt, Phase.PREFILL)
     touched = model.scheduler.statistics.hits + model.scheduler.statistics.misses - touched_before
-    own = [steps(nbytes) for nbytes in _LAYER_NBYTES]
+    own = settings(allowance.part(0.5))
     leave_attention_to_torch(network)
-    others = [steps(nbytes) for nbytes in _LAYER_NBYTES]
+    others = settings(allowance)
     model.scheduler.request_end()
     lookups = layers * spec.num_experts_per_tok
     weights = model.adapter.dense_nbytes + model.spec.total_expert_nbytes

@@ -6,10 +6,10 @@ want the same cores, and resident ones together. Here the runtime does both, as 
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.slots import SlotPool
 from moei_core.engine.statistics import RuntimeStatistics
 from moei_core.errors import ExpertReadError, MoeiError
+from moei_core.hardware.probe.allowance import Allowance
 from moei_core.hardware.probe.bandwidth import FILLER
 from moei_core.hardware.probe.disk import nameless_file
 from moei_core.hardware.profile import ExpertSpeed
@@ -30,7 +31,7 @@ from moei_core.quant import native
 from moei_core.quant.formats import FORMATS
 from moei_core.quant.layouts import PLAIN, can_interleave
 from moei_core.scheduler import ExpertScheduler
-from moei_core.store.base import PAGE, StoredTensor, align_up, lay_out
+from moei_core.store.base import PAGE, Extent, StoredTensor, align_up, lay_out
 from moei_core.store.checksums import checksum
 from moei_core.store.file_store import FileStore
 from moei_core.store.packing import USUAL_LAYOUT
@@ -48,19 +49,25 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class ProbeEffort:
-    """seconds: of each setting, at least. nbytes: of the file, and of the slots. tokens: of an expert in a prompt."""
+    """seconds: of each setting, at least, while there is time. nbytes: of the file. tokens: of an expert in a prompt.
+
+    geometries: the cheaper first. Larger experts than the last take as long a byte.
+    """
 
     seconds: float = 0.05
-    nbytes: int = 3 << 28
-    geometries: tuple[Geometry, ...] = (Geometry(2048, 768, 8), Geometry(4096, 14336, 2))
+    nbytes: int = 3 << 27
+    geometries: tuple[Geometry, ...] = (Geometry(2048, 768, 8), Geometry(4096, 7168, 2))
     formats: tuple[str, ...] = ("BF16", "Q8_0", "Q4_0", "MXFP4")
     tokens: tuple[int, ...] = (8, 64)
 
 
 _MOST_EXPERTS = 256
 _DENSE_NBYTES = 64 << 20
-_IN_A_PROMPT, _PROMPT_NBYTES = 32, 256 << 20
+_RESIDENT_NBYTES = 256 << 20
+"""Of experts that are resident: more than the processor's caches hold, but a token's at least."""
+_IN_A_PROMPT, _PROMPT_NBYTES = 32, 128 << 20
 """Experts of one access that stands for a prompt: at most so many, and with so many bytes, but a token's."""
+_WRITTEN_AT_ONCE = 32 << 20
 _LONG_S = 0.2
 """Seconds of an access from which two samples are enough, else three."""
 
@@ -96,6 +103,13 @@ class _Store(FileStore):
             )
 
 
+class _Filled(_Store):
+    """The same experts, but nothing is read: how resident ones came to be where they are is not measured."""
+
+    def read_extent(self, key: ExpertKey, extent: Extent, slot: memoryview) -> None:
+        slot[extent.slot_offset : extent.slot_offset + extent.nbytes] = bytes([FILLER]) * extent.nbytes
+
+
 def expert_nbytes(geometry: Geometry, form: str) -> int:
     """Bytes of an expert's three matrices."""
     return 3 * FORMATS[form].nbytes((geometry.ffn, geometry.hidden))
@@ -110,12 +124,16 @@ def _tensors(file: Path, geometry: Geometry, form: str, offset: int) -> Iterator
         offset += nbytes
 
 
-def measure_experts(folder: Path, effort: ProbeEffort | None = None) -> tuple[ExpertSpeed, ...]:
+def measure_experts(
+    folder: Path, effort: ProbeEffort | None = None, allowance: Allowance | None = None
+) -> tuple[ExpertSpeed, ...]:
     """Seconds of an expert by format, size and tokens, resident and arriving from a file in ``folder``.
 
     The file has no name, so that it is gone whatever ends this process. Nothing where no such file can be made.
+    allowance: None for as long as all settings take. What it is too short for is left out, or, of experts that
+    arrive from a slow disk, taken to be as for resident ones: few reads beside them disturb the computing little.
     """
-    effort = effort or ProbeEffort()
+    effort, allowance = effort or ProbeEffort(), allowance or Allowance(math.inf)
     threads = torch.get_num_threads()
     if native.available():
         native.set_num_threads(physical_cores())
@@ -124,13 +142,18 @@ def measure_experts(folder: Path, effort: ProbeEffort | None = None) -> tuple[Ex
     except OSError:
         return ()
     try:
-        _fill(descriptor, effort.nbytes)
+        filled = _fill(descriptor, effort.nbytes, allowance.part(0.25))
         # The stores open files by name; this is the name of one that has none.
         file = Path(f"/proc/self/fd/{descriptor}")
-        found = []
-        for geometry in effort.geometries:
-            for form in effort.formats:
-                found += _measure(file, geometry, form, effort)
+        cells = [(geometry, form) for geometry in effort.geometries for form in effort.formats]
+        found: list[ExpertSpeed] = []
+        rate = math.inf
+        for number, (geometry, form) in enumerate(cells):
+            if found and allowance.over:
+                break
+            share = allowance.part(1 / (len(cells) - number))
+            speeds, rate = _measure(file, filled, geometry, form, effort, allowance, share, rate)
+            found += speeds
         return tuple(found)
     except (OSError, MoeiError):
         return ()
@@ -139,43 +162,91 @@ def measure_experts(folder: Path, effort: ProbeEffort | None = None) -> tuple[Ex
         os.close(descriptor)
 
 
-def _fill(descriptor: int, nbytes: int) -> None:
+def _fill(descriptor: int, nbytes: int, allowance: Allowance) -> int:
+    """Write ``nbytes``, or fewer if the time is over. Returns how many."""
     # As a weight or a scale of any format an ordinary number, never a slow denormal.
     block = bytes([FILLER]) * (4 << 20)
-    for at in range(0, nbytes, len(block)):
-        os.pwrite(descriptor, block[: nbytes - at], at)
+    at = 0
+    while at < nbytes and not (at and allowance.over):
+        at += os.pwrite(descriptor, block[: nbytes - at], at)
+        if at % _WRITTEN_AT_ONCE == 0:
+            os.fdatasync(descriptor)  # else the page cache takes it all, and the time is spent later
     os.fsync(descriptor)
+    return at
 
 
-def _measure(file: Path, geometry: Geometry, form: str, effort: ProbeEffort) -> list[ExpertSpeed]:
-    """All settings of one size and format; none if too few such experts fit."""
-    nbytes = expert_nbytes(geometry, form)
-    count = min(_MOST_EXPERTS, effort.nbytes // align_up(nbytes + PAGE))
+def _measure(
+    file: Path,
+    nbytes: int,
+    geometry: Geometry,
+    form: str,
+    effort: ProbeEffort,
+    whole: Allowance,
+    allowance: Allowance,
+    rate: float,
+) -> tuple[list[ExpertSpeed], float]:
+    """(all settings of one size and format, none if too few such experts fit; bytes a second that came from disk).
+
+    nbytes: of the file. whole: allowance of this and all later ones. rate: what came from disk before.
+    """
+    count = min(_MOST_EXPERTS, nbytes // align_up(expert_nbytes(geometry, form) + PAGE))
     if count < geometry.top_k:
-        return []
-    found: dict[bool, list[tuple[float, float]]] = {}
+        return [], rate
+    found: dict[bool, list[tuple[float, float] | None]] = {}
     rows = (1, *effort.tokens)
     for resident in (True, False):
-        layer = _Layer(file, geometry, form, count, resident)
+        half = allowance.part(0.4 if resident else 1.0)
+        if not resident and geometry.top_k * expert_nbytes(geometry, form) / rate > whole.left / 2:
+            found[resident] = [None for _ in rows]
+            continue
+        layer = _Layer(file, geometry, form, count, resident, allowance.clock)
         try:
-            found[resident] = [layer.expert_seconds(tokens, effort.seconds) for tokens in rows]
+            found[resident] = [
+                None
+                if whole.over
+                else layer.expert_seconds(tokens, effort.seconds, half.part(1 / (len(rows) - number)))
+                for number, tokens in enumerate(rows)
+            ]
         finally:
             layer.close()
-    return [
-        ExpertSpeed(form.lower(), nbytes, tokens, here, arriving, max(0.0, more - less))
-        for tokens, (here, less), (arriving, more) in zip(rows, found[True], found[False], strict=True)
-    ]
+        rate = rate if resident else layer.rate
+    speeds = []
+    for tokens, there, came in zip(rows, found[True], found[False], strict=True):
+        if there is not None:
+            (here, less), (arriving, more) = there, came or there
+            speeds.append(
+                ExpertSpeed(
+                    form.lower(),
+                    expert_nbytes(geometry, form),
+                    tokens,
+                    here,
+                    arriving,
+                    max(0.0, more - less),
+                )
+            )
+    return speeds, rate
 
 
 class _Layer:
     """One layer of experts behind the runtime, all of them resident or none."""
 
-    def __init__(self, file: Path, geometry: Geometry, form: str, count: int, resident: bool) -> None:
-        self._geometry, self._count = geometry, count
-        most = min(_IN_A_PROMPT, count, max(geometry.top_k, _PROMPT_NBYTES // expert_nbytes(geometry, form)))
+    def __init__(
+        self,
+        file: Path,
+        geometry: Geometry,
+        form: str,
+        count: int,
+        resident: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        nbytes = expert_nbytes(geometry, form)
+        if resident:
+            count = min(count, max(geometry.top_k, _RESIDENT_NBYTES // nbytes))
+        self._geometry, self._count, self._nbytes, self._clock = geometry, count, nbytes, clock
+        most = min(_IN_A_PROMPT, count, max(geometry.top_k, _PROMPT_NBYTES // nbytes))
         self._in_a_prompt = most - most % geometry.top_k
         self._module = _Experts(count)
-        store = _Store(file, geometry, form, count)
+        store = (_Filled if resident else _Store)(file, geometry, form, count)
         slot = max(store.layout(key).slot_nbytes for key in store.experts())
         capacity = count if resident else 0
         policy = POLICIES[DEFAULT_POLICY](capacity, {0: count})
@@ -183,29 +254,38 @@ class _Layer:
         # All that is computed and gone again never needs more slots than one access has experts.
         slots = count if resident else self._in_a_prompt
         pool = SlotPool(slots + geometry.top_k, slot)
-        spec = ModelSpec(
-            "probe", {0: count}, geometry.top_k, geometry.hidden, {0: expert_nbytes(geometry, form)}
-        )
+        spec = ModelSpec("probe", {0: count}, geometry.top_k, geometry.hidden, {0: nbytes})
         self._runtime = ExpertRuntime(store, pool, scheduler, threads=compute_threads(spec))
+        self._pool = None if resident else pool
         self._dense = torch.ones(_DENSE_NBYTES // 4)
         self._random = torch.Generator().manual_seed(0)
+        started = clock()
         self._access(list(range(slots)), 1, Phase.PREFILL)  # brings what stays, and pays for first touches
+        self.rate = slots * nbytes / max(clock() - started, 1e-9)
+        """Bytes a second at which they came, computed as well."""
 
-    def expert_seconds(self, tokens: int, seconds: float) -> tuple[float, float]:
+    def expert_seconds(self, tokens: int, seconds: float, allowance: Allowance) -> tuple[float, float]:
         """Of one expert with so many tokens: (computing it, all else that the layer does but waiting for it)."""
         phase = Phase.DECODE if tokens == 1 else Phase.PREFILL
         chosen = self._geometry.top_k if tokens == 1 else self._in_a_prompt
         samples: list[tuple[float, float]] = []
-        started = time.perf_counter()
-        self._access(self._choose(chosen), tokens, phase)  # the first of a kind pays for set-up
-        ready = time.perf_counter()
+        clock = self._clock
+        started = clock()
+        first = self._access(self._choose(chosen), tokens, phase)  # the first of a kind pays for set-up
+        ready = clock()
         least = 2 if ready - started > _LONG_S else 3
-        while len(samples) < least or time.perf_counter() < ready + seconds:
-            spent = self._access(self._choose(chosen), tokens, phase)
-            beside = spent.layers_s - spent.stall_s - spent.expert_compute_s
-            samples.append((spent.expert_compute_s / chosen, beside / chosen))
-        computing, beside = (statistics.median(one) for one in zip(*samples, strict=True))
-        return computing, beside
+        while len(samples) < least or clock() < ready + seconds:
+            # The next one takes as long as the first.
+            if allowance.left < ready - started:
+                break
+            samples.append(self._of_one(self._access(self._choose(chosen), tokens, phase), chosen))
+        computing, beside = zip(*(samples or [self._of_one(first, chosen)]), strict=True)
+        return statistics.median(computing), statistics.median(beside)
+
+    @staticmethod
+    def _of_one(spent: RuntimeStatistics, chosen: int) -> tuple[float, float]:
+        beside = spent.layers_s - spent.stall_s - spent.expert_compute_s
+        return spent.expert_compute_s / chosen, beside / chosen
 
     def _choose(self, count: int) -> list[int]:
         return sorted(torch.randperm(self._count, generator=self._random)[:count].tolist())
@@ -218,6 +298,10 @@ class _Layer:
         index = groups.repeat_interleave(tokens, dim=0)
         hidden = torch.full((len(index), self._geometry.hidden), 0.01, dtype=torch.bfloat16)
         self._runtime.forward_pass(phase, len(index))
+        if phase is Phase.PREFILL and self._pool is not None:
+            # The first prompt's experts go to slots that were never used, and whoever clears their pages takes time
+            # from whoever computes.
+            self._pool.resize(self._pool.count)
         # A layer's dense part: it leaves nothing of the experts in the caches, and the other threads go to sleep.
         self._dense.sum()
         before = self._runtime.snapshot()

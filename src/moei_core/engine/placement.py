@@ -15,6 +15,7 @@ from moei_core.engine.devices import Device
 from moei_core.errors import UsageError
 from moei_core.hardware.budget import DEVICE_MARGIN, DeviceBudget
 from moei_core.hardware.pressure import MemoryGovernor
+from moei_core.hardware.probe.allowance import Allowance
 from moei_core.hardware.probe.bandwidth import make_buffer, read_bandwidth
 from moei_core.hardware.profile import load_profile
 from moei_core.hardware.system import MemoryFacts, Pressure
@@ -143,5 +144,5 @@ def measure_costs(device: Device, slots: DeviceSlots, pool: LinkedSlotPool, thre
     pool.give_back(slot)
     profile = load_profile()
     figure = None if profile is None else profile.memory_bandwidth.get(str(threads))
-    figure = figure or read_bandwidth(make_buffer(_BUFFER), threads, 0.1)
+    figure = figure or read_bandwidth(make_buffer(_BUFFER), threads, Allowance(0.1))
     return LinkCosts(nbytes / max(whole - latency, 1e-9), latency, figure.value)

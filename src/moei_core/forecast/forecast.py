@@ -241,7 +241,7 @@ def _prefill(
         # Streamed, the experts of all layers are one long reading beside all computing but the first dense part.
         computing = shape.moe_layers * times.computing(touched - missing, missing) - times.arriving
         around = shape.layers * cost.prefill_layer * max(1.0, rows / PREFILL_CHUNK)
-        framework += around + cost.token
+        framework += around + cost.token + shape.moe_layers * missing * times.handling
         beside = (body + around) * (1 - 1 / shape.layers)
         together = min(alone, max(0.0, shape.moe_layers * reading - computing - beside))
         ahead = _streamed(touched / shape.experts, missing, slots, shape, first=first)

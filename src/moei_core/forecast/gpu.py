@@ -202,8 +202,9 @@ def prefill_on_gpu(
         missing = touched * absent[1]
         computing = times.computing(elsewhere - missing, missing)
         lane = gpu.experts(form, shape.expert_weights, here, tokens)
+    # A layer takes as long as the longest of reading, the GPU's lane and the processor's.
     waiting = max(0.0, reading - max(lane, computing))
-    beside = max(0.0, lane - computing - waiting)
+    beside = max(0.0, lane - computing)
     dense = gpu.dense(shape.active_weights - shape.head_weights, rows) + gpu.dense(shape.head_weights, 1)
     keys = (before + rows) * shape.kv_nbytes_per_token / gpu.bandwidth
     layers = shape.moe_layers

@@ -20,6 +20,7 @@ ASSUMED_DISK_BANDWIDTH = 0.5e9
 """Where no disk could be measured: a SATA solid-state disk, in a range from a spinning to a fast one."""
 _ASSUMED_FLOPS = 50e9
 _BURST = 0.7
+_WIDEST = 2.5
 
 Point = tuple[float, float]
 Table = dict[int, list[Point]]
@@ -135,9 +136,10 @@ class Speeds:
         total, value = nbytes * count, figure.value * steady
         if fresh and (slow := self.disk.fresh) is not None:
             value *= min(1.0, slow.bandwidth.value / self.disk.expert_bandwidth(slow.nbytes).value)
-        least = max(figure.low * steady, 0.7 * value)
-        most = max(value, min(figure.high * steady, 1.3 * value))
-        return Range(total / most, total / value, total / min(least, value))
+        # What the disk gave at other moments, less what is no reading at all: pauses of a second or two.
+        least = max(figure.low / figure.value, 1 / _WIDEST) * value
+        most = min(figure.high / figure.value, _WIDEST) * value
+        return Range(total / most, total / value, total / least)
 
 
 def _steady(disk: DiskProfile) -> float:

@@ -1,7 +1,7 @@
 """``HardwareProfile``: what was measured on this machine, kept with a fingerprint of the machine.
 
 Stored under the state directory. A profile of another machine (other processor, memory, disks or GPUs)
-or of an older format is not used; where the home cannot be written, the profile lives as long as the process.
+or of an older format is not used; where the home cannot be written, the profile is kept until the machine restarts.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import stat
 import statistics
+import tempfile
 import types
 import typing
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from moei_core.hardware.gpus import GpuFacts
 from moei_core.hardware.system import CpuFacts, MemoryFacts
 from moei_core.paths import state_dir
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,26 @@ class DiskProfile:
     sustained: Figure | None
     note: str = ""
     fresh: ReadSpeed | None = None
+
+    def at_another_moment(self, now: ReadSpeed, fresh: ReadSpeed | None) -> DiskProfile:
+        """This disk as it is when experts of one size are read as in ``now``: others as much faster or slower.
+
+        The range is as wide as it was, or as what was seen now. Only for a disk that was measured.
+        """
+        factor = now.bandwidth.value / self.expert_bandwidth(now.nbytes).value
+        seen = now.bandwidth
+
+        def moved(read: ReadSpeed) -> ReadSpeed:
+            then = read.bandwidth
+            value = factor * then.value
+            low = value * min(then.low / then.value, seen.low / seen.value)
+            high = value * max(then.high / then.value, seen.high / seen.value)
+            latency = Figure(
+                *(one / factor for one in (read.latency.value, read.latency.low, read.latency.high))
+            )
+            return replace(read, bandwidth=Figure(value, low, high), latency=latency)
+
+        return replace(self, experts=tuple(moved(read) for read in self.experts), fresh=fresh)
 
     def expert_bandwidth(self, nbytes: int) -> Figure:
         """Bytes a second at which experts of ``nbytes`` are read: between the measured sizes, level beyond them.
@@ -138,8 +161,9 @@ class KernelSpeed:
 class ExpertSpeed:
     """One expert of ``nbytes`` in ``format`` with ``tokens`` tokens, as the engine computes it.
 
-    resident: seconds of one among others that are resident. arriving: of one that others are read beside. handling:
-    what one that arrives costs the engine more than a resident one beside reading and computing it.
+    resident: seconds of one among others that are resident. arriving: of one that others are read beside, in a prompt
+    (several tokens) into memory that was never used. handling: what one that arrives costs the engine more than a
+    resident one beside reading and computing it.
     """
 
     format: str
@@ -259,28 +283,57 @@ def profile_path() -> Path:
     return state_dir() / "hardware.json"
 
 
+def _passing_path() -> Path:
+    """Where it is kept until the machine restarts, if the state directory cannot be written."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    folder = Path(runtime) if runtime else Path(tempfile.gettempdir(), f"moei-{os.getuid()}")
+    return folder / f"moei-{profile_path().name}"
+
+
 def save_profile(profile: HardwareProfile) -> str:
-    """Keep ``profile``. Returns why it could not be kept, else an empty string."""
-    path = profile_path()
+    """Keep ``profile``. Returns why it is not kept for good, else an empty string."""
+    problem = _write(profile_path(), profile)
+    if not problem:
+        return ""
+    passing = _passing_path()
+    if _write(passing, profile, 0o700):
+        return f"The profile is not kept: {problem}."
+    return f"The profile is kept until the machine restarts ({passing}): {problem}."
+
+
+def _write(path: Path, profile: HardwareProfile, mode: int = 0o777) -> str:
+    """Why that failed, or an empty string. mode: of a folder that has to be made."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode, parents=True, exist_ok=True)
+        if mode == 0o700 and not _is_ours(path.parent):
+            return f"{path.parent} is somebody else's"
         unfinished.write_text(json.dumps(profile.report(), indent=1) + "\n")
         unfinished.replace(path)
     except OSError as error:
         with suppress(OSError):
             unfinished.unlink()
-        return f"The profile is not kept: {path.parent} cannot be written ({error.strerror})."
+        return f"{path.parent} cannot be written ({error.strerror})"
     return ""
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether nobody else could have put a file or a link there."""
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def load_profile() -> HardwareProfile | None:
     """The stored profile, whatever machine it is of; None if there is none or it cannot be understood."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        content = json.loads(profile_path().read_text())
-        if content["format_version"] == FORMAT_VERSION:
-            decoded: HardwareProfile = _decode(HardwareProfile, content)
-            return decoded if decoded.memory_bandwidth else None
+    for path in (profile_path(), _passing_path()):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            if path != profile_path() and not _is_ours(path.parent):
+                continue
+            content = json.loads(path.read_text())
+            if content["format_version"] == FORMAT_VERSION:
+                decoded: HardwareProfile = _decode(HardwareProfile, content)
+                if decoded.memory_bandwidth:
+                    return decoded
     return None
 
 

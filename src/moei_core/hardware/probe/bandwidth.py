@@ -10,6 +10,7 @@ from mmap import mmap
 import numpy as np
 from numpy.typing import NDArray
 
+from moei_core.hardware.probe.allowance import Allowance
 from moei_core.hardware.profile import Figure
 from moei_core.quant import native
 
@@ -32,7 +33,7 @@ def make_buffer(nbytes: int) -> Words:
 _LOOPS: tuple[Callable[[Words], object], ...] = (np.bitwise_or.reduce, np.add.reduce)
 
 
-def read_bandwidth(buffer: Words, threads: int, seconds: float) -> Figure:
+def read_bandwidth(buffer: Words, threads: int, allowance: Allowance) -> Figure:
     """Bytes a second with which ``threads`` threads read ``buffer``, each its own part of it.
 
     Each sample is the best of several vector loops: the native kernels' own where they were built, else numpy's
@@ -42,18 +43,17 @@ def read_bandwidth(buffer: Words, threads: int, seconds: float) -> Figure:
         before = native.num_threads()
         native.set_num_threads(threads)
         try:
-            return _samples(lambda: native.read_bandwidth(buffer.view(np.uint8)), seconds)
+            return _samples(lambda: native.read_bandwidth(buffer.view(np.uint8)), allowance)
         finally:
             native.set_num_threads(before)
     parts = np.array_split(buffer, threads)
     with ThreadPoolExecutor(threads) as pool:
-        return _samples(lambda: max(_one_pass(pool, loop, parts) for loop in _LOOPS), seconds)
+        return _samples(lambda: max(_one_pass(pool, loop, parts) for loop in _LOOPS), allowance)
 
 
-def _samples(measure: Callable[[], float], seconds: float) -> Figure:
+def _samples(measure: Callable[[], float], allowance: Allowance) -> Figure:
     samples: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(samples) < 3 or time.perf_counter() < end:
+    while len(samples) < 3 or not allowance.over:
         samples.append(measure())
     return Figure.of(samples)
 

@@ -11,38 +11,43 @@ import os
 import random
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from mmap import mmap
 from pathlib import Path
 
-from moei_core.config import CHUNK_NBYTES, READERS, format_size
+from moei_core.config import format_size
 from moei_core.hardware.disks import DiskFacts
+from moei_core.hardware.probe.allowance import Allowance
+from moei_core.hardware.probe.reads import (
+    TARGET_NBYTES,
+    ExpertReads,
+    Source,
+    open_file,
+    read_fully,
+    read_target,
+    try_direct,
+)
 from moei_core.hardware.profile import DiskProfile, Figure, ReadSpeed
 from moei_core.store.base import PAGE
-from moei_core.store.checksums import checksum
 
 BLOCKS = (1 << 20, 4 << 20, 16 << 20, 64 << 20)
 DEPTHS = (1, 2, 4, 8, 16)
-_O_DIRECT = getattr(os, "O_DIRECT", 0)
 _LARGEST_FILE = 1 << 30
 _SMALLEST_FILE = 8 << 20
-_TARGET = 128 << 20
-_FRESH_NBYTES = 16 << 20
-_TOGETHER = 4
-"""Experts that a layer lacks at once."""
+_WRITTEN_AT_ONCE = 32 << 20
+_INSTANT_S = 0.5
 _FREE_SHARE = 10
 """A file of ours takes at most a tenth of what the disk has free."""
 
 
 @dataclass(frozen=True, slots=True)
 class DiskEffort:
-    """seconds: of all reads of one disk. file_nbytes: of a file of ours. blocks, depths: the settings."""
+    """seconds: of one disk, a file of ours written and all reads. file_nbytes: of that file. blocks, depths: the
+    settings."""
 
-    seconds: float = 7.0
+    seconds: float = 8.0
     file_nbytes: int = _LARGEST_FILE
     blocks: tuple[int, ...] = BLOCKS
     depths: tuple[int, ...] = DEPTHS
@@ -53,12 +58,98 @@ class DiskEffort:
         return len(self.blocks) * len(self.depths)
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    descriptor: int
-    nbytes: int
-    direct: bool
-    name: str
+class DiskProbe:
+    """Measures the disk of ``facts``. files: weights of models that lie on it; the largest is read.
+
+    ``measure`` does most of it; ``sample`` before, between and afterwards looks at other moments, since a disk's speed
+    changes from minute to minute. A disk that cannot be measured has a note that says why.
+    """
+
+    def __init__(
+        self,
+        facts: DiskFacts,
+        files: Sequence[Path] = (),
+        effort: DiskEffort | None = None,
+        allowance: Allowance | None = None,
+    ) -> None:
+        """allowance: of writing a file of ours; a disk that is slower than that is read in a smaller one."""
+        self._facts, self._effort = facts, effort or DiskEffort()
+        self._reads: list[ReadSpeed] = []
+        self._sustained: Figure | None = None
+        self._note = ""
+        self._held = ExitStack()
+        with self._failing_to_a_note():
+            time_to_write = allowance or Allowance(self._effort.seconds)
+            self._source = self._held.enter_context(_source(facts, files, self._effort, time_to_write))
+            self._target = self._held.enter_context(read_target(max(*self._effort.blocks, TARGET_NBYTES)))
+            sizes = [one for one in self._effort.blocks if one <= self._source.nbytes]
+            self._experts = ExpertReads(self._source, self._target, sizes)
+
+    @contextmanager
+    def _failing_to_a_note(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._note = _why_not(self._facts, error)
+            self._held.close()
+
+    @property
+    def number(self) -> str:
+        return self._facts.number
+
+    @property
+    def bandwidth(self) -> float:
+        """The best so far, bytes a second."""
+        return max((read.bandwidth.value for read in self._reads), default=0.0)
+
+    def sample(self, allowance: Allowance) -> None:
+        """Read experts for so long."""
+        if not self._note:
+            with self._failing_to_a_note():
+                self._experts.sample(allowance)
+
+    def measure(self, allowance: Allowance, progress: Callable[[], None] = lambda: None) -> None:
+        """Read in all settings, experts between them, and one of them for longer. progress: called after each."""
+        if not self._note:
+            with self._failing_to_a_note():
+                self._measure(allowance, progress)
+
+    def _measure(self, allowance: Allowance, progress: Callable[[], None]) -> None:
+        source, effort = self._source, self._effort
+        settings = [(nbytes, depth) for nbytes in effort.blocks for depth in effort.depths]
+        # A quarter of the time for blocks and half for experts, whose rounds take longer; a quarter at the end.
+        for number, (nbytes, depth) in enumerate(settings):
+            left = 4 * len(settings) - 3 * number
+            share = allowance.part(1 / left)
+            if nbytes <= source.nbytes and self._affordable(nbytes * depth, allowance):
+                self._reads.append(_measure(source, self._target, nbytes, depth, share))
+            self._experts.sample(allowance.part(2 / (left - 1)))
+            progress()
+        best = max(self._reads, key=lambda read: read.bandwidth.value)
+        self._sustained = _measure(source, self._target, best.nbytes, best.depth, allowance).bandwidth
+
+    def _affordable(self, nbytes: int, allowance: Allowance) -> bool:
+        """Whether reading so much once is done within a tenth of the time, or nothing was read yet."""
+        if not self._reads:
+            return True
+        return nbytes / self.bandwidth <= max(0.1 * (allowance.left + allowance.spent), _INSTANT_S)
+
+    def finish(self) -> DiskProfile:
+        """What was found. The file of ours is gone."""
+        with self._held:
+            if self._note:
+                return DiskProfile(self._facts, False, "", (), (), None, self._note)
+            speeds, fresh = self._experts.speeds()
+            source = self._source
+            return DiskProfile(
+                self._facts,
+                source.direct,
+                source.name,
+                tuple(self._reads),
+                speeds,
+                self._sustained,
+                fresh=fresh,
+            )
 
 
 def probe_disk(
@@ -67,31 +158,15 @@ def probe_disk(
     effort: DiskEffort | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> DiskProfile:
-    """Measure the disk of ``facts``. files: weights of models that lie on it; the largest is read.
-
-    progress: called after each setting. A disk that cannot be measured has a note that says why.
-    """
+    """Measure a disk at one go, for ``effort.seconds``. Other arguments as ``DiskProbe`` has them."""
     effort = effort or DiskEffort()
+    allowance = Allowance(effort.seconds)
+    probe = DiskProbe(facts, files, effort, allowance.part(0.5))
     try:
-        with _source(facts, files, effort) as source, _target(max(*effort.blocks, _TARGET)) as target:
-            experts = _ExpertReads(source, target, [one for one in effort.blocks if one <= source.nbytes])
-            reads = []
-            # A quarter of the time for blocks and one for experts, whose rounds take longer; a fifth at the end.
-            share = 0.25 * effort.seconds / (len(effort.blocks) * len(effort.depths))
-            for nbytes in effort.blocks:
-                for depth in effort.depths:
-                    if nbytes <= source.nbytes:
-                        reads.append(_measure(source, target, nbytes, depth, share))
-                    experts.sample(share)
-                    progress()
-            best = max(reads, key=lambda read: read.bandwidth.value)
-            sustained = _measure(source, target, best.nbytes, best.depth, 0.2 * effort.seconds).bandwidth
-            speeds, fresh = experts.speeds()
-            return DiskProfile(
-                facts, source.direct, source.name, tuple(reads), speeds, sustained, fresh=fresh
-            )
-    except OSError as error:
-        return DiskProfile(facts, False, "", (), (), None, _why_not(facts, error))
+        probe.measure(allowance, progress)
+    finally:
+        profile = probe.finish()
+    return profile
 
 
 def _why_not(facts: DiskFacts, error: OSError) -> str:
@@ -105,12 +180,14 @@ def _why_not(facts: DiskFacts, error: OSError) -> str:
 
 
 @contextmanager
-def _source(facts: DiskFacts, files: Sequence[Path], effort: DiskEffort) -> Iterator[_Source]:
+def _source(
+    facts: DiskFacts, files: Sequence[Path], effort: DiskEffort, allowance: Allowance
+) -> Iterator[Source]:
     existing = _largest(files)
     if existing is not None:
-        descriptor, direct = _open(existing)
+        descriptor, direct = open_file(existing)
         try:
-            yield _Source(descriptor, os.fstat(descriptor).st_size, direct, f"the model file {existing.name}")
+            yield Source(descriptor, os.fstat(descriptor).st_size, direct, f"the model file {existing.name}")
         finally:
             os.close(descriptor)
         return
@@ -122,9 +199,9 @@ def _source(facts: DiskFacts, files: Sequence[Path], effort: DiskEffort) -> Iter
     size -= size % (1 << 20)
     descriptor = nameless_file(Path(facts.folder))
     try:
-        _fill(descriptor, size)
-        direct = _try_direct(descriptor)
-        yield _Source(
+        size = _fill(descriptor, size, allowance)
+        direct = try_direct(descriptor)
+        yield Source(
             descriptor,
             size,
             direct,
@@ -144,15 +221,6 @@ def _largest(files: Sequence[Path]) -> Path | None:
     return file if size >= _SMALLEST_FILE else None
 
 
-def _open(file: Path) -> tuple[int, bool]:
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return descriptor, _try_direct(descriptor)
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
 def nameless_file(folder: Path) -> int:
     """The descriptor of an empty file in ``folder`` that no name leads to. Raises: OSError."""
     if hasattr(os, "O_TMPFILE"):
@@ -167,127 +235,24 @@ def nameless_file(folder: Path) -> int:
     return descriptor
 
 
-def _try_direct(descriptor: int) -> bool:
-    """Switch to reading past the page cache. Returns whether the file system does that."""
-    if not _O_DIRECT:
-        return False
-    import fcntl
-
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _O_DIRECT)
-        with mmap(-1, 1 << 16) as page:
-            os.preadv(descriptor, [page], 0)
-    except OSError:
-        # Not told (tmpfs), or told only by the first read.
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
-        return False
-    return True
-
-
-def _fill(descriptor: int, size: int) -> None:
+def _fill(descriptor: int, size: int, allowance: Allowance) -> int:
+    """Write ``size`` bytes, or as many as there is time for, but one of ``_SMALLEST_FILE``. Returns how many."""
     # Random bytes: some file systems store zeros and repetitions without storing them.
     block = random.Random(0).randbytes(4 << 20)
     at = 0
-    while at < size:
+    while at < size and (at < _SMALLEST_FILE or not allowance.over):
         at += os.pwrite(descriptor, block[: size - at], at)
+        if at % _WRITTEN_AT_ONCE == 0:
+            # Else the page cache takes it all, and the time is spent when nobody looks at the clock.
+            os.fdatasync(descriptor)
     os.fsync(descriptor)
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, 0, at, os.POSIX_FADV_DONTNEED)
+    return at
 
 
-@contextmanager
-def _target(nbytes: int) -> Iterator[memoryview]:
-    """Page-aligned memory that is there already: the first touch of a page costs more than reading into it."""
-    with mmap(-1, nbytes) as memory, memoryview(memory) as view:
-        view[::PAGE] = bytes(len(range(0, nbytes, PAGE)))
-        yield view
-
-
-class _ExpertReads:
-    """Reads experts as the engine does for one layer: some at once, in chunks that readers take in turn, each hashed
-    when its last chunk is there, until all of them are.
-
-    A disk's speed changes from second to second, so each size is read a little at a time, all through the
-    measurement, and one size also into memory that nobody has touched: whoever writes to a page first waits for the
-    kernel.
-    """
-
-    def __init__(self, source: _Source, target: memoryview, sizes: Sequence[int]) -> None:
-        self._source, self._target = source, target
-        self._samples: dict[tuple[int, bool], list[float]] = {(nbytes, False): [] for nbytes in sizes}
-        self._fresh = max((nbytes for nbytes in sizes if nbytes <= _FRESH_NBYTES), default=None)
-        if self._fresh is not None:
-            self._samples[self._fresh, True] = []
-        self._random = random.Random(0)
-
-    def sample(self, seconds: float) -> None:
-        """Read each size at least once, for about ``seconds`` in all."""
-        with ThreadPoolExecutor(READERS) as pool:
-            for (nbytes, fresh), samples in self._samples.items():
-                end = time.perf_counter() + seconds / len(self._samples)
-                samples.append(self._read(pool, nbytes, fresh))
-                while time.perf_counter() < end:
-                    samples.append(self._read(pool, nbytes, fresh))
-
-    def speeds(self) -> tuple[tuple[ReadSpeed, ...], ReadSpeed | None]:
-        """(by size, into fresh memory)."""
-        found = {kind: self._speed(kind[0], samples) for kind, samples in self._samples.items()}
-        fresh = None if self._fresh is None else found[self._fresh, True]
-        return tuple(speed for (_, is_fresh), speed in found.items() if not is_fresh), fresh
-
-    def _speed(self, nbytes: int, samples: list[float]) -> ReadSpeed:
-        together = self._together(nbytes)
-        rates = Figure.of([together * nbytes / one for one in samples])
-        return ReadSpeed(nbytes, READERS, rates, Figure.of([one / together for one in samples]))
-
-    def _together(self, nbytes: int) -> int:
-        return max(1, min(_TOGETHER, _TARGET // nbytes, self._source.nbytes // nbytes))
-
-    def _read(self, pool: ThreadPoolExecutor, nbytes: int, fresh: bool) -> float:
-        """Seconds of reading some experts at once."""
-        together = self._together(nbytes)
-        places = self._random.sample(range(self._source.nbytes // nbytes), together)
-        with (
-            mmap(-1, together * nbytes) if fresh else nullcontext(self._target) as room,
-            memoryview(room) as into,
-        ):
-            started = time.perf_counter()
-            reads = [
-                pool.submit(
-                    _read_chunk, self._source, place * nbytes + start, into, number * nbytes, start, nbytes
-                )
-                for number, place in enumerate(places)
-                for start in range(0, nbytes, min(nbytes, CHUNK_NBYTES))
-            ]
-            wait(reads)  # all, since the memory is about to go
-            elapsed = time.perf_counter() - started
-        for one in reads:
-            one.result()
-        return elapsed
-
-
-def _read_chunk(source: _Source, offset: int, into: memoryview, base: int, start: int, nbytes: int) -> None:
-    """A chunk of the expert of ``nbytes`` that goes to ``base``, and if it is the last one, the expert's hash."""
-    stop = min(start + CHUNK_NBYTES, nbytes)
-    _read_fully(source, into[base + start : base + stop], offset)
-    if stop == nbytes:
-        checksum([into[base : base + nbytes]])
-
-
-def _read_fully(source: _Source, view: memoryview, offset: int) -> None:
-    got = 0
-    while got < len(view):
-        count = os.preadv(source.descriptor, [view[got:]], offset + got)
-        if count == 0:
-            raise OSError(errno.EIO, "the file has become shorter while it was read")
-        got += count
-    if not source.direct and hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(source.descriptor, offset, len(view), os.POSIX_FADV_DONTNEED)
-
-
-def _measure(source: _Source, target: memoryview, nbytes: int, depth: int, seconds: float) -> ReadSpeed:
-    """Read random blocks for ``seconds``, each of ``depth`` threads at least one.
+def _measure(source: Source, target: memoryview, nbytes: int, depth: int, allowance: Allowance) -> ReadSpeed:
+    """Read random blocks until the time is over, each of ``depth`` threads at least one.
 
     Many large blocks at a time share the memory of ``target``: nobody looks at what arrives.
     """
@@ -296,8 +261,8 @@ def _measure(source: _Source, target: memoryview, nbytes: int, depth: int, secon
     latencies: list[float] = []
     taken = 0
     lock = threading.Lock()
-    started = time.perf_counter()
-    end = started + seconds
+    clock = allowance.clock
+    started = clock()
 
     def reader(start: int) -> int:
         nonlocal taken
@@ -308,19 +273,18 @@ def _measure(source: _Source, target: memoryview, nbytes: int, depth: int, secon
                 # Every block once before any a second time: a repeated read may come from a cache below.
                 position = positions[taken % len(positions)]
                 taken += 1
-            before = time.perf_counter()
-            _read_fully(source, view, position * nbytes)
-            now = time.perf_counter()
+            before = clock()
+            read_fully(source, view, position * nbytes)
             with lock:
-                latencies.append(now - before)
+                latencies.append(clock() - before)
             done += nbytes
-            if now >= end:
+            if allowance.over:
                 return done
 
     with ThreadPoolExecutor(depth) as pool:
         starts = (number * nbytes % (len(target) - nbytes + PAGE) for number in range(depth))
         total = sum(future.result() for future in [pool.submit(reader, start) for start in starts])
-    elapsed = time.perf_counter() - started
+    elapsed = max(clock() - started, 1e-9)
     latency = Figure.of(latencies)
     value = total / elapsed
     low, high = depth * nbytes / max(latency.high, 1e-9), depth * nbytes / max(latency.low, 1e-9)

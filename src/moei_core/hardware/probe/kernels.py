@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from moei_core.hardware.probe.allowance import Allowance
 from moei_core.hardware.probe.bandwidth import Words
 from moei_core.hardware.profile import Figure, KernelSpeed
 from moei_core.quant import native
@@ -48,11 +49,11 @@ def _cells() -> Iterator[tuple[str, tuple[int, int], int]]:
 
 
 def probe_kernels(
-    buffer: Words, threads: int, seconds: float, progress: Callable[[], None] = lambda: None
+    buffer: Words, threads: int, allowance: Allowance, progress: Callable[[], None] = lambda: None
 ) -> list[KernelSpeed]:
     """Products with matrices that lie one after the other in ``buffer``, so that none is in a cache.
 
-    seconds: in all. progress: called after each setting. A matrix that does not fit the buffer is left out.
+    allowance: of all. progress: called after each setting. A matrix that does not fit the buffer is left out.
     """
     import torch
 
@@ -61,10 +62,10 @@ def probe_kernels(
     if native.available():
         native.set_num_threads(threads)
     try:
-        share = seconds / count_cells()
         found = []
-        for name, shape, rows in _cells():
+        for number, (name, shape, rows) in enumerate(_cells()):
             make = _native_cell if name in _NATIVE else _float_cell
+            share = allowance.part(1 / (count_cells() - number))
             cell = make(buffer, name, shape, rows, threads, share)
             if cell is not None:
                 found.append(cell)
@@ -77,7 +78,7 @@ def probe_kernels(
 
 
 def _float_cell(
-    buffer: Words, name: str, shape: tuple[int, int], rows: int, threads: int, seconds: float
+    buffer: Words, name: str, shape: tuple[int, int], rows: int, threads: int, allowance: Allowance
 ) -> KernelSpeed | None:
     import torch
 
@@ -104,11 +105,13 @@ def _float_cell(
 
     kernel_name = "torch" if in_torch else "native"
     with torch.inference_mode():
-        return KernelSpeed(name, kernel_name, items * dtype.itemsize, rows, threads, _timed(product, seconds))
+        return KernelSpeed(
+            name, kernel_name, items * dtype.itemsize, rows, threads, _timed(product, allowance)
+        )
 
 
 def _native_cell(
-    buffer: Words, name: str, shape: tuple[int, int], rows: int, threads: int, seconds: float
+    buffer: Words, name: str, shape: tuple[int, int], rows: int, threads: int, allowance: Allowance
 ) -> KernelSpeed | None:
     matrix = native.Matrix(name.upper(), *shape, _NATIVE[name])
     count = buffer.nbytes // matrix.nbytes
@@ -121,14 +124,13 @@ def _native_cell(
         address = buffer.ctypes.data + number % count * matrix.nbytes
         native.linear(matrix, address, inputs, outputs)
 
-    return KernelSpeed(name, "native", matrix.nbytes, rows, threads, _timed(product, seconds))
+    return KernelSpeed(name, "native", matrix.nbytes, rows, threads, _timed(product, allowance))
 
 
-def _timed(product: Product, seconds: float) -> Figure:
+def _timed(product: Product, allowance: Allowance) -> Figure:
     product(0)  # the first one pays for set-up
     samples: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(samples) < _LEAST or time.perf_counter() < end:
+    while len(samples) < _LEAST or not allowance.over:
         rested = time.perf_counter() + _BETWEEN_S
         while time.perf_counter() < rested:
             pass
