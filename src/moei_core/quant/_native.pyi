@@ -1,7 +1,10 @@
+from collections.abc import Container, Sequence
 from typing import Any
 
 from numpy import float32, int64, uint8
 from numpy.typing import NDArray
+
+from moei_core.types import ExpertKey
 
 FORMATS: dict[str, tuple[int, int]]
 """Name to (weights, bytes) of a block."""
@@ -193,3 +196,28 @@ def all_finite(format: str, order: str, rows: int, cols: int, source: NDArray[ui
 def workspace_nbytes(layout: FfnLayout, tokens: int, pairs: int, threads: int) -> int: ...
 def release_workspace() -> None: ...
 def read_bandwidth(buffer: NDArray[uint8], repeats: int) -> float: ...
+
+class LearnedMixture:
+    def __init__(
+        self,
+        arrays: dict[str, NDArray[Any]],
+        keys: list[tuple[ExpertKey, ...]],
+        width: int,
+        batch: int,
+        step: int,
+        slow: float,
+        horizon_share: float,
+        doubt: float,
+        least_share: float,
+        grid: float,
+        faded: float,
+        nothing: float,
+    ) -> None: ...
+    def begin_pass(self, discount: float, full: int) -> None: ...
+    def break_off(self) -> None: ...
+    def account(self, i: int, experts: Sequence[int]) -> None: ...
+    def learn(self, i: int) -> None: ...
+    def insert(self, i: int, expert: int) -> None: ...
+    def remove(self, i: int, expert: int) -> None: ...
+    def changed(self, i: int) -> None: ...
+    def victim(self, i: int, expert: int, excluded: Container[ExpertKey]) -> ExpertKey | None: ...

@@ -54,6 +54,7 @@ _FIRST_BATCH, _EARLY = 16, 256
 _FIT_EVERY = 32
 _RENEW = 64
 _SAMPLE = 128
+_LEAST_SHARE = 0.02
 _TOGETHER = 6
 
 
@@ -114,6 +115,7 @@ class LearnedMixture(ValuePolicy):
         self._products = np.zeros((FEATURES, width), np.float32)
         self._added, self._added_pair = self._products[:_OWN], self._products[:2]
         self._pass = 0
+        self._full = _FIRST_BATCH
         self._request_started = [False] * layers
         self._previous: list[int] = []
         self._decode_width = 0
@@ -148,7 +150,7 @@ class LearnedMixture(ValuePolicy):
         collect them."""
         i, experts = self.position[accesses[at].layer], len(accesses[at].experts)
         before, filled = len(accesses[at - 1].experts) if at else len(self._previous), self._filled[i]
-        if before != experts or self._is_full(filled):
+        if before != experts or filled == self._full:
             return 0
         count = 0
         for access in accesses[at:]:
@@ -209,7 +211,6 @@ class LearnedMixture(ValuePolicy):
     def on_pass(self) -> None:
         self._catch_up()
         self._pass += 1
-        self._previous = []
         done = self._pass
         if done % _FIT_EVERY == 0 or (done < 4 * _FIT_EVERY and done % _FIRST_FITS == 0):
             self._fit()
@@ -217,15 +218,17 @@ class LearnedMixture(ValuePolicy):
         if done % _RENEW == 0:
             # Values are discounted to a common origin that must not drift out of float32's range.
             self.values /= np.float32(self._discount)
-            self._candidates /= np.float32(self._discount)
+            self.refresh_all()
             self._discount = 1.0
-        self._discount_layers()
-        if self._is_full(self._filled[0]) and self._filled.count(self._filled[0]) == len(self._filled):
-            self._learn_together(slice(None), self._filled[0])
-
-    def _is_full(self, tokens: int) -> bool:
         # At first every token teaches much.
-        return tokens == self._batch or (tokens == _FIRST_BATCH and self._pass < _EARLY)
+        self._full = _FIRST_BATCH if done < _EARLY else self._batch
+        self._begin_pass()
+
+    def _begin_pass(self) -> None:
+        self._previous = []
+        self._discount_layers()
+        if self._filled.count(self._full) == len(self._filled):
+            self._learn_together(slice(None), self._full)
 
     def on_access(self, access: LayerAccess) -> None:
         self._catch_up()
@@ -237,9 +240,10 @@ class LearnedMixture(ValuePolicy):
             self._start_request(i)
         if max(access.token_counts, default=0) > 1:
             self._absorb_many(i, access)
+            self._previous = []
             return
         at = self._filled[i]
-        if self._is_full(at):
+        if at == self._full:
             self._learn(i)
             at = 0
         self._filled[i] = at + 1
@@ -290,7 +294,7 @@ class LearnedMixture(ValuePolicy):
     def _discount_layers(self) -> None:
         discount = self._delay * self._discount
         np.multiply(self._weights, discount[:, None], out=self._ranking[:, :, 0])
-        np.multiply(discount, 0.02, out=self._floor)
+        np.multiply(discount, _LEAST_SHARE, out=self._floor)
 
     def _absorb_many(self, i: int, access: LayerAccess) -> None:
         """A pass over many tokens: its counts stand for as many single tokens of the same mix.
@@ -318,7 +322,6 @@ class LearnedMixture(ValuePolicy):
         features[_OWN] += features[_SLOW] * np.float32(float(trust.sum()) * self._doubt)
         features[_BEFORE] = features[_OWN]
         features[_OWN_RECENT] = features[_OWN] / np.float32(1 - RECENT)
-        self._previous = []
         self._value(i, features)
 
     def _start_request(self, i: int) -> None:
@@ -390,7 +393,7 @@ class LearnedMixture(ValuePolicy):
             self._moment.sum(axis=0, keepdims=True) + PRIOR_WEIGHT * PRIOR,
         )
         solved = solve(self._gram + LAYER_WEIGHT * eye, self._moment + LAYER_WEIGHT * common)
-        self._weights = solved.astype(np.float32)
+        self._weights[:] = solved
 
     def value(self, key: ExpertKey) -> float:
         """The estimated discounted use of ``key``, comparable with ``value`` of any other key now."""
