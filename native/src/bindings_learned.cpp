@@ -31,7 +31,7 @@ T* array(const nb::dict& arrays, const char* name, std::initializer_list<int64_t
 }
 
 void make(Mixture* self, const nb::dict& given, const nb::list& keys, int64_t width, int64_t batch, int64_t step, double slow,
-          double horizon_share, double doubt, double least_share, double grid, double faded, double nothing) {
+          double horizon_share, double doubt, double least_share, double faded, double nothing) {
     const auto layers = static_cast<int64_t>(keys.size());
     require(layers > 0 && width > 0 && batch > 0 && batch <= 64 && step > 0, "a mixture needs layers, experts and a batch");
     const int64_t f = kFeatures, sampled = (width + step - 1) / step;
@@ -47,7 +47,7 @@ void make(Mixture* self, const nb::dict& given, const nb::list& keys, int64_t wi
         doubles("total", {layers}), doubles("delay", {layers}),
         floats("keep", {f, 1}), floats("gain", {5, 1}),
         floats("powers", {batch + 1}), doubles("forget", {batch + 1})};
-    const MixtureConstants constants{slow, horizon_share, doubt, least_share, grid, static_cast<float>(faded), static_cast<float>(nothing)};
+    const MixtureConstants constants{slow, horizon_share, doubt, least_share, static_cast<float>(faded), static_cast<float>(nothing)};
     new (self) Mixture{LearnedMixture(arrays, constants), given, keys};
 }
 

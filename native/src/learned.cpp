@@ -12,6 +12,10 @@ namespace {
 
 // The features' rows, as in Python: five frequencies, the last of them slow; then what follows the layer's own experts,
 // those of the layer before, and its own a few tokens back.
+// What Python calls GRID, and sources that are learned from together.
+constexpr double kGrid = 0x1p-16;
+constexpr int64_t kBlock = 16;
+
 constexpr int64_t kSlow = 4, kOwn = 5, kBefore = 6, kOwnRecent = 7, kFloor = 3;
 
 // To the nearest whole number, to even between two: for less than 2^51, in two additions, which unlike a call of rint
@@ -19,6 +23,17 @@ constexpr int64_t kSlow = 4, kOwn = 5, kBefore = 6, kOwnRecent = 7, kFloor = 3;
 double nearest(double value) {
     constexpr double kShift = 0x1.8p52;
     return (value + kShift) - kShift;
+}
+
+// The same for a trace or the past of a use, which are far below 64, on the grid of 2^-16.
+float on_grid(float value) {
+    constexpr float kShift = 0x1.8p23f, kScale = 1 / kGrid;
+    return ((value * kScale + kShift) - kShift) / kScale;
+}
+
+template <typename Body>
+void for_each_bit(uint64_t bits, const Body& body) {
+    for (; bits; bits &= bits - 1) body(std::countr_zero(bits));
 }
 
 // Exact: its callers' numbers are multiples of the grid.
@@ -42,9 +57,7 @@ LearnedMixture::LearnedMixture(const MixtureArrays& arrays, const MixtureConstan
       filled_(arrays.layers),
       least_(arrays.layers, kUnknown),
       sources_(arrays.layers * arrays.batch),
-      own_(arrays.layers * arrays.batch),
-      tokens_(2 * arrays.width),
-      place_(arrays.width) {}
+      own_(arrays.layers * arrays.batch) {}
 
 void LearnedMixture::begin_pass(double discount, int64_t full) {
     full_ = full;
@@ -137,97 +150,102 @@ void LearnedMixture::learn(int64_t i) {
 }
 
 void LearnedMixture::learn_fit(int64_t i, int64_t count) {
-    const int64_t width = arrays.width, sampled = arrays.sampled, columns = count * sampled;
-    const double grid = constants_.grid, forget = arrays.forget[count];
-    rows_.resize(kFeatures * columns);
-    const float* const block = arrays.batches + i * (arrays.batch + 1) * kFeatures * width;
-    for (int64_t f = 0; f < kFeatures; ++f)
-        for (int64_t t = 0; t < count; ++t) {
-            const float* const features = block + (t * kFeatures + f) * width;
-            double* const row = rows_.data() + f * columns + t * sampled;
-            for (int64_t c = 0; c < sampled; ++c) row[c] = nearest(features[c * arrays.step] * (1 / grid));
-        }
+    const int64_t width = arrays.width, sampled = arrays.sampled;
+    const double forget = arrays.forget[count];
     // [token, sampled]: discounted uses after each token; then [sampled]: seen from before the batch.
-    later_uses_.assign(columns + sampled, 0);
+    later_uses_.assign((count + 1) * sampled, 0);
+    double* const from_before = later_uses_.data() + count * sampled;
     for (int64_t t = 0; t < count; ++t) {
         const std::vector<int64_t>& sources = sources_[i * arrays.batch + t];
         for (int64_t k = 0; k < own_[i * arrays.batch + t]; ++k) {
             if (sources[k] % arrays.step) continue;
             const int64_t c = sources[k] / arrays.step;
             for (int64_t s = 0; s < t; ++s) later_uses_[s * sampled + c] += arrays.powers[t - s - 1];
-            later_uses_[columns + c] += arrays.powers[t];
+            from_before[c] += arrays.powers[t];
+        }
+    }
+    // Of one token after the other, so that the rows stay in the processor's nearest cache.
+    std::array<double, kFeatures * kFeatures> both{};
+    std::array<double, kFeatures> gain{};
+    double* const traces = arrays.feature_trace + i * kFeatures * sampled;
+    for (int64_t f = 0; f < kFeatures; ++f) gain[f] = dot(traces + f * sampled, from_before, sampled);
+    rows_.resize(kFeatures * sampled);
+    sums_.assign(kFeatures * sampled, 0);
+    for (int64_t t = 0; t < count; ++t) {
+        const float* const features = arrays.batches + (i * (arrays.batch + 1) + t) * kFeatures * width;
+        const double fading = arrays.powers[count - 1 - t];
+        for (int64_t f = 0; f < kFeatures; ++f) {
+            double* const row = rows_.data() + f * sampled;
+            double* const sum = sums_.data() + f * sampled;
+            if (arrays.step == 1)
+                for (int64_t c = 0; c < sampled; ++c) row[c] = nearest(features[f * width + c] * (1 / kGrid));
+            else
+                for (int64_t c = 0; c < sampled; ++c) row[c] = nearest(features[f * width + c * arrays.step] * (1 / kGrid));
+            for (int64_t c = 0; c < sampled; ++c) sum[c] += fading * row[c];
+            gain[f] += dot(row, later_uses_.data() + t * sampled, sampled);
+            for (int64_t g = 0; g <= f; ++g) both[f * kFeatures + g] += dot(row, rows_.data() + g * sampled, sampled);
         }
     }
     double* const gram = arrays.gram + i * kFeatures * kFeatures;
+    double* const moment = arrays.moment + i * kFeatures;
     for (int64_t f = 0; f < kFeatures; ++f) {
-        const double* const row = rows_.data() + f * columns;
-        double* const trace = arrays.feature_trace + (i * kFeatures + f) * sampled;
-        for (int64_t g = 0; g <= f; ++g) {
-            const double both = dot(row, rows_.data() + g * columns, columns) * (grid * grid);
-            gram[f * kFeatures + g] = gram[g * kFeatures + f] = gram[f * kFeatures + g] * forget + both;
-        }
-        const double gain = dot(row, later_uses_.data(), columns) + dot(trace, later_uses_.data() + columns, sampled);
-        double& moment = arrays.moment[i * kFeatures + f];
-        moment = moment * forget + gain * (grid * constants_.horizon_share);
-        sums_.assign(sampled, 0);
-        for (int64_t t = 0; t < count; ++t) {
-            const double fading = arrays.powers[count - 1 - t];
-            for (int64_t c = 0; c < sampled; ++c) sums_[c] += fading * row[t * sampled + c];
-        }
-        const double last = arrays.powers[count];
-        for (int64_t c = 0; c < sampled; ++c) trace[c] = nearest(trace[c] * last + sums_[c]);
+        for (int64_t g = 0; g <= f; ++g)
+            gram[f * kFeatures + g] = gram[g * kFeatures + f] = gram[f * kFeatures + g] * forget + both[f * kFeatures + g] * (kGrid * kGrid);
+        moment[f] = moment[f] * forget + gain[f] * (kGrid * constants_.horizon_share);
     }
+    const double last = arrays.powers[count];
+    for (int64_t c = 0; c < kFeatures * sampled; ++c) traces[c] = nearest(traces[c] * last + sums_[c]);
 }
 
 void LearnedMixture::learn_affinities(int64_t i, int64_t count) {
     const int64_t width = arrays.width;
     float* const traces = arrays.source_trace + i * 2 * width;
-    // By source, the tokens that had it as a bit each; the experts used, and the place of each among them.
-    std::fill(tokens_.begin(), tokens_.end(), 0);
+    float* const seen = arrays.seen + i * 2 * width;
+    float* const trust = arrays.trust + i * 2 * width;
+    // By source, the tokens that had it: a bit each. An expert of the layer itself is a source wherever it is used.
+    source_tokens_.assign(2 * width, 0);
+    for (int64_t t = 0; t < count; ++t)
+        for (const int64_t source : sources_[i * arrays.batch + t]) source_tokens_[source] |= uint64_t{1} << t;
+    near_.clear();
     used_.clear();
-    std::fill(place_.begin(), place_.end(), -1);
-    for (int64_t t = 0; t < count; ++t) {
-        const std::vector<int64_t>& sources = sources_[i * arrays.batch + t];
-        for (const int64_t source : sources) tokens_[source] |= uint64_t{1} << t;
-        for (int64_t k = 0; k < own_[i * arrays.batch + t]; ++k) {
-            if (place_[sources[k]] >= 0) continue;
-            place_[sources[k]] = static_cast<int64_t>(used_.size());
-            used_.push_back(sources[k]);
-        }
-    }
-    past_.resize(count + used_.size());
-    float* const past = past_.data();
-    float* const added = past + count;
     for (int64_t source = 0; source < 2 * width; ++source) {
-        const uint64_t tokens = tokens_[source];
-        float& trace = traces[source];
-        float fresh = 0;
-        if (tokens || trace > constants_.faded) {
-            for (int64_t t = 0; t < count; ++t) past[t] = on_grid(arrays.powers[t] * trace);
-            for (uint64_t left = tokens; left; left &= left - 1) {
-                const int64_t s = std::countr_zero(left);
-                for (int64_t t = s + 1; t < count; ++t) past[t] += arrays.powers[t - s - 1];
-                fresh += arrays.powers[count - 1 - s];
-            }
-            std::fill_n(added, used_.size(), 0.0f);
-            for (int64_t t = 0; t < count; ++t) {
-                const int64_t* const sources = sources_[i * arrays.batch + t].data();
-                const float one = past[t];
-                for (int64_t k = 0; k < own_[i * arrays.batch + t]; ++k) added[place_[sources[k]]] += one;
-            }
-            float* const follows = arrays.follows + (i * 2 * width + source) * width;
-            for (size_t k = 0; k < used_.size(); ++k) follows[used_[k]] += added[k];
-        }
-        trace = on_grid(trace * arrays.powers[count] + fresh);
-        float& seen = arrays.seen[i * 2 * width + source];
-        seen += static_cast<float>(std::popcount(tokens));
-        arrays.trust[i * 2 * width + source] = static_cast<float>(constants_.horizon_share) / seen;
+        if (source_tokens_[source] || traces[source] > constants_.faded) near_.push_back(source);
+        if (source_tokens_[source] && source < width) used_.push_back(source);
     }
-}
-
-float LearnedMixture::on_grid(float value) const {
-    const float grid = static_cast<float>(constants_.grid);
-    return static_cast<float>(nearest(value * (1 / grid))) * grid;
+    // As many sources at once as a cache line holds. [token, source]: the past of each use; [used, source]: their sums.
+    past_.resize(count * kBlock);
+    added_.resize(used_.size() * kBlock);
+    for (size_t begin = 0; begin < near_.size(); begin += kBlock) {
+        const int64_t* const sources = near_.data() + begin;
+        const auto here = static_cast<int64_t>(std::min<size_t>(kBlock, near_.size() - begin));
+        float before[kBlock] = {};
+        for (int64_t b = 0; b < here; ++b) before[b] = traces[sources[b]];
+        for (int64_t t = 0; t < count; ++t)
+            for (int64_t b = 0; b < kBlock; ++b) past_[t * kBlock + b] = on_grid(arrays.powers[t] * before[b]);
+        for (int64_t b = 0; b < here; ++b)
+            for_each_bit(source_tokens_[sources[b]], [&](int64_t s) {
+                for (int64_t t = s + 1; t < count; ++t) past_[t * kBlock + b] += arrays.powers[t - s - 1];
+            });
+        for (size_t k = 0; k < used_.size(); ++k) {
+            float sums[kBlock] = {};
+            for_each_bit(source_tokens_[used_[k]], [&](int64_t t) {
+                for (int64_t b = 0; b < kBlock; ++b) sums[b] += past_[t * kBlock + b];
+            });
+            std::copy_n(sums, kBlock, added_.data() + k * kBlock);
+        }
+        for (int64_t b = 0; b < here; ++b) {
+            float* const follows = arrays.follows + (i * 2 * width + sources[b]) * width;
+            for (size_t k = 0; k < used_.size(); ++k) follows[used_[k]] += added_[k * kBlock + b];
+        }
+    }
+    const float last = arrays.powers[count], open = static_cast<float>(constants_.horizon_share);
+    for (int64_t source = 0; source < 2 * width; ++source) {
+        float fresh = 0;
+        for_each_bit(source_tokens_[source], [&](int64_t s) { fresh += arrays.powers[count - 1 - s]; });
+        traces[source] = on_grid(traces[source] * last + fresh);
+        seen[source] += static_cast<float>(std::popcount(source_tokens_[source]));
+        trust[source] = open / seen[source];
+    }
 }
 
 void LearnedMixture::insert(int64_t i, int64_t expert) {

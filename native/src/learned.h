@@ -36,7 +36,7 @@ struct MixtureArrays {
 };
 
 struct MixtureConstants {
-    double slow, horizon_share, doubt, least_share, grid;
+    double slow, horizon_share, doubt, least_share;
     float faded, nothing;
 };
 
@@ -72,7 +72,6 @@ private:
     void learn_fit(int64_t i, int64_t count);
     void learn_affinities(int64_t i, int64_t count);
     void value(int64_t i, const float* features);
-    float on_grid(float value) const;
 
     const MixtureConstants constants_;
     int64_t full_;
@@ -82,9 +81,9 @@ private:
     std::vector<int64_t> own_;
     // Memory of the steps of learning.
     std::vector<double> rows_, later_uses_, sums_;
-    std::vector<float> past_;
-    std::vector<uint64_t> tokens_;
-    std::vector<int64_t> used_, place_;
+    std::vector<float> past_, added_;
+    std::vector<uint64_t> source_tokens_;
+    std::vector<int64_t> near_, used_;
 };
 
 }  // namespace moei

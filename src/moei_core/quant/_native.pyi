@@ -209,7 +209,6 @@ class LearnedMixture:
         horizon_share: float,
         doubt: float,
         least_share: float,
-        grid: float,
         faded: float,
         nothing: float,
     ) -> None: ...

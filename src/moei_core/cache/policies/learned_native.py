@@ -12,7 +12,6 @@ import numpy as np
 
 from moei_core.cache.policies import learned
 from moei_core.cache.policies.learned import LearnedMixture
-from moei_core.cache.policies.same_numbers import GRID
 from moei_core.quant import native
 from moei_core.types import ExpertKey, LayerAccess
 
@@ -58,7 +57,6 @@ class NativeMixture(LearnedMixture):
             1 - self.gamma,
             self._doubt,
             learned._LEAST_SHARE,
-            GRID,
             learned._FADED,
             learned._NOTHING,
         )
