@@ -1,8 +1,8 @@
 """A long prompt: what it streams ahead, and what it leaves of the cache that decoding needs."""
 
-from dataclasses import replace
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
