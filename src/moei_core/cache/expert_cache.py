@@ -83,20 +83,12 @@ class ExpertCache:
 
         keys: the layer's interned keys, by expert.
         """
-        resident = self._resident.get(access.layer)
-        if not resident:
-            self.policy.on_access(access)
-            absent = [keys[expert] for expert in access.experts]
-            self.statistics.misses += len(absent)
-            return [], absent
+        self.policy.on_access(access)
+        resident = self._resident.get(access.layer, ())
         hits: list[ExpertKey] = []
         misses: list[ExpertKey] = []
         for expert in access.experts:
             (hits if expert in resident else misses).append(keys[expert])
-        if misses:
-            self.policy.on_access(access)
-        else:
-            self.policy.on_hits(access)
         self.statistics.hits += len(hits)
         self.statistics.misses += len(misses)
         return hits, misses

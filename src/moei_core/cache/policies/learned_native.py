@@ -1,14 +1,16 @@
 """The default policy with its arithmetic for single tokens in native code: the same decisions, to the bit.
 
-What ``LearnedMixture`` does with numpy is mostly the calls of numpy. The native part works on the same arrays, so what is
-rare (a long prompt, a new request, the fit) stays in Python.
+An access of ``LearnedMixture`` is mostly the calls of numpy. The native part works on the same arrays, so what is rare
+(a long prompt, a new request, the fit) stays in Python.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moei_core.cache.policies import learned
 from moei_core.cache.policies.learned import LearnedMixture
@@ -25,7 +27,7 @@ class NativeMixture(LearnedMixture):
     def __init__(self, capacity: int, num_experts: Mapping[int, int]) -> None:
         super().__init__(capacity, num_experts)
         self._total = np.zeros(len(self.layers))
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "values": self.values,
             "absence": self._absence,
             "candidates": self._candidates,
@@ -75,8 +77,6 @@ class NativeMixture(LearnedMixture):
             return
         self._decode_width = len(access.experts)
         self._core.account(i, access.experts)
-
-    on_hits = on_access
 
     def _learn(self, i: int) -> None:
         self._core.learn(i)
