@@ -35,6 +35,9 @@ struct MixtureArrays {
     double* forget;
 };
 
+// slow: what a token leaves of the total. horizon_share: 1 - the discount of a token. doubt: what an affinity's trust
+// is short of 1, per trust. least_share: of the slowest frequency, below which no value falls. faded: a source's trace
+// from which it still teaches. nothing: below it, a feature is 0.
 struct MixtureConstants {
     double slow, horizon_share, doubt, least_share;
     float faded, nothing;
