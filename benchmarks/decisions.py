@@ -35,7 +35,7 @@ from moei_core.trace.synthetic import synthetic_trace
 BLOCK = 64
 LEAST_SIMULATED = 50_000
 """Simulated accesses a second on one core that per-layer LRU must reach."""
-MOST_MICROSECONDS = {"48 x 128 top-8": 40.0, "48 x 512 top-10": 80.0}
+MOST_MICROSECONDS = {"48 x 128 top-8": 20.0, "48 x 512 top-10": 40.0}
 """What a decision of the default policy may cost."""
 
 

@@ -318,6 +318,7 @@ NB_MODULE(_native, m) {
     m.def("linear", &call_linear, "weights"_a, "type"_a, "x"_a, "tokens"_a, "out"_a);
     nb::class_<Attention>(m, "Attention").def("__init__", &make_attention).def("__call__", &call_attention);
     bind_latent_attention(m);
+    bind_learned(m);
     nb::class_<RmsNorm>(m, "RmsNorm")
         .def("__init__", [](RmsNorm* self, const std::vector<float>& weight, double eps) { new (self) RmsNorm{weight, eps}; })
         .def("__call__", &call_rms_norm);

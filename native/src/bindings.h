@@ -90,5 +90,6 @@ struct LatentAttention {
 };
 
 void bind_latent_attention(nb::module_& m);
+void bind_learned(nb::module_& m);
 
 }  // namespace moei

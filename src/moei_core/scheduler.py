@@ -158,9 +158,10 @@ class ExpertScheduler:
         """A forward pass over ``tokens`` tokens starts; its accesses follow in layer order."""
         self._phase, self._tokens = phase, tokens
         self._cache.policy.on_pass()
-        self._watch()
-        for predictor in self._watching:
-            predictor.observe(PassEvent(phase))
+        if self._candidates:
+            self._watch()
+            for predictor in self._watching:
+                predictor.observe(PassEvent(phase))
 
     def pass_end(self, stall_seconds: float, seconds: float) -> None:
         """The pass is over: how long it waited for experts, and how long it took in all.
@@ -168,7 +169,7 @@ class ExpertScheduler:
         Decides whether prefetching earns its place. An engine that never calls this never prefetches in
         ``PrefetchMode.AUTO``.
         """
-        if self._phase is Phase.DECODE:
+        if self._candidates and self._phase is Phase.DECODE:
             # Whole nanoseconds, which is what a trace keeps, so that a replay compares the same numbers.
             self.controller.on_pass(round(seconds * 1e9), round(stall_seconds * 1e9))
 
@@ -182,34 +183,21 @@ class ExpertScheduler:
         Waves: first the experts that are resident, without any load; then the missing ones in ascending
         order, those in flight first, as many at a time as the working set holds.
         """
-        cache, width = self._cache, self._working_slots
+        cache = self._cache
         left: tuple[ExpertKey, ...] = ()
         cancel: tuple[ExpertKey, ...] = ()
         if self._slots_taken is (self._followed is None):
             left, cancel = self._share_slots()
         hits, misses = cache.touch(access, self._layer_keys(access))
-        excluded: set[ExpertKey] = set(hits)
         if self._in_flight or self._waiting:
             cancel += self._gate_spoke(access, misses)
-            excluded.update(self._waiting)
         if self._streamed:
             needed = set(misses)
             cancel += tuple(key for key in self._streamed if key not in needed)
             self._streamed = ()
         waves = [Wave(left, (), tuple(hits), ())] if hits or left else []
-        for start in range(0, len(misses), width):
-            load = misses[start : start + width]
-            evict: list[ExpertKey] = []
-            release: list[ExpertKey] = []
-            excluded.update(load)
-            for key in load:
-                stays, evicted = cache.place(key, excluded)
-                if not stays:
-                    release.append(key)
-                if evicted:
-                    evict.extend(evicted)
-            loads = tuple(load)
-            waves.append(Wave(tuple(evict), loads, loads, tuple(release)))
+        if misses:
+            waves += self._load(hits, misses)
         if self._stream is not None and self._tokens > 1:
             self._streamed = self._plan_stream(routed or access, self._stream)
         prefetch: tuple[ExpertKey, ...] = ()
@@ -228,6 +216,25 @@ class ExpertScheduler:
             self._streamed,
             self._taken,
         )
+
+    def _load(self, hits: list[ExpertKey], misses: list[ExpertKey]) -> list[Wave]:
+        """The waves that bring in ``misses``."""
+        place, width = self._cache.place, self._working_slots
+        excluded: set[ExpertKey] = {*hits, *self._waiting}
+        waves: list[Wave] = []
+        for start in range(0, len(misses), width):
+            load = tuple(misses[start : start + width])
+            evict: tuple[ExpertKey, ...] = ()
+            release: tuple[ExpertKey, ...] = ()
+            excluded.update(load)
+            for key in load:
+                stays, evicted = place(key, excluded)
+                if not stays:
+                    release += (key,)
+                if evicted:
+                    evict += evicted
+            waves.append(Wave(evict, load, load, release))
+        return waves
 
     def start_load(self, key: ExpertKey) -> None:
         """The prefetch of ``key``, taken from the latest plan, has begun."""

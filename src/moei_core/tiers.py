@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from moei_core.cache.expert_cache import CacheStatistics, ExpertCache
 from moei_core.predict.base import ExpertPredictor
@@ -131,8 +131,7 @@ class DeviceTier:
         if len(absent) == len(access.experts):
             return plan, access
         rest = [expert for expert in access.experts if expert in absent]
-        return plan, replace(
-            access,
+        return plan, access._replace(
             experts=tuple(rest),
             token_counts=tuple(counts[expert] for expert in rest),
             order=tuple(expert for expert in access.order if expert in absent),
@@ -198,7 +197,7 @@ class DeviceTier:
             if stays:
                 promote.append(key)
                 self._credit -= 1
-        return replace(plan, evict=tuple(evict), promote=tuple(promote))
+        return plan._replace(evict=tuple(evict), promote=tuple(promote))
 
 
 class TieredScheduler(ExpertScheduler):
@@ -248,7 +247,7 @@ class TieredScheduler(ExpertScheduler):
         front, rest = self.device.plan(access, self._into_both)
         self._to_device = ()
         plan = super().access(rest, access)
-        return replace(plan, device=replace(front, prefetch=self._to_device))
+        return plan._replace(device=front._replace(prefetch=self._to_device))
 
     def pass_end(self, stall_seconds: float, seconds: float) -> None:
         # Prefetches to the device save copies and computing in RAM, and how much of a pass those take is not known.

@@ -44,8 +44,7 @@ class ScoredExpert(NamedTuple):
     score: float
 
 
-@dataclass(frozen=True, slots=True)
-class LayerAccess:
+class LayerAccess(NamedTuple):
     """One MoE layer of one forward pass, as one atomic event.
 
     experts: the distinct experts that the router chose, ascending.
@@ -63,8 +62,7 @@ class LayerAccess:
     order: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Wave:
+class Wave(NamedTuple):
     """One step of a plan, carried out in the order of the fields.
 
     evict: residents whose slots are given up before anything is loaded.
@@ -79,8 +77,7 @@ class Wave:
     release: tuple[ExpertKey, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class DevicePlan:
+class DevicePlan(NamedTuple):
     """What a device with memory of its own does in one access, beside what RAM does.
 
     hits: experts that it holds, computed there.
@@ -104,8 +101,7 @@ class DevicePlan:
     prefetch: tuple[ExpertKey, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class FetchPlan:
+class FetchPlan(NamedTuple):
     """What one ``LayerAccess`` makes the engine or the simulator do. ``hits``, ``misses`` count experts.
 
     cancel: prefetches and streamed experts, begun or not, that this access made pointless; drop them before

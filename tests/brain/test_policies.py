@@ -11,11 +11,9 @@ from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES
 from moei_core.cache.policies.allocation import AllocatedLRU, allocate
 from moei_core.cache.policies.cost_aware import CostAware
-from moei_core.cache.policies.learned import LearnedMixture
 from moei_core.scheduler import ExpertScheduler
 from moei_core.sim.replay import Observer, passes, replay
 from moei_core.trace import Trace, next_uses
-from moei_core.trace.synthetic import synthetic_trace
 from moei_core.types import ExpertKey, FetchPlan, LayerAccess
 
 from .synthetic import access, make_trace
@@ -252,39 +250,3 @@ def test_passes_merge_tokens_into_one_access() -> None:
     assert first.accesses[0].experts == (0, 1, 2)
     assert first.accesses[0].token_counts == (1, 2, 1)
     assert second.accesses[0].experts == (3, 4)
-
-
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_layers_learned_together_are_as_if_each_was_learned_at_its_time(
-    share: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Accesses that hit are put off until somebody must go or a token ends; to the bit nothing depends on it."""
-    trace = synthetic_trace(sequences=3, length=60, layers=9, num_experts=16, top_k=2)
-    together: list[int] = []
-    account = LearnedMixture._account_together
-
-    def counted(self: LearnedMixture, accesses: list[LayerAccess]) -> None:
-        together.append(len(accesses))
-        account(self, accesses)
-
-    monkeypatch.setattr(LearnedMixture, "_account_together", counted)
-
-    class AtOnce(LearnedMixture):
-        def on_hits(self, access: LayerAccess) -> None:
-            self.on_access(access)
-
-    slots = int(share * 16) * 9
-    lazy, at_once = LearnedMixture(slots, trace.experts_by_layer), AtOnce(slots, trace.experts_by_layer)
-    brains = [ExpertScheduler(ExpertCache(slots, policy), 2) for policy in (lazy, at_once)]
-    for one in passes(trace):
-        for brain in brains:
-            if one.starts_request:
-                brain.request_start()
-            brain.forward_pass(one.phase, one.tokens)
-        for event in one.accesses:
-            assert brains[0].access(event) == brains[1].access(event)
-        assert [lazy.value(key) for key in brains[0].residents()] == [
-            at_once.value(key) for key in brains[0].residents()
-        ]
-    assert together and min(together) > 1
-    assert brains[0].statistics.misses > 0

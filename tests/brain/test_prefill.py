@@ -86,7 +86,7 @@ def test_streaming_changes_no_decision(policy: str) -> None:
         cache = ExpertCache(slots, POLICIES[policy](slots, trace.experts_by_layer))
         brain, seen = ExpertScheduler(cache, trace.num_experts_per_tok, num_experts=num_experts), Plans()
         replay(trace, brain, seen)
-        found.append([replace(plan, cancel=(), stream=()) for plan in seen.plans])
+        found.append([plan._replace(cancel=(), stream=()) for plan in seen.plans])
         streamed = sum(len(plan.stream) for plan in seen.plans)
         assert (streamed > 0) == (num_experts is not None)
     assert found[0] == found[1]

@@ -83,20 +83,12 @@ class ExpertCache:
 
         keys: the layer's interned keys, by expert.
         """
-        resident = self._resident.get(access.layer)
-        if not resident:
-            self.policy.on_access(access)
-            absent = [keys[expert] for expert in access.experts]
-            self.statistics.misses += len(absent)
-            return [], absent
+        self.policy.on_access(access)
+        resident = self._resident.get(access.layer, ())
         hits: list[ExpertKey] = []
         misses: list[ExpertKey] = []
         for expert in access.experts:
             (hits if expert in resident else misses).append(keys[expert])
-        if misses:
-            self.policy.on_access(access)
-        else:
-            self.policy.on_hits(access)
         self.statistics.hits += len(hits)
         self.statistics.misses += len(misses)
         return hits, misses
@@ -116,28 +108,27 @@ class ExpertCache:
         chosen are evicted and ``key`` still does not stay: rare, and only a lost opportunity.
         """
         policy, layer = self.policy, key.layer
-        size = self.size_of(layer)
-        limit = self.capacity
+        size = 1 if self.expert_nbytes is None else self.expert_nbytes[layer]
         quota = policy.quota(layer)
         resident = self._resident.get(layer)
         if resident is None:
             resident = self._resident[layer] = {}
         incoming = key if may_evict is None else ExpertKey(layer, -1)
-        evicted: list[ExpertKey] = []
-        while self._used + size > limit or (quota is not None and len(resident) >= quota):
+        evicted: tuple[ExpertKey, ...] = ()
+        while self._used + size > self.capacity or (quota is not None and len(resident) >= quota):
             victim = policy.victim(incoming, excluded) if self._count and quota != 0 else None
             if victim is None or (may_evict is not None and not may_evict(victim)):
                 if may_evict is None:
                     self.statistics.bypasses += 1
-                return False, tuple(evicted)
+                return False, evicted
             self.drop(victim)
             self.statistics.evictions += 1
-            evicted.append(victim)
+            evicted += (victim,)
         resident[key.expert] = key
         self._count += 1
         self._used += size
         policy.insert(key)
-        return True, tuple(evicted)
+        return True, evicted
 
     def drop(self, key: ExpertKey) -> None:
         """Forget a resident whose bytes are gone."""

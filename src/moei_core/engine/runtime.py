@@ -265,8 +265,12 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers):
             self._ask(absent)
             if not absent and not looking_ahead:
                 looking_ahead = True
-                self._transfers.prefetch(plan.prefetch)
-                self._transfers.stream(sorted(plan.stream, key=self._place_on_disk))
+                # What was asked for before has ended with this access. Readers woken for nothing would take the
+                # interpreter's lock from whoever computes.
+                if plan.prefetch:
+                    self._transfers.prefetch(plan.prefetch)
+                if plan.stream:
+                    self._transfers.stream(sorted(plan.stream, key=self._place_on_disk))
             self._do_meanwhile()
             while looking_ahead and to_stream and self._pool.free > self._prefetch_slots:
                 self._transfers.lend(self._pool.take())

@@ -14,7 +14,7 @@ from moei_core.predict.eam import (
     Matcher,
     sum_of_squares,
 )
-from moei_core.types import ExpertKey, LayerAccess, Phase, ScoredExpert
+from moei_core.types import LayerAccess, Phase, ScoredExpert, layer_keys
 
 Array = NDArray[np.float32]
 
@@ -106,8 +106,9 @@ class EAMCPredictor(LayerOrder):
 def top(layer: int, scores: Array, count: int) -> list[ScoredExpert]:
     """The ``count`` best positive scores, best first, ties by expert index."""
     order = np.argsort(-scores, kind="stable")[:count]
+    keys = layer_keys(layer, len(scores))
     return [
-        ScoredExpert(ExpertKey(layer, expert), score)
+        ScoredExpert(keys[expert], score)
         for expert, score in zip(order.tolist(), scores[order].tolist(), strict=True)
         if score > 0
     ]

@@ -31,44 +31,54 @@ class MarkovPredictor(LayerOrder):
         self._seen = np.zeros((layers, self.width), np.float32)
         self._uses = np.zeros((layers, self.width), np.float32)
         self._times = np.zeros(layers, np.float32)
-        self._previous: tuple[int, ...] = ()
+        self._previous: NDArray[np.intp] = np.empty(0, np.intp)
         self._at = -1
+        # The distribution one and more layers ahead of what was observed last, as far as it was asked for.
+        self._ahead: list[Array | None] = []
 
     def observe(self, event: Event) -> None:
         if isinstance(event, RequestEvent):
-            self._previous, self._at = (), -1
+            self._previous, self._at, self._ahead = self._previous[:0], -1, []
         elif isinstance(event, LayerAccess):
-            i, experts = self.position[event.layer], list(event.experts)
+            i, before, self._ahead = self.position[event.layer], self._previous, []
+            self._at = i
             if max(event.token_counts, default=1) > 1:
                 # Which token went from where to where is not known in a pass over many.
-                self._previous, self._at = (), i
+                self._previous = before[:0]
                 return
-            if self._previous:
-                before = list(self._previous)
-                self._follows[i][np.ix_(before, experts)] += 1
+            self._previous = experts = np.array(event.experts, np.intp)
+            if len(before):
+                self._follows[i][before[:, None], experts] += 1
                 self._seen[i, before] += 1
             self._uses[i, experts] += 1
             self._times[i] += 1
-            self._previous, self._at = event.experts, i
 
     def distribution(self, i: int) -> Array | None:
         """The probability of each expert of layer number ``i`` when it runs next; None: no evidence."""
-        if not self._previous or not self._times[i]:
+        if not len(self._previous) or not self._times[i]:
             return None
         steps = (i - self._at) % len(self.layers) or len(self.layers)
-        weights = np.zeros(self.width, np.float32)
-        weights[list(self._previous)] = 1
-        for step in range(1, steps + 1):
-            at = (self._at + step) % len(self.layers)
-            popularity = self._uses[at] / max(float(self._times[at]), 1.0)
-            trust = weights / (self._seen[at] + np.float32(self.SHRINK)) / np.float32(weights.sum())
-            sources = np.flatnonzero(trust)
-            # Not a matrix product: libraries sum in an order of their own, and plans must not depend on it.
-            follows = self._follows[at].take(sources, axis=0) * trust.take(sources)[:, None]
-            weights = follows.sum(axis=0) + popularity * np.float32(self.SHRINK * float(trust.sum()))
-            if not weights.any():
+        while len(self._ahead) < steps:
+            self._ahead.append(self._step())
+        return self._ahead[steps - 1]
+
+    def _step(self) -> Array | None:
+        """The distribution one layer further ahead than ``_ahead`` reaches."""
+        if self._ahead:
+            weights = self._ahead[-1]
+            if weights is None:
                 return None
-        return weights
+        else:
+            weights = np.zeros(self.width, np.float32)
+            weights[self._previous] = 1
+        at = (self._at + len(self._ahead) + 1) % len(self.layers)
+        popularity = self._uses[at] / max(float(self._times[at]), 1.0)
+        trust = weights / (self._seen[at] + np.float32(self.SHRINK)) / np.float32(weights.sum())
+        sources = np.flatnonzero(trust)
+        # Not a matrix product: libraries sum in an order of their own, and plans must not depend on it.
+        follows = self._follows[at].take(sources, axis=0) * trust.take(sources)[:, None]
+        ahead: Array = follows.sum(axis=0) + popularity * np.float32(self.SHRINK * float(trust.sum()))
+        return ahead if ahead.any() else None
 
     def predict(self, layer: int) -> Sequence[ScoredExpert]:
         weights = self.distribution(self.position[layer])

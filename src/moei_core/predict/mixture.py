@@ -37,7 +37,7 @@ class HintPredictor(LayerOrder):
         self._hints.update(fresh)
 
     def predict(self, layer: int) -> Sequence[ScoredExpert]:
-        return sorted(self._hints.get(layer, ()), key=lambda hint: (-hint.score, hint.key))
+        return sorted(self._hints.get(layer, ()), key=_likeliest_first)
 
 
 class MixedPredictor(LayerOrder):
@@ -67,6 +67,7 @@ class MixedPredictor(LayerOrder):
         )
         self.needs_hints = any(part.needs_hints for part in self.parts)
         self._errors = np.full(len(self.parts), 0.5)
+        self._weights: list[float] = []
         self._pending: dict[int, list[Sequence[ScoredExpert]]] = {}
         self._pass = 0
 
@@ -87,6 +88,7 @@ class MixedPredictor(LayerOrder):
         predictions = self._pending.pop(access.layer, None)
         if predictions is None or max(access.token_counts, default=1) > 1:
             return
+        self._weights = []
         chosen = set(access.experts)
         for at, scored in enumerate(predictions):
             error = float(len(chosen))
@@ -98,11 +100,13 @@ class MixedPredictor(LayerOrder):
     @property
     def weights(self) -> list[float]:
         """The share of each part in the scores, in the order of ``parts``."""
-        # Powers of two by squaring: exp and pow round differently between machines.
-        raw = 1 / (1 + (self._errors - self._errors.min()))
-        for _ in range(self.SHARPNESS.bit_length() - 1):
-            raw = raw * raw
-        return (raw / raw.sum()).tolist()  # type: ignore[no-any-return]
+        if not self._weights:
+            # Powers of two by squaring: exp and pow round differently between machines.
+            raw = 1 / (1 + (self._errors - self._errors.min()))
+            for _ in range(self.SHARPNESS.bit_length() - 1):
+                raw = raw * raw
+            self._weights = (raw / raw.sum()).tolist()
+        return self._weights
 
     def candidates(self) -> Sequence[ExpertPredictor]:
         """The mixture and each of its parts."""
@@ -115,9 +119,12 @@ class MixedPredictor(LayerOrder):
             scored = part.predict(layer)
             longest = max(longest, len(scored))
             for key, score in scored:
-                scores[key] = scores.get(key, 0.0) + weight * min(score, 1.0)
-        best = sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:longest]
-        return [ScoredExpert(key, score) for key, score in best]
+                scores[key] = scores.get(key, 0.0) + weight * (score if score < 1.0 else 1.0)
+        return sorted(map(ScoredExpert, scores, scores.values()), key=_likeliest_first)[:longest]
+
+
+def _likeliest_first(expert: ScoredExpert) -> tuple[float, ExpertKey]:
+    return -expert.score, expert.key
 
 
 class NoisePredictor(LayerOrder):

@@ -10,12 +10,14 @@ from moei_core.cache.policies.base import CachePolicy
 from moei_core.cache.policies.belady import GlobalBelady, GlobalBeladyBypass, LayerBelady, LayerBeladyBypass
 from moei_core.cache.policies.cost_aware import CostAware
 from moei_core.cache.policies.learned import LearnedMixture
+from moei_core.cache.policies.learned_native import NativeMixture
 from moei_core.cache.policies.lfu import DecayedLFU, GlobalLFU, LayerLFU, RequestLFU
 from moei_core.cache.policies.lru import GlobalLRU, LayerLRU
 from moei_core.cache.policies.static import OnDemand, Static
+from moei_core.quant import native
 
 POLICIES: dict[str, Callable[[int, Mapping[int, int]], CachePolicy]] = {
-    "learned": LearnedMixture,
+    "learned": NativeMixture if native.available() else LearnedMixture,
     "layer-lru": LayerLRU,
     "global-lru": GlobalLRU,
     "layer-lfu": LayerLFU,

@@ -37,9 +37,6 @@ class CachePolicy(Protocol):
     def on_access(self, access: LayerAccess) -> None:
         """The router of one layer has spoken. Called before the misses of this access are placed."""
 
-    def on_hits(self, access: LayerAccess) -> None:
-        """Instead of ``on_access`` where all experts of ``access`` are resident, so that nobody must go."""
-
     def quota(self, layer: int) -> int | None:
         """Residents that ``layer`` may have; None: one pool for all layers."""
 
@@ -80,9 +77,6 @@ class PolicyDefaults:
 
     def on_access(self, access: LayerAccess) -> None:
         raise NotImplementedError
-
-    def on_hits(self, access: LayerAccess) -> None:
-        self.on_access(access)
 
 
 def even_quotas(capacity: int, num_experts: Mapping[int, int]) -> dict[int, int]:

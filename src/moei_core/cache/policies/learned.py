@@ -22,7 +22,7 @@ done element by element, or summed by numpy in a fixed order.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +54,7 @@ _FIRST_BATCH, _EARLY = 16, 256
 _FIT_EVERY = 32
 _RENEW = 64
 _SAMPLE = 128
-_TOGETHER = 6
+_LEAST_SHARE = 0.02
 
 
 class LearnedMixture(ValuePolicy):
@@ -86,7 +86,7 @@ class LearnedMixture(ValuePolicy):
         ]
         self._keep = np.array([[*DECAYS, 1, 0, 0, RECENT]], np.float32).T
         self._gain = np.array([[1 - decay for decay in DECAYS] + [1]], np.float32).T
-        self._total = [0.0] * layers
+        self._total: list[float] | NDArray[np.float64] = [0.0] * layers
         self._sources = np.zeros((layers, batch, 2 * width), np.float32)
         self._filled = [0] * layers
         # The fit looks at so many experts of a layer: of a wide one they are evidence enough, and cost less.
@@ -114,102 +114,17 @@ class LearnedMixture(ValuePolicy):
         self._products = np.zeros((FEATURES, width), np.float32)
         self._added, self._added_pair = self._products[:_OWN], self._products[:2]
         self._pass = 0
+        self._full = _FIRST_BATCH
         self._request_started = [False] * layers
         self._previous: list[int] = []
         self._decode_width = 0
-        # Accesses that nothing depends on yet.
-        self._pending: list[LayerAccess] = []
         self._discount_layers()
 
     def on_request(self) -> None:
-        self._catch_up()
         self._request_started = [True] * len(self.layers)
 
-    def on_hits(self, access: LayerAccess) -> None:
-        # Many neighbouring layers at once take half of the time: the rest is numpy's calls.
-        self._pending.append(access)
-
-    def _catch_up(self) -> None:
-        if not self._pending:
-            return
-        accesses, self._pending = self._pending, []
-        at = 0
-        while at < len(accesses):
-            alike = self._alike(accesses, at) if len(accesses) - at >= _TOGETHER else 0
-            if alike >= _TOGETHER:
-                self._account_together(accesses[at : at + alike])
-                at += alike
-            else:
-                self._account(accesses[at])
-                at += 1
-
-    def _alike(self, accesses: list[LayerAccess], at: int) -> int:
-        """How many accesses from ``at`` on are of one token, neighbouring layers and equal numbers, with room to
-        collect them."""
-        i, experts = self.position[accesses[at].layer], len(accesses[at].experts)
-        before, filled = len(accesses[at - 1].experts) if at else len(self._previous), self._filled[i]
-        if before != experts or self._is_full(filled):
-            return 0
-        count = 0
-        for access in accesses[at:]:
-            other = i + count
-            if (
-                self.position[access.layer] != other
-                or len(access.experts) != experts
-                or max(access.token_counts, default=0) != 1
-                or self._filled[other] != filled
-                or self._request_started[other]
-            ):
-                break
-            count += 1
-        return count
-
-    def _account_together(self, accesses: list[LayerAccess]) -> None:
-        """The same as ``_account`` of each, to the bit. They are ``_alike``."""
-        first, width, own = self.position[accesses[0].layer], self.width, len(accesses[0].experts)
-        these, at = slice(first, first + len(accesses)), self._filled[first]
-        self._filled[these] = [at + 1] * len(accesses)
-        self._decode_width = own
-        chosen = np.array([access.experts for access in accesses], np.intp)
-        indices = np.empty((len(accesses), 2 * own), np.intp)
-        indices[:, :own] = chosen
-        indices[0, own:] = self._previous
-        np.add(chosen[:-1], width, indices[1:, own:])
-        self._previous = [expert + width for expert in accesses[-1].experts]
-        rows = np.arange(first, these.stop)[:, None]
-        self._sources[rows, at, indices] = 1
-        kept = np.array(self._total[these]) * SLOW
-        total = kept + 1
-        self._total[these] = total.tolist()
-        keep, gain = np.tile(self._keep, (len(accesses), 1, 1)), np.tile(self._gain, (len(accesses), 1, 1))
-        keep[:, _SLOW, 0], gain[:, _SLOW, 0] = kept / total, 1 / total
-        old, features = self._batches[these, at - 1], self._batches[these, at]
-        np.multiply(old, keep, features)
-        features[:, _OWN_RECENT] += old[:, _OWN]
-        features[:, :_OWN] += self._sources[these, at, None, :width] * gain
-        trust = self._trust[rows, indices]
-        trust *= self._mean(own, own)
-        follows = self._follows[rows, indices]
-        follows *= trust[:, :, None]
-        # [layer, of this layer or of the one before]
-        affinities = features[:, _OWN:_OWN_RECENT]
-        np.add.reduce(follows.reshape(-1, 2, own, width), axis=2, out=affinities)
-        sums = np.add.reduce(trust.reshape(-1, 2, own).astype(np.float64), axis=2)
-        doubts = (self._doubt * sums).astype(np.float32)
-        affinities += features[:, _SLOW, None] * doubts[:, :, None]
-        values = self.values[these]
-        np.add.reduce(features * self._ranking[these], axis=1, out=values)
-        np.maximum(values, features[:, 3] * self._floor[these, None], out=values)
-        np.add(values, self._absence[these], self._candidates[these])
-
-    def victim(self, incoming: ExpertKey, excluded: Container[ExpertKey]) -> ExpertKey | None:
-        self._catch_up()
-        return super().victim(incoming, excluded)
-
     def on_pass(self) -> None:
-        self._catch_up()
         self._pass += 1
-        self._previous = []
         done = self._pass
         if done % _FIT_EVERY == 0 or (done < 4 * _FIT_EVERY and done % _FIRST_FITS == 0):
             self._fit()
@@ -217,29 +132,28 @@ class LearnedMixture(ValuePolicy):
         if done % _RENEW == 0:
             # Values are discounted to a common origin that must not drift out of float32's range.
             self.values /= np.float32(self._discount)
-            self._candidates /= np.float32(self._discount)
+            self.refresh_all()
             self._discount = 1.0
-        self._discount_layers()
-        if self._is_full(self._filled[0]) and self._filled.count(self._filled[0]) == len(self._filled):
-            self._learn_together(slice(None), self._filled[0])
-
-    def _is_full(self, tokens: int) -> bool:
         # At first every token teaches much.
-        return tokens == self._batch or (tokens == _FIRST_BATCH and self._pass < _EARLY)
+        self._full = _FIRST_BATCH if done < _EARLY else self._batch
+        self._begin_pass()
+
+    def _begin_pass(self) -> None:
+        self._previous = []
+        self._discount_layers()
+        if self._filled.count(self._full) == len(self._filled):
+            self._learn_together(slice(None), self._full)
 
     def on_access(self, access: LayerAccess) -> None:
-        self._catch_up()
-        self._account(access)
-
-    def _account(self, access: LayerAccess) -> None:
         i, width, experts = self.position[access.layer], self.width, access.experts
         if self._request_started[i]:
             self._start_request(i)
         if max(access.token_counts, default=0) > 1:
             self._absorb_many(i, access)
+            self._previous = []
             return
         at = self._filled[i]
-        if self._is_full(at):
+        if at == self._full:
             self._learn(i)
             at = 0
         self._filled[i] = at + 1
@@ -290,7 +204,7 @@ class LearnedMixture(ValuePolicy):
     def _discount_layers(self) -> None:
         discount = self._delay * self._discount
         np.multiply(self._weights, discount[:, None], out=self._ranking[:, :, 0])
-        np.multiply(discount, 0.02, out=self._floor)
+        np.multiply(discount, _LEAST_SHARE, out=self._floor)
 
     def _absorb_many(self, i: int, access: LayerAccess) -> None:
         """A pass over many tokens: its counts stand for as many single tokens of the same mix.
@@ -318,7 +232,6 @@ class LearnedMixture(ValuePolicy):
         features[_OWN] += features[_SLOW] * np.float32(float(trust.sum()) * self._doubt)
         features[_BEFORE] = features[_OWN]
         features[_OWN_RECENT] = features[_OWN] / np.float32(1 - RECENT)
-        self._previous = []
         self._value(i, features)
 
     def _start_request(self, i: int) -> None:
@@ -390,9 +303,8 @@ class LearnedMixture(ValuePolicy):
             self._moment.sum(axis=0, keepdims=True) + PRIOR_WEIGHT * PRIOR,
         )
         solved = solve(self._gram + LAYER_WEIGHT * eye, self._moment + LAYER_WEIGHT * common)
-        self._weights = solved.astype(np.float32)
+        self._weights[:] = solved
 
     def value(self, key: ExpertKey) -> float:
         """The estimated discounted use of ``key``, comparable with ``value`` of any other key now."""
-        self._catch_up()
         return float(self.values[self.position[key.layer], key.expert]) / self._discount
