@@ -202,7 +202,7 @@ class _Layer:
         least = 2 if ready - started > _LONG_S else 3
         while len(samples) < least or time.perf_counter() < ready + seconds:
             spent = self._access(self._choose(chosen), tokens, phase)
-            beside = spent.layers_s - spent.stall_s - spent.expert_compute_s
+            beside = spent.decide_s + spent.move_s + spent.combine_s
             samples.append((spent.expert_compute_s / chosen, beside / chosen))
         computing, beside = (statistics.median(one) for one in zip(*samples, strict=True))
         return computing, beside
@@ -225,8 +225,9 @@ class _Layer:
             self._runtime.run_layer(
                 self._module, 0, hidden, index, torch.full(index.shape, 1 / top_k, dtype=torch.bfloat16)
             )
+        spent = self._runtime.statistics.minus(before)
         self._runtime.end_pass()
-        return self._runtime.statistics.minus(before)
+        return spent
 
     def close(self) -> None:
         self._runtime.close()
