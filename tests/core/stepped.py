@@ -60,17 +60,22 @@ class _Steps:
         return _Place(self, len(self._work))
 
     def run(self, number: int) -> None:
-        while self.done < number:
-            self._work[self.done]()
-            self.done += 1
+        with torch.inference_mode():
+            while self.done < number:
+                self._work[self.done]()
+                self.done += 1
 
 
 class SteppedDevice(CpuDevice):
-    """Copies take ``copy_s`` and computing ``compute_s`` of a ``SteppedClock``, when the host waits for them."""
+    """Copies take ``copy_s`` and computing ``compute_s`` of a ``SteppedClock``, when the host waits for them.
 
-    def __init__(self) -> None:
+    eager: copies are done as soon as they may be, still before anything is computed that does not have to be.
+    """
+
+    def __init__(self, eager: bool = False) -> None:
         super().__init__()
         super().close()
+        self._eager = eager
         self.clock: SteppedClock | None = None
         self.copy_s = self.compute_s = 0.0
         self.copied = self.computed = 0
@@ -89,7 +94,10 @@ class SteppedDevice(CpuDevice):
             target.copy_(torch.frombuffer(source, dtype=torch.uint8))
 
         self._copying.put(work)
-        return self._copying.mark()
+        end = self._copying.mark()
+        if self._eager:
+            end.wait()
+        return end
 
     def compute(self, work: Callable[[], None]) -> None:
         def late() -> None:

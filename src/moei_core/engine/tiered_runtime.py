@@ -174,12 +174,13 @@ class TieredRuntime(ExpertRuntime):
             expert, in_time = self._ahead.take(key)
             self.statistics.copies_late += not in_time
             experts.append(expert)
-            if key in there.release:
-                # Filled again only behind what is computed from it now.
-                self._device_slots.give_back(expert.slot)
-            else:
+            if key not in there.release:
                 self._on_device[key] = expert
         self._compute_there(work, experts)
+        for expert in experts[len(there.hits) :]:
+            if expert.key in there.release:
+                # Not before: it is filled again behind what is known to be computed from it.
+                self._device_slots.give_back(expert.slot)
         super()._carry_out(plan, work)
         self._ahead.advance()
 
@@ -247,7 +248,9 @@ class TieredRuntime(ExpertRuntime):
             return False
         self._note(TraceEvent.RESIZE_DEVICE, wanted)
         for key in self._tiers.resize_device(wanted):
-            place.give_back(self._on_device.pop(key).slot)
+            gone = self._on_device.pop(key, None) or self._ahead.cancel(key)
+            if gone is not None:
+                place.give_back(gone.slot)
         if wanted > before:
             return False
         if self._last_copy is not None:
