@@ -15,9 +15,14 @@ from moei_core.engine.devices import CpuDevice, Event, at_once
 class SteppedClock:
     """In place of ``time.perf_counter`` while ``monkeypatch`` lasts."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self._patch = 1000.0, monkeypatch
-        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tick: float = 0.0) -> None:
+        """tick: seconds that looking at the clock takes."""
+        self.now, self._tick, self._patch = 1000.0, tick, monkeypatch
+        monkeypatch.setattr(time, "perf_counter", self._look)
+
+    def _look(self) -> float:
+        self.now += self._tick
+        return self.now
 
     def nap(self, seconds: float) -> None:
         self.now += seconds
