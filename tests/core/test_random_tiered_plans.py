@@ -27,7 +27,7 @@ from moei_core.types import ExpertKey, Phase
 from tests.core.stepped import SteppedDevice
 from tests.core.test_tiers import COSTS, vram_for
 
-PLANS, MANY = 300, 4_000
+PLANS, MANY = 150, 1_500
 TOKENS = 24
 
 
