@@ -57,19 +57,14 @@ def decode(model: LoadedModel, context: int, tokens: int) -> tuple[float, dict[s
     )
     prompt = torch.randint(0, _TINY, (max(1, context),), generator=torch.Generator().manual_seed(1)).tolist()
     settings = GenerationSettings(max_new_tokens=tokens + 1, temperature=1.0, seed=0)
-    started = time.perf_counter()
-    model.scheduler.request_start()
+    model.runtime.request_start()
     before = model.runtime.snapshot()
     for _ in generator.tokens(prompt, settings, frozenset(), times, model.context):
         pass
-    model.scheduler.request_end()
-    total = time.perf_counter() - started
+    model.runtime.request_end()
     work = model.runtime.statistics.minus(before).minus(times.prefill_work)
-    split = time_split(times, work, total)
-    split["dense"] = times.decode_s - work.layers_s
-    split["unexplained"] = work.layers_s - sum(
-        split[name] for name in ("experts", "disk", "decisions", "combining")
-    )
+    decoding = GenerationTimes(decode_s=times.decode_s)
+    split = time_split(decoding, work, times.decode_s + work.turn_s)
     count = len(times.token_s)
     return statistics.median(times.token_s), {name: seconds / count for name, seconds in split.items()}
 

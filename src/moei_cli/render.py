@@ -399,6 +399,8 @@ def trace_summary(
     report: dict[str, Any], matrix: list[list[int]], layers: Sequence[int], request: int
 ) -> None:
     """A trace in numbers and one request's activations as a heat map of characters, on standard output."""
+    from moei_core.trace.time_spent import PARTS
+
     out = console(sys.stdout)
     out.print(
         f"{report['model']}: {report['tokens']} tokens, {report['sequences']} sequences, "
@@ -409,6 +411,11 @@ def trace_summary(
     out.print(
         f"overlap with the token so far back  {lags}  (uniform {report['uniform_overlap']:.2f})", markup=False
     )
+    if turns := report["time_split_s"]:
+        spent = {part: sum(turn.get(part, 0.0) for turn in turns) for part in PARTS}
+        total = sum(spent.values()) or 1.0
+        shares = "  ".join(f"{part}: {seconds / total:.1%}" for part, seconds in spent.items() if seconds)
+        out.print(f"time of {len(turns)} turns, {total:.2f} s  {shares}", markup=False)
     table = Table(box=None, pad_edge=False)
     for name in ("layer", "top quarter", "entropy", "reuse in 8", "touched"):
         table.add_column(name, justify="right")

@@ -138,9 +138,15 @@ class DeviceTier:
         )
 
     def resize(self, capacity: int) -> list[ExpertKey]:
-        """The residents may now be ``capacity``, less those slots that prefetches take. Returns who must go."""
+        """The residents may now be ``capacity``, less those slots that prefetches take. Returns who must go, prefetched
+        ones too."""
         self._capacity = capacity
-        return self._fit()
+        gone = self._fit()
+        unwanted = list(self.ahead)[self._taken :]
+        for key in unwanted:
+            del self.ahead[key]
+        self.prefetch_statistics.wasted += len(unwanted)
+        return [*gone, *unwanted]
 
     def _fit(self) -> list[ExpertKey]:
         self._taken = min(self.prefetch_slots, self._capacity) if self._prefetching else 0
@@ -268,8 +274,12 @@ class TieredScheduler(ExpertScheduler):
         return found
 
     def cancel_load(self, key: ExpertKey) -> None:
-        """The planned bytes of ``key`` did not arrive: no tier holds it."""
-        if key in self.device.cache:
-            self.device.cache.drop(key)
-        self.device.ahead.pop(key, None)
+        """The planned bytes of ``key`` did not arrive: no tier holds it.
+
+        But for a prefetch into RAM: the device may have been given the same expert before RAM gave it up.
+        """
+        if key not in self._in_flight:
+            if key in self.device.cache:
+                self.device.cache.drop(key)
+            self.device.ahead.pop(key, None)
         super().cancel_load(key)

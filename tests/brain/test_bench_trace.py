@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moei_cli.main import main
-from moei_core.trace import write_trace
+from moei_core.trace import TraceEvent, write_trace
 
 from .synthetic import make_trace
 
@@ -124,6 +126,26 @@ def test_show_draws_a_request(path: str, capsys: pytest.CaptureFixture[str]) -> 
     assert "overlap with the token so far back" in lines[1]
     assert sum(line.endswith("|") for line in lines) == 4
     assert run(capsys, "trace", "show", path, "--json")[1].startswith("{")
+
+
+def test_show_tells_what_turns_spent_their_time_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two turns, the second one with a GPU; a part of a later version is passed over."""
+    spent = int(TraceEvent.SPENT)
+    rows = [(9, 0, 0.5), (9, 10, 0.25), (20, 0, 1), (20, 8, 2), (20, 10, 0.25), (20, 99, 7)]
+    events = np.array([(step, spent, part, int(seconds * 1e9)) for step, part, seconds in rows], np.int64)
+    file = str(tmp_path / "t.safetensors")
+    write_trace(replace(make_trace(), events=events), file)
+    turns = json.loads(run(capsys, "trace", "show", file, "--json")[1])["time_split_s"]
+    assert turns == [
+        {"dense": 0.5, "unexplained": 0.25},
+        {"dense": 1.0, "gpu": 2.0, "unexplained": 0.25},
+    ]
+    out = run(capsys, "trace", "show", file)[1]
+    assert "time of 2 turns, 4.00 s  dense: 37.5%  gpu: 50.0%  unexplained: 12.5%" in " ".join(
+        out.split("\n")
+    )
 
 
 def test_show_draws_a_picture(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

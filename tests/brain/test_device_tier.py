@@ -139,6 +139,43 @@ def test_what_is_prefetched_has_a_slot_until_its_router_speaks() -> None:
     assert (lookups.hits, lookups.misses) == (1, 1)
 
 
+def test_prefetched_experts_go_with_the_slots_that_they_have() -> None:
+    one = DeviceTier(
+        ExpertCache(6, LayerLRU(6, EXPERTS)),
+        EXPERTS,
+        dict.fromkeys(EXPERTS, 1),
+        dict.fromkeys(EXPERTS, 0.0),
+        prefetch_slots=4,
+    )
+    one.plan(access(0), prefetching=True)
+    assert one.prefetch(keys(1, 2, 3, 4, layer=1)) == keys(1, 2, 3, 4, layer=1)
+    assert one.resize(5) == []
+    assert one.resize(3) == [*keys(0), *keys(4, layer=1)], "residents first, then the least likely"
+    assert list(one.ahead) == [*keys(1, 2, 3, layer=1)]
+    assert one.prefetch_statistics.wasted == 1
+    assert one.resize(6) == [] and one.prefetch(keys(5, layer=1)) == keys(5, layer=1)
+
+
+def test_a_read_ahead_that_fails_takes_nothing_from_the_device() -> None:
+    """RAM gave an expert up after the device had been given it, and prefetches it again."""
+    front = DeviceTier(
+        ExpertCache(4, LayerLRU(4, EXPERTS)),
+        EXPERTS,
+        dict.fromkeys(EXPERTS, 99),
+        dict.fromkeys(EXPERTS, 0.0),
+        prefetch_slots=2,
+    )
+    both = TieredScheduler(ExpertCache(8, LayerLRU(8, EXPERTS)), 3, front, Sure(), PrefetchMode.ON)
+    both.forward_pass(Phase.DECODE)
+    plan = both.access(access(1))
+    assert front.prefetch(keys(4, layer=1)) == keys(4, layer=1)
+    both.start_load(plan.prefetch[0])
+    both.cancel_load(plan.prefetch[0])
+    assert plan.prefetch[0] in front.ahead
+    both.cancel_load(plan.prefetch[0])
+    assert plan.prefetch[0] not in front.ahead, "bytes that the device itself was promised"
+
+
 def test_a_prefetched_expert_stays_only_by_the_policy() -> None:
     one = DeviceTier(
         ExpertCache(1, LayerLRU(1, EXPERTS)),

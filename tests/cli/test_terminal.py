@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -156,6 +158,117 @@ def test_ctrl_c_in_a_one_shot_answer_exits_with_130(endless: list[str]) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
+    assert b"Traceback" not in err
+
+
+HELD_DISK = """
+import os, pathlib, time
+from moei_core.engine.chat_session import ChatSession
+from moei_core.store.file_store import FileStore
+place = pathlib.Path(os.environ["DISK"])
+read, stop = FileStore.read_extent, ChatSession.stop
+def read_extent(self, *rest):
+    while (place / "held").exists():
+        (place / "reading").touch()
+        time.sleep(0.01)
+    read(self, *rest)
+def stopped(self):
+    stop(self)
+    (place / "stopped").touch()
+FileStore.read_extent, ChatSession.stop = read_extent, stopped
+from moei_cli.main import main
+main()
+"""
+"""A chat whose disk does not answer while a file is there, and which leaves files when it reads and when it stops."""
+
+
+class Disk:
+    """What ``HELD_DISK`` looks at."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def hold(self) -> None:
+        for name in ("reading", "stopped"):
+            (self.place / name).unlink(missing_ok=True)
+        (self.place / "held").touch()
+
+    def answer(self) -> None:
+        (self.place / "held").unlink()
+
+    def wait_for(self, name: str) -> None:
+        until = time.monotonic() + 60
+        while not (self.place / name).exists():
+            assert time.monotonic() < until, f"never {name}"
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Disk:
+    (tmp_path / "disk").mkdir()
+    return Disk(tmp_path / "disk")
+
+
+def modes(child: pexpect.spawn) -> int:
+    """Whether the terminal echoes, waits for lines and makes signals of keys."""
+    found: int = termios.tcgetattr(child.child_fd)[3] & (termios.ECHO | termios.ICANON | termios.ISIG)
+    return found
+
+
+def test_ctrl_c_while_the_disk_does_not_answer(endless: list[str], disk: Disk) -> None:
+    """The first ends the turn when the disk answers, and the chat goes on; two in one turn leave."""
+    command, *rest = [sys.executable, "-c", HELD_DISK, "chat", *endless, "--experts", "35%"]
+    env = {**os.environ, "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "DISK": str(disk.place)}
+    child = pexpect.spawn(command, rest, env=env, encoding="utf-8", timeout=120, dimensions=(40, 120))
+    screen = child.logfile_read = io.StringIO()
+    before = modes(child)
+    try:
+        child.expect_exact(PROMPT)
+        process = psutil.Process(child.pid)
+        disk.hold()
+        child.sendline("hello")
+        disk.wait_for("reading")
+        child.sendintr()
+        disk.wait_for("stopped")
+        disk.answer()
+        child.expect("Stopped before the first token")
+        child.expect_exact(PROMPT)
+        disk.hold()
+        child.sendline("which experts are not here yet, and what for? !?xyz 0123456789")
+        disk.wait_for("reading")
+        child.sendintr()
+        disk.wait_for("stopped")
+        child.sendintr()
+        disk.answer()
+        child.expect(pexpect.EOF)
+        assert modes(child) == before != 0
+        child.close()
+    finally:
+        child.close(force=True)
+    assert child.exitstatus == 130 and not process.is_running()
+    assert "Traceback" not in screen.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_while_a_one_shot_answer_waits_for_the_disk(
+    endless: list[str], disk: Disk, times: int
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HELD_DISK, "chat", *endless, "--experts", "35%", "hello"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "DISK": str(disk.place)},
+    )
+    disk.hold()
+    disk.wait_for("reading")
+    process.send_signal(signal.SIGINT)
+    disk.wait_for("stopped")
+    if times == 2:
+        process.send_signal(signal.SIGINT)
+    disk.answer()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == b""
     assert b"Traceback" not in err
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 
@@ -13,16 +11,18 @@ from moei_core.engine.calibrate import measure_framework
 from moei_core.engine.loaded_model import LoadedModel
 from moei_core.hub.resolve import bundled_folder
 from moei_core.quant import native
+from tests.core.stepped import SteppedClock
 
 _SLOW_S = 0.02
 
 
 class _SlowBuffer:
-    """Memory that takes long to read. asked: words read, by reading."""
+    """Memory that takes long to read, by a clock of its own. asked: words read, by reading."""
 
     itemsize = 8
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, clock: SteppedClock) -> None:
+        self._clock = clock
         self._words = nbytes // self.itemsize
         self.asked: list[int] = []
 
@@ -32,7 +32,7 @@ class _SlowBuffer:
     def __getitem__(self, part: slice) -> np.ndarray:
         assert 0 <= part.start < part.stop <= self._words
         self.asked.append(part.stop - part.start)
-        time.sleep(_SLOW_S)
+        self._clock.nap(_SLOW_S)
         return np.zeros(1)
 
 
@@ -42,8 +42,11 @@ def test_reading_is_left_out_of_what_a_layer_takes(monkeypatch: pytest.MonkeyPat
     models: list[LoadedModel] = []
     measure = calibrate._measure
 
+    # What it measures is a few looks at the clock long, so that a busy machine measures nothing else.
+    clock = SteppedClock(monkeypatch, tick=1e-6)
+
     def made(nbytes: int) -> _SlowBuffer:
-        buffers.append(_SlowBuffer(nbytes))
+        buffers.append(_SlowBuffer(nbytes, clock))
         return buffers[-1]
 
     def watched(model: LoadedModel, *rest: object) -> object:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
+from moei_core.adapters.skeleton import experts_modules
+from moei_core.config import ExpertBudget
 from moei_core.engine.copies_ahead import CopiesAhead
-from moei_core.types import ExpertKey
+from moei_core.engine.loaded_model import LoadedModel, LoadOptions
+from moei_core.engine.tiered_runtime import TieredRuntime
+from moei_core.types import DevicePlan, ExpertKey, FetchPlan, Phase
+from tests.core.stepped import SteppedDevice
+from tests.core.test_tiers import COSTS, vram_for
 
 KEYS = [ExpertKey(1, expert) for expert in range(6)]
 
@@ -75,3 +85,28 @@ def test_what_ram_gives_up_is_copied_before_it_goes() -> None:
     ahead.leaving(KEYS[2])
     assert KEYS[2] not in copies, "it never was in RAM"
     assert ahead.take(KEYS[1])[0].key == KEYS[1]
+
+
+def test_a_prefetched_expert_that_does_not_stay_is_not_overwritten_before_it_is_computed(
+    chat_folder: Callable[..., Path],
+) -> None:
+    """Two were rightly predicted, neither stays, and the second one's copy begins only now."""
+    folder, device = chat_folder("mixtral"), SteppedDevice()
+    options = LoadOptions(experts=ExpertBudget(fraction=1.0), vram=vram_for(folder, 1.0, None), misses="copy")
+    with LoadedModel(folder, options, device, COSTS) as model, torch.inference_mode():
+        engine = model.runtime
+        assert isinstance(engine, TieredRuntime)
+        engine._ahead._at_once = 1
+        _, layer, module = next(experts_modules(model.adapter.model))
+        hidden = torch.randn(1, model.spec.hidden_size)
+        index, weights = torch.tensor([[2, 5]]), torch.full((1, 2), 0.5)
+        engine.forward_pass(Phase.DECODE, 1)
+        expected = engine.run_layer(module, layer, hidden, index, weights).clone()
+        chosen = ExpertKey(layer, 2), ExpertKey(layer, 5)
+        engine._ahead.wish(chosen)
+        engine._ahead.advance()
+        work = engine._work(module, hidden, index, weights)
+        there = DevicePlan((), foreseen=chosen, release=chosen)
+        engine._carry_out(FetchPlan(layer, (), 0, 0, device=there), work)
+        assert engine.statistics.copies_ahead == 2 and engine.statistics.copies_late == 2
+        assert torch.equal(work.total(), expected)

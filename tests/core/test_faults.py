@@ -13,9 +13,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
 from mmap import mmap
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -45,15 +45,28 @@ class Disk:
         self.kind, self.after, self.left, self.spoilt = "", 0, 0, 0
         self.lock = threading.Lock()
         self.gate = threading.Event()
+        self.hung: Callable[[], None] = lambda: None
+        self.queues: list[TransferQueue] = []
         self.read = os.preadv
 
     def fault(self, kind: str, after: int, left: int) -> None:
         self.gate.clear()
+        # Nobody is impatient but with what never ends: a busy machine may be slow.
+        self.be_patient(PATIENCE_S if kind == "hangs" else transfers.PATIENCE_S)
         self.kind, self.after, self.left, self.spoilt = kind, after, left, 0
 
     def heal(self) -> None:
         self.left = 0
         self.gate.set()
+        self.be_patient(transfers.PATIENCE_S)
+
+    def be_patient(self, seconds: float) -> None:
+        for queue in self.queues:
+            queue._patience_s = seconds
+
+    def make_queue(self, *arguments: Any, **named: Any) -> TransferQueue:
+        self.queues.append(TransferQueue(*arguments, **named))
+        return self.queues[-1]
 
     def preadv(self, descriptor: int, buffers: list[memoryview], offset: int) -> int:
         if not threading.current_thread().name.startswith("moei-reader"):
@@ -72,6 +85,7 @@ class Disk:
         if self.kind == "is late":
             time.sleep(PATIENCE_S / 3)
         if self.kind == "hangs":
+            self.hung()
             self.gate.wait()
         if self.kind == "takes two calls":
             return self.read(descriptor, [buffers[0][:PAGE]], offset)
@@ -89,7 +103,7 @@ def readers() -> list[threading.Thread]:
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     yield
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while readers():
         assert time.monotonic() < until, "a model was closed and its threads still run"
         time.sleep(0.01)
@@ -99,7 +113,7 @@ def no_thread_is_left() -> Iterator[None]:
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     disk = Disk()
     monkeypatch.setattr(os, "preadv", disk.preadv)
-    monkeypatch.setattr(runtime, "TransferQueue", partial(TransferQueue, patience_s=PATIENCE_S))
+    monkeypatch.setattr(runtime, "TransferQueue", disk.make_queue)
     monkeypatch.setattr(transfers, "_CLOSING_S", 0.2)
     yield disk
     disk.heal()
@@ -140,7 +154,7 @@ def nothing_is_lost(model: LoadedModel) -> None:
     """Cache and slots agree, and every slot is free, held, or with the queue."""
     engine = model.runtime
     assert set(model.scheduler.residents()) == set(engine._held) == set(engine._slots)
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while True:
         engine._take_returned()
         queue = engine._transfers
@@ -230,11 +244,17 @@ def test_ctrl_c_in_the_middle_of_a_read_leaves_the_conversation_as_it_was(
         assert ask(session, "one") == first
         before = list(session.messages)
         disk.fault("hangs", 3, LASTING)
-        timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
-        timer.start()
+        disk.be_patient(transfers.PATIENCE_S)
+        sent: list[int] = []
+
+        def interrupt() -> None:
+            if not sent:
+                sent.append(signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        disk.hung = interrupt
         with pytest.raises(KeyboardInterrupt):
             ask(session, "two, which needs many experts that are not here: !?xyz 0123456789")
-        timer.join()
         assert session.messages == before
         disk.heal()
         nothing_is_lost(model)

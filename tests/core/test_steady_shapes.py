@@ -7,12 +7,16 @@ import random
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from moei_core.adapters.dense_clock import DENSE_CLOCK, Timed
+from moei_core.engine import steady_shapes
 from moei_core.engine.steady_shapes import SteadyShapes, steady
+from tests.core.stepped import SteppedClock
 
 LENGTHS = (1, 2, 5, 16, 17, 63, 64, 65, 100, 200)
 HEAD = 32
@@ -138,3 +142,21 @@ def test_many_lengths_keep_no_memory() -> None:
     assert grown(SteadyShapes(), sizes) < 4 << 20
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         assert grown(nullcontext(), sizes) > 40 << 20
+
+
+def test_what_torch_does_meanwhile_is_dense_computing(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SteppedClock(monkeypatch)
+    product = steady_shapes._WAYS[linear]
+
+    def slowly(*arguments: Any, **named: Any) -> torch.Tensor:
+        clock.nap(0.25)
+        # Once, however deep it lies.
+        return Timed(product)(*arguments, **named)
+
+    monkeypatch.setitem(steady_shapes._WAYS, linear, slowly)
+    before = DENSE_CLOCK.seconds
+    rows = torch.ones((8, 16), dtype=torch.bfloat16)
+    with SteadyShapes():
+        for _ in range(3):
+            linear(rows, rows)
+    assert DENSE_CLOCK.seconds - before == 3 * 0.25

@@ -367,7 +367,9 @@ def test_host_slots_are_locked_while_they_may_be_copied_and_free_when_copies_end
     pool.give_back(slots[1])
     assert pool.free == 2 and not event.done(), "there are others: nobody waits"
     assert {pool.take(), pool.take()} == {slots[1], 3}
+    assert pool.statistics.link_s == 0.0
     assert pool.take() == slots[0] and event.done()
+    assert pool.statistics.link_s > 0.0, "that was waiting for the link"
     for slot in range(4):
         pool.give_back(slot)
     pool.resize(2)

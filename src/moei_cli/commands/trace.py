@@ -34,10 +34,11 @@ def show(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Popularity and reuse by layer, overlap of tokens by lag, one request's activations as a heat map."""
+    """Popularity and reuse by layer, overlap by lag, the time of turns, a request's activations as a heat map."""
     from moei_cli import render
     from moei_core.trace import read_trace
     from moei_core.trace.summary import layer_summaries, overlap_by_lag, request_matrix
+    from moei_core.trace.time_spent import time_spent
 
     recorded = read_trace(trace)
     requests = len(recorded.requests) - 1
@@ -68,6 +69,7 @@ def show(
             }
             for one in summaries
         ],
+        "time_split_s": time_spent(recorded),
     }
     if json:
         render.print_json(report)

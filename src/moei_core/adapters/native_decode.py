@@ -8,6 +8,7 @@ attention with attributes that are not known here may do something that no trial
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from moei_core.adapters.dense_clock import DENSE_CLOCK
 from moei_core.adapters.dense_linear import TYPES, BlockLinear, NativeLinear
 from moei_core.adapters.growing_layer import GrowingLayer
 from moei_core.quant import native
@@ -164,7 +166,9 @@ class NativeAttention:
             return None
         layer, arguments = prepared
         out = torch.empty_like(hidden_states)
+        started = time.perf_counter()
         self.kernel(*arguments, out.data_ptr())
+        DENSE_CLOCK.seconds += time.perf_counter() - started
         layer.wrote_token()
         return out
 

@@ -5,11 +5,13 @@ As in ``native_decode`` a module is known by trying it.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 from torch import nn
 
+from moei_core.adapters.dense_clock import DENSE_CLOCK
 from moei_core.adapters.dense_linear import TYPES, BlockLinear, NativeLinear
 from moei_core.adapters.native_decode import some, tolerance
 from moei_core.quant import native
@@ -49,7 +51,9 @@ class NativeFfn:
         if x.numel() != self.width or x.dtype != self.dtype or not x.is_contiguous():
             return self._own(x)
         out = torch.empty_like(x)
+        started = time.perf_counter()
         self.kernel.token([self.parts], [1.0], self._type, x.data_ptr(), out.data_ptr())
+        DENSE_CLOCK.seconds += time.perf_counter() - started
         return out
 
 

@@ -7,6 +7,7 @@ known by trying it; a layer must give the very bits that its modules give one by
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from moei_core.adapters.base import ExpertsRuntime, NothingResident
+from moei_core.adapters.dense_clock import DENSE_CLOCK
 from moei_core.adapters.dense_linear import FEW_ROWS, TYPES
 from moei_core.adapters.growing_layer import GrowingLayer
 from moei_core.adapters.native_decode import ModuleCall, NativeAttention, NativeNorm, some, trial_mask
@@ -192,12 +194,16 @@ class NativeLayer:
         table = runtime.resident_experts(self._experts, layer)
         out = torch.empty_like(hidden_states)
         if table is not None:
+            started = time.perf_counter()
             spent = self._kernel.run(*arguments, out.data_ptr(), self._places, table)
+            DENSE_CLOCK.seconds += time.perf_counter() - started - spent / 1e9
             cached.wrote_token()
             runtime.computed(layer, self._chosen[0].tolist(), spent)
             return out
         normed = hidden_states.new_empty((1, self._width))
+        started = time.perf_counter()
         self._kernel.route(*arguments, out.data_ptr(), self._places, normed.data_ptr())
+        DENSE_CLOCK.seconds += time.perf_counter() - started
         cached.wrote_token()
         shared: list[torch.Tensor] = []
         own = self._shared

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from moei_core.adapters.base import ExpertsRuntime, NothingResident
 from moei_core.adapters.checkpoint import check_shapes, join_mxfp4, read_tensors, take_apart
+from moei_core.adapters.dense_clock import Timed, time_leaves
 from moei_core.adapters.dense_linear import use_native_linears
 from moei_core.adapters.early_router import EarlyRouters
 from moei_core.adapters.kept_blocks import find_kept, give_up_read_ones
@@ -35,7 +36,11 @@ from moei_core.adapters.skeleton import (
     experts_modules,
     load_dense_weights,
 )
-from moei_core.adapters.transformers_private import IMPLEMENTATION, register_experts_function
+from moei_core.adapters.transformers_private import (
+    IMPLEMENTATION,
+    register_experts_function,
+    wrap_attention,
+)
 from moei_core.errors import DamagedFileError, ModelNotFoundError, MoeiError, UnsupportedModelError
 from moei_core.quant.formats import FLOAT_FORMATS, FORMATS
 from moei_core.store.base import ExpertStore, StoredTensor
@@ -59,6 +64,7 @@ def _run_installed(
 
 
 register_experts_function(_run_installed)
+wrap_attention(Timed)
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -223,6 +229,15 @@ class TransformersAdapter:
                 use_native_layers(self.model, self._calls, _installed.get, trial)
         finally:
             self.uninstall()
+
+    def time_dense(self) -> None:
+        """From here on ``DENSE_CLOCK`` sees all modules that are computed in RAM.
+
+        In decoding it does not see what model code writes out between modules: turning queries and keys, sums, an
+        attention in plain torch. The native kernels and torch's fused attention it sees from the start.
+        """
+        if self.model.device.type == "cpu":
+            time_leaves(self.model, [module for _, _, module in experts_modules(self.model)])
 
     def _probe(self) -> dict[int, int]:
         """The top-k of each MoE layer, from one token through experts that only say that they ran.

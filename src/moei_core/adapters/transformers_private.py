@@ -26,7 +26,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictConfig
 
 ExpertsFunction = Callable[..., torch.Tensor]
 IMPLEMENTATION = "moei"
@@ -35,6 +36,11 @@ IMPLEMENTATION = "moei"
 def register_experts_function(function: ExpertsFunction) -> None:
     """Make ``function(module, hidden_states, top_k_index, top_k_weights)`` selectable as ``moei``."""
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, function)
+
+
+def wrap_attention(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Let every attention that goes through torch's fused product go through ``wrap`` of it instead."""
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", wrap(sdpa_attention_forward))
 
 
 def causal_lm_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:

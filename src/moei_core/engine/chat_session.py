@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -114,6 +115,7 @@ class TurnReport:
                 "promotions": self.runtime.promotions,
                 "bytes_copied": self.runtime.bytes_copied,
                 "wait_s": round(self.runtime.device_wait_s, 4),
+                "link_s": round(self.runtime.link_s, 4),
                 "prefetch": {
                     "started": self.device_prefetch.started,
                     "useful": self.device_prefetch.useful,
@@ -199,7 +201,7 @@ class ChatSession:
         ahead_before = replace(self.model.device_prefetch_statistics)
 
         def account() -> None:
-            report.total_s += time.perf_counter() - started
+            report.total_s += max(0.0, time.perf_counter() - started)
             report.cache = self.model.scheduler.statistics.minus(cache_before)
             report.runtime = self.model.runtime.statistics.minus(runtime_before)
             report.prefetch = self.model.scheduler.prefetch_statistics.minus(prefetch_before)
@@ -210,19 +212,21 @@ class ChatSession:
 
         answer: list[str] = []
         self._prompt_began = started, runtime_before
-        self.model.scheduler.request_start()
+        self.model.runtime.request_start()
         try:
             for piece in self._generate(prompt, report):
                 if not piece.thinking:
                     answer.append(piece.text)
                 account()
-                yield piece
                 # What the reader of the pieces does with them is not the turn's time.
+                started = math.inf
+                yield piece
                 started = time.perf_counter()
         finally:
             self._prompt_began = None
-            self.model.scheduler.request_end()
+            self.model.runtime.request_end()
             account()
+            self.model.runtime.note_times(report.time_split)
         self.messages = [*messages, {"role": "assistant", "content": "".join(answer).strip()}]
 
     def prompt_progress(self) -> PromptProgress | None:

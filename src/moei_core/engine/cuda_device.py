@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moei_core.engine.devices import Event
+from moei_core.engine.devices import Event, at_once
 
 _RETAINED = 64 << 20
 """Bytes that the driver and torch's allocator may round up; what they hold beyond tensors is not ours to give."""
@@ -100,12 +100,16 @@ class CudaDevice:
     def mark(self) -> Event:
         return _CudaEvent(self._computes)
 
-    def read_back(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    def read_back(
+        self, *tensors: torch.Tensor, before_waiting: Callable[[], None] = at_once
+    ) -> list[torch.Tensor]:
         found = [
             torch.empty(one.shape, dtype=one.dtype, pin_memory=True).copy_(one, non_blocking=True)
             for one in tensors
         ]
-        self.mark().wait()
+        end = self.mark()
+        before_waiting()
+        end.wait()
         return found
 
     def bring(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -115,7 +119,7 @@ class CudaDevice:
             return tensor.to(self.place)
         return tensor.contiguous().pin_memory().to(self.place, non_blocking=True)
 
-    def finish(self) -> None:
+    def finish(self, before_waiting: Callable[[], None] = at_once) -> None:
         """Nothing to do: the model computes on the same stream."""
 
     def close(self) -> None:

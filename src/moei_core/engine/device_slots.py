@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from functools import partial
@@ -10,17 +11,20 @@ import torch
 
 from moei_core.engine.devices import Device, Event
 from moei_core.engine.slots import SlotPool
+from moei_core.engine.statistics import RuntimeStatistics
 
 
 class LinkedSlotPool(SlotPool):
     """A ``SlotPool`` whose slots are copied to a device: page-locked from their first use on.
 
-    A slot that is given back while a copy reads it is free only when the copy is done.
+    A slot that is given back while a copy reads it is free only when the copy is done. statistics: counts the waiting
+    for that.
     """
 
     def __init__(self, count: int, slot_nbytes: int, device: Device) -> None:
         super().__init__(count, slot_nbytes)
         self._device = device
+        self.statistics = RuntimeStatistics()
         self._read_by: dict[int, Event] = {}
         self._leaving: deque[int] = deque()
         # By slot; False: the system refused to lock it, and its copies are slower.
@@ -31,7 +35,9 @@ class LinkedSlotPool(SlotPool):
         """How many slots nobody holds. Waits for a copy to end if only that keeps it from being none."""
         while self._leaving and (not self._free or self._read_by[self._leaving[0]].done()):
             slot = self._leaving.popleft()
+            started = time.perf_counter()
             self._read_by.pop(slot).wait()
+            self.statistics.link_s += time.perf_counter() - started
             self._free.append(slot)
         return len(self._free)
 

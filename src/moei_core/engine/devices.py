@@ -26,11 +26,15 @@ class Event(Protocol):
         """Make the host wait until it is done."""
 
 
+def at_once() -> None:
+    """Nothing to do before waiting."""
+
+
 class Device(Protocol):
     """Memory, a copying queue and a computing queue. One engine thread calls it.
 
     place: where torch makes tensors of its memory. kernels: the module ``moei_core.quant.triton_kernels`` if it runs
-    there, else None.
+    there, else None. before_waiting: called when all is queued and only waiting is left.
     """
 
     place: torch.device
@@ -72,13 +76,15 @@ class Device(Protocol):
     def mark(self) -> Event:
         """An event behind everything that is queued to be computed so far."""
 
-    def read_back(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Bring tensors that the device has computed to the host, all in one wait."""
+    def read_back(
+        self, *tensors: torch.Tensor, before_waiting: Callable[[], None] = at_once
+    ) -> list[torch.Tensor]:
+        """Bring tensors that the device has computed to the host, all in one wait, if it takes one."""
 
     def bring(self, tensor: torch.Tensor) -> torch.Tensor:
         """A small host tensor on the device, for what is computed from now on."""
 
-    def finish(self) -> None:
+    def finish(self, before_waiting: Callable[[], None] = at_once) -> None:
         """Results of ``compute`` may be used by torch operations from here on. Raises: what ``compute`` raised."""
 
     def close(self) -> None:
@@ -208,14 +214,18 @@ class CpuDevice:
     def mark(self) -> Event:
         return self._computes.mark()
 
-    def read_back(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    def read_back(
+        self, *tensors: torch.Tensor, before_waiting: Callable[[], None] = at_once
+    ) -> list[torch.Tensor]:
         return list(tensors)
 
     def bring(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
-    def finish(self) -> None:
-        self._computes.mark().wait()
+    def finish(self, before_waiting: Callable[[], None] = at_once) -> None:
+        end = self._computes.mark()
+        before_waiting()
+        end.wait()
         for queue in (self._computes, self._copies):
             if (failure := queue.take_failure()) is not None:
                 raise failure

@@ -284,7 +284,7 @@ class _Layer:
 
     @staticmethod
     def _of_one(spent: RuntimeStatistics, chosen: int) -> tuple[float, float]:
-        beside = spent.layers_s - spent.stall_s - spent.expert_compute_s
+        beside = spent.decide_s + spent.move_s + spent.combine_s
         return spent.expert_compute_s / chosen, beside / chosen
 
     def _choose(self, count: int) -> list[int]:
@@ -309,8 +309,9 @@ class _Layer:
             self._runtime.run_layer(
                 self._module, 0, hidden, index, torch.full(index.shape, 1 / top_k, dtype=torch.bfloat16)
             )
+        spent = self._runtime.statistics.minus(before)
         self._runtime.end_pass()
-        return self._runtime.statistics.minus(before)
+        return spent
 
     def close(self) -> None:
         self._runtime.close()

@@ -94,9 +94,11 @@ class Generator:
             if self._should_stop():
                 return
             started = time.perf_counter()
-            logits = self._forward([token], Phase.DECODE)
-            elapsed = time.perf_counter() - started
-            times.decode_s += elapsed
+            try:
+                logits = self._forward([token], Phase.DECODE)
+            finally:
+                elapsed = time.perf_counter() - started
+                times.decode_s += elapsed
             times.token_s.append(elapsed)
 
     def _prefill(self, tokens: list[int], times: GenerationTimes) -> torch.Tensor:
@@ -146,9 +148,9 @@ class Generator:
                     use_cache=True,
                     logits_to_keep=self._last,
                 )
-                logits: torch.Tensor = output.logits[0, -1].cpu()
+                logits = self._runtime.to_host(output.logits[0, -1])
         except BaseException:
-            self._runtime.settle()
+            self._runtime.abandon_pass()
             self._cache.roll_back()
             raise
         return logits

@@ -190,6 +190,7 @@ class LoadedModel:
             if device is not None:
                 device.close()
             raise
+        self.adapter.time_dense()
         self.adapter.install(self.runtime)
         self.options = options
         self.load_s = time.perf_counter() - started

@@ -46,6 +46,7 @@ class Request:
     prefill_disk_s: float
     prefill_experts_s: float
     dense_s: float
+    framework_s: float
     experts_s: float
     disk_s: float
     decisions_s: float
@@ -55,6 +56,7 @@ class Request:
     unexplained_s: float
     token_s: list[float] = field(repr=False)
     decode_gpu_share: float = 0.0
+    link_s: float = 0.0
     gpu_s: float = 0.0
     gpu_hit_rate: float = 0.0
     bytes_copied: int = 0
@@ -106,10 +108,10 @@ def _request(model: LoadedModel, prompt: list[int], new_tokens: int, seed: int =
     # Sampled, since greedy decoding of random weights soon repeats one token and with it one routing.
     settings = GenerationSettings(max_new_tokens=new_tokens, temperature=1.0, seed=seed)
     started = time.perf_counter()
-    model.scheduler.request_start()
+    model.runtime.request_start()
     for _ in generator.tokens(prompt, settings, frozenset(), times, model.context):
         pass
-    model.scheduler.request_end()
+    model.runtime.request_end()
     total_s = time.perf_counter() - started
     counts = model.scheduler.statistics.minus(cache_before)
     work = model.runtime.statistics.minus(runtime_before)

@@ -63,7 +63,6 @@ class ResidentLayers:
     def computed(self, layer: int, experts: list[int], nanoseconds: int) -> None:
         """A token has been through ``experts`` of ``layer``, in the router's order; the brain hears of it later."""
         self.statistics.expert_compute_s += nanoseconds / 1e9
-        self.statistics.layers_s += nanoseconds / 1e9
         self._computed.append((layer, experts))
 
     def settle(self) -> None:
@@ -85,9 +84,7 @@ class ResidentLayers:
             for key in plan.cancel:
                 self.statistics.bytes_read += self._transfers.cancel(key)
         self._computed.clear()
-        elapsed = time.perf_counter() - started
-        self.statistics.decide_s += elapsed
-        self.statistics.layers_s += elapsed
+        self.statistics.decide_s += time.perf_counter() - started
 
     def _all_here(self) -> bool:
         return len(self._held) == self._total_experts

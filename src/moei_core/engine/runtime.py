@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from moei_core.adapters.dense_clock import DENSE_CLOCK
 from moei_core.config import FULL_OVERLAP, Overlap
 from moei_core.engine.expert_compute import HeldExpert, stored_alike
 from moei_core.engine.forced_routing import ForcedRouting
@@ -32,6 +33,7 @@ from moei_core.engine.resident_layers import ResidentLayers
 from moei_core.engine.slots import SlotPool
 from moei_core.engine.statistics import RuntimeStatistics
 from moei_core.engine.transfers import Load, TransferQueue
+from moei_core.engine.turns import Turns
 from moei_core.hardware.budget import residents
 from moei_core.hardware.pressure import MemoryGovernor
 from moei_core.quant import native
@@ -46,7 +48,7 @@ _WORTH_BEGINNING = 2 << 20
 """Bytes of a token's experts in a layer from which it pays to compute some before the others are there."""
 
 
-class ExpertRuntime(PrefetchedExperts, ResidentLayers):
+class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
     """An ``ExpertsRuntime`` over a store, a slot pool and a scheduler.
 
     before_access is called at the start of every access; it may raise to abandon the forward pass.
@@ -90,6 +92,7 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers):
         self._pass_stall = 0.0
         self._meanwhile: Callable[[], None] | None = None
         self._meanwhile_s = 0.0
+        self._pass_dense = 0.0
         self.before_access: Callable[[], None] | None = None
         self.recorder: TraceWriter | None = None
         self.routing: ForcedRouting | None = None
@@ -117,7 +120,8 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers):
         self._phase = phase
         if torch.get_num_threads() != self._threads[phase]:
             torch.set_num_threads(self._threads[phase])
-        self._pass_started, self._pass_stall = time.perf_counter(), self.statistics.stall_s
+        started = self._pass_started = time.perf_counter()
+        self._pass_stall, self._pass_dense = self.statistics.stall_s, DENSE_CLOCK.seconds
         if self.recorder is not None:
             self.recorder.begin_pass(phase, tokens)
         if self.sampler is not None:
@@ -127,14 +131,27 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers):
         self._scheduler.forward_pass(phase, tokens)
         if self.hinter is not None:
             self.hinter.watch(self._wants_hints)
+        self.statistics.decide_s += time.perf_counter() - started
 
     def end_pass(self) -> None:
-        """The forward pass is complete; a pass that was abandoned ends without."""
-        self.settle()
+        """The forward pass is complete."""
+        self.abandon_pass()
         stall = self.statistics.stall_s - self._pass_stall
-        took = time.perf_counter() - self._pass_started
+        ended = time.perf_counter()
+        took = ended - self._pass_started
         self._scheduler.pass_end(stall, took)
+        self.statistics.decide_s += time.perf_counter() - ended
         self._note(TraceEvent.STALL, round(stall * 1e9), round(took * 1e9))
+
+    def abandon_pass(self) -> None:
+        """The forward pass goes no further."""
+        self.settle()
+        self.statistics.dense_s += DENSE_CLOCK.seconds - self._pass_dense
+        self._pass_dense = DENSE_CLOCK.seconds
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A result of the pass, where the processor can read it."""
+        return tensor.cpu()
 
     def run_layer(
         self,
@@ -146,16 +163,21 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers):
         meanwhile: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         self.settle()
+        spent, started, dense = self.statistics, time.perf_counter(), DENSE_CLOCK.seconds
+        known = spent.expert_compute_s + spent.waited_s
         self._before_access()
-        spent, started = self.statistics, time.perf_counter()
+        asked = time.perf_counter()
         if self.routing is not None:
             top_k_index = self.routing.top_k_index(layer, top_k_index)
         self._settle_prefetches()
         single = top_k_index.shape[0] == 1
         named = _named(top_k_index, int(module.num_experts)) if single else ()
         hints: tuple[ScoredExpert, ...] = ()
+        hinting = 0.0
         if self.hinter is not None and single and self._wants_hints:
+            hinting = time.perf_counter()
             hints = self.hinter.hints(layer, hidden_states, named)
+            hinting = time.perf_counter() - hinting
         if self.recorder is not None:
             self.recorder.record(layer, top_k_index.numpy(), hints)
         if self.sampler is not None and self.sampler.wants:
@@ -164,7 +186,7 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers):
         gathered = time.perf_counter()
         plan = self._scheduler.access(access)
         decided = time.perf_counter()
-        known = spent.expert_compute_s + spent.stall_s
+        before = spent.expert_compute_s + spent.waited_s
         self._meanwhile, self._meanwhile_s = meanwhile, 0.0
         try:
             self._carry_out(plan, work)
@@ -172,13 +194,15 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers):
             self._reconcile()
             raise
         computed = time.perf_counter()
+        moving = spent.expert_compute_s + spent.waited_s - before
         total = work.total()
         ended = time.perf_counter()
-        spent.combine_s += (gathered - started) + (ended - computed)
-        spent.decide_s += decided - gathered
-        known_s = spent.expert_compute_s + spent.stall_s - known + self._meanwhile_s
-        spent.move_s += computed - decided - known_s
-        spent.layers_s += ended - started - self._meanwhile_s
+        known = spent.expert_compute_s + spent.waited_s - known - moving
+        deciding = (asked - started) + hinting + (decided - gathered)
+        spent.decide_s += deciding
+        spent.move_s += (computed - decided) - moving - self._meanwhile_s
+        spent.combine_s += (ended - started) - (computed - decided) - deciding - known
+        DENSE_CLOCK.seconds = dense + self._meanwhile_s
         return total
 
     def _before_access(self) -> None:

@@ -14,10 +14,11 @@ class RuntimeStatistics:
 
     bytes_read: of experts, also what was read in vain. bytes_prefetched: of them by complete prefetches. stall_s:
     waiting for experts. move_s: asking for experts, giving slots out and taking them back. combine_s: gathering rows
-    and summing outputs. layers_s: all that the expert layers took; what is left of it is unexplained. copies,
-    bytes_copied: of experts to a device, those for the next time (promotions) and those that no router had asked for
-    (copies_ahead) included; copies_late: of the latter, those that were chosen before they were there. device_wait_s:
-    until a device had computed what the router of a layer chose, and with it everything before.
+    and summing outputs. decide_s: what the brain does in forward passes; turn_s: between them. dense_s: computing
+    what is no expert, in RAM (``DENSE_CLOCK``). copies, bytes_copied: of experts to a device, those for the next time
+    (promotions) and those that no router had asked for (copies_ahead) included; copies_late: of the latter, those that
+    were chosen before they were there. link_s: until copies were queued, and done where nothing else held the device
+    up. device_wait_s: until a device had computed what the host needed, and with it everything before.
     """
 
     loads: int = 0
@@ -29,13 +30,20 @@ class RuntimeStatistics:
     decide_s: float = 0.0
     move_s: float = 0.0
     combine_s: float = 0.0
-    layers_s: float = 0.0
+    turn_s: float = 0.0
+    dense_s: float = 0.0
     copies: int = 0
     promotions: int = 0
     copies_ahead: int = 0
     copies_late: int = 0
     bytes_copied: int = 0
+    link_s: float = 0.0
     device_wait_s: float = 0.0
+
+    @property
+    def waited_s(self) -> float:
+        """All waiting."""
+        return self.stall_s + self.link_s + self.device_wait_s
 
     def minus(self, earlier: RuntimeStatistics) -> RuntimeStatistics:
         """What happened since ``earlier`` was copied."""

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
+from moei_core.adapters.dense_clock import DENSE_CLOCK
 from moei_core.config import FULL_OVERLAP, Overlap
 from moei_core.engine.copies_ahead import CopiesAhead
 from moei_core.engine.device_compute import DeviceExpert, FewTokenExperts, few_token_experts
 from moei_core.engine.device_slots import DeviceSlots, LinkedSlotPool
+from moei_core.engine.device_waits import DeviceWaits
 from moei_core.engine.devices import Device, Event
 from moei_core.engine.expert_compute import HeldExpert, stored_alike
 from moei_core.engine.layer_work import LayerWork, TokenWork
@@ -62,6 +64,9 @@ class TieredRuntime(ExpertRuntime):
         self._inputs: torch.Tensor | None = None
         self._warm: set[tuple[object, ...]] = set()
         self._last_copy: Event | None = None
+        self._waits = DeviceWaits(self.statistics)
+        self._queued: Event | None = None
+        pool.statistics = self.statistics
         self._ahead = CopiesAhead(self._copy_ahead, self._held, at_once)
         self.device_governor: MemoryGovernor | None = None
 
@@ -107,15 +112,32 @@ class TieredRuntime(ExpertRuntime):
         top_k_weights: torch.Tensor,
         meanwhile: Callable[[], None] | None = None,
     ) -> torch.Tensor:
+        spent, started = self.statistics, time.perf_counter()
+        known = spent.waited_s
         self._ahead.advance()
-        started = time.perf_counter()
-        states, index, weights = self.device.read_back(hidden_states, top_k_index, top_k_weights)
-        self.statistics.device_wait_s += time.perf_counter() - started
+        states, index, weights = self._read_back(hidden_states, top_k_index, top_k_weights)
         self._ahead.advance()
         if self.device_governor is not None and (slots := self.device_governor.poll()) is not None:
             self.resize_device(slots)
+        spent.move_s += time.perf_counter() - started - (spent.waited_s - known)
         self._inputs = hidden_states
         return super().run_layer(module, layer, states, index, weights, meanwhile)
+
+    def abandon_pass(self) -> None:
+        if self.device.place.type != "cpu":
+            # What torch did for the dense part was launching it.
+            DENSE_CLOCK.seconds = self._pass_dense
+        super().abandon_pass()
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._read_back(tensor)[0]
+
+    def _read_back(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        host = self._waits.during(
+            lambda before_waiting: self.device.read_back(*tensors, before_waiting=before_waiting)
+        )
+        self._queued = None
+        return host
 
     def _work(
         self, module: Any, hidden_states: torch.Tensor, index: torch.Tensor, scale: torch.Tensor
@@ -130,6 +152,7 @@ class TieredRuntime(ExpertRuntime):
             self.device,
             self._inputs,
             lambda expert: self._few_tokens(module, expert),
+            self._waits,
         )
 
     def _few_tokens(self, module: Any, expert: DeviceExpert) -> FewTokenExperts | None:
@@ -147,19 +170,18 @@ class TieredRuntime(ExpertRuntime):
                 self._device_slots.give_back(unwanted.slot)
         for key in there.evict:
             self._device_slots.give_back(self._on_device.pop(key).slot)
-        started = time.perf_counter()
         experts = [self._on_device[key] for key in there.hits]
         for key in there.foreseen:
             expert, in_time = self._ahead.take(key)
             self.statistics.copies_late += not in_time
             experts.append(expert)
-            if key in there.release:
-                # Filled again only behind what is computed from it now.
-                self._device_slots.give_back(expert.slot)
-            else:
+            if key not in there.release:
                 self._on_device[key] = expert
         self._compute_there(work, experts)
-        self.statistics.expert_compute_s += time.perf_counter() - started
+        for expert in experts[len(there.hits) :]:
+            if expert.key in there.release:
+                # Not before: it is filled again behind what is known to be computed from it.
+                self._device_slots.give_back(expert.slot)
         super()._carry_out(plan, work)
         self._ahead.advance()
 
@@ -185,17 +207,24 @@ class TieredRuntime(ExpertRuntime):
 
     def _compute_there(self, work: TieredWork, experts: Sequence[DeviceExpert]) -> None:
         if experts:
+            started = time.perf_counter()
             work.compute_on_device(experts, self._device_slots.memory)
-            used = self.device.mark()
+            for expert in experts:
+                if expert.ready is not None:
+                    self._waits.needs(self._queued, expert.ready)
+            used = self._queued = self.device.mark()
             for expert in experts:
                 self._device_slots.last_use[expert.slot] = used
+            self.statistics.expert_compute_s += time.perf_counter() - started
 
     def _copy(self, key: ExpertKey, stays: bool) -> DeviceExpert:
         """Queue the copy of an expert that is in RAM. Its host slot stays as it is until the copy is done."""
         held, slots = self._held[key], self._device_slots
         slot, nbytes = slots.take(stays), held.layout.slot_nbytes
         memory = slots.bytes_of(slot, nbytes)
+        started = time.perf_counter()
         ready = self.device.copy_in(held.view[:nbytes], memory, slots.last_use.get(slot))
+        self.statistics.link_s += time.perf_counter() - started
         self._linked_pool.read_until(self._slots[key], ready)
         self._last_copy = ready
         self.statistics.copies += 1
@@ -220,7 +249,9 @@ class TieredRuntime(ExpertRuntime):
             return False
         self._note(TraceEvent.RESIZE_DEVICE, wanted)
         for key in self._tiers.resize_device(wanted):
-            place.give_back(self._on_device.pop(key).slot)
+            gone = self._on_device.pop(key, None) or self._ahead.cancel(key)
+            if gone is not None:
+                place.give_back(gone.slot)
         if wanted > before:
             return False
         if self._last_copy is not None:

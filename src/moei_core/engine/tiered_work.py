@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moei_core.engine.device_compute import DeviceExpert, FewTokenExperts
+from moei_core.engine.device_waits import DeviceWaits
 from moei_core.engine.devices import Device
 from moei_core.engine.expert_compute import HeldExpert, expert_forward
 from moei_core.engine.layer_work import LayerWork
@@ -32,11 +33,12 @@ class TieredWork(LayerWork):
         device: Device,
         on_device: torch.Tensor,
         few: Callable[[DeviceExpert], FewTokenExperts | None],
+        waits: DeviceWaits,
     ) -> None:
         """hidden_states: on the host. on_device: the same on the device. few: what computes an expert with few tokens
-        there, if anything does."""
+        there, if anything does. waits: sees the waiting for the device."""
         super().__init__(module, hidden_states, index, weights, kernel)
-        self._device, self._inputs, self._few = device, on_device, few
+        self._device, self._inputs, self._few, self._waits = device, on_device, few, waits
         self._exact_inputs: torch.Tensor | None = None
         self._host_experts: list[int] = []
         self._bounds: dict[int, tuple[int, int]] = {}
@@ -106,7 +108,7 @@ class TieredWork(LayerWork):
             totals.append(total.to(self._inputs.dtype))
 
         device.compute(work)
-        device.finish()
+        self._waits.during(device.finish)
         return totals[0]
 
 

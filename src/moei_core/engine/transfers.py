@@ -315,43 +315,48 @@ class TransferQueue:
 
     def _serve(self) -> None:
         """The life of a reader thread."""
-        while (task := self._next_task()) is not None:
-            load, chunk = task
-            failure = self._attempt(load, chunk)
+        while True:
             with self._lock:
-                load.missing -= 1
-                whole = failure is None and load.missing == 0 and not load.abandoned and load.failure is None
-            if whole:
-                failure = self._check(load)
-            with self._lock:
-                load.readers -= 1
-                self._progress = time.monotonic()
-                if failure is not None and load.failure is None:
-                    load.failure = failure
-                    load.waiting.clear()
-                    self._leave_link(load)
-                    if load in self._demand:
-                        self._demand.remove(load)
-                if load.readers == 0 and not load.waiting:
-                    self._settle(load)
+                while not self._closing and (task := self._begin_chunk()) is None:
+                    self._work.wait()
+                if self._closing:
+                    return
+            assert task is not None
+            self._read(*task)
 
-    def _next_task(self) -> tuple[Load, Extent] | None:
-        """Waits for something to read. None: the queue is closing."""
-        with self._lock:
-            while not self._closing:
-                load = self._demand[0] if self._demand else self._stream_task() or self._idle_link_task()
-                if not self._preempt and self._current is not None and self._current.waiting:
-                    load = self._current
-                if load is not None:
-                    chunk = load.waiting.popleft()
-                    if load.demand and not load.waiting:
-                        self._demand.popleft()
-                    if not load.waiting and load is self._streamed:
-                        self._streamed = None
-                    load.readers += 1
-                    return load, chunk
-                self._work.wait()
+    def _begin_chunk(self) -> tuple[Load, Extent] | None:
+        """What is to be read now, which the caller must do; None: nothing."""
+        load = self._demand[0] if self._demand else self._stream_task() or self._idle_link_task()
+        if not self._preempt and self._current is not None and self._current.waiting:
+            load = self._current
+        if load is None:
             return None
+        chunk = load.waiting.popleft()
+        if load.demand and not load.waiting:
+            self._demand.popleft()
+        if not load.waiting and load is self._streamed:
+            self._streamed = None
+        load.readers += 1
+        return load, chunk
+
+    def _read(self, load: Load, chunk: Extent) -> None:
+        failure = self._attempt(load, chunk)
+        with self._lock:
+            load.missing -= 1
+            whole = failure is None and load.missing == 0 and not load.abandoned and load.failure is None
+        if whole:
+            failure = self._check(load)
+        with self._lock:
+            load.readers -= 1
+            self._progress = time.monotonic()
+            if failure is not None and load.failure is None:
+                load.failure = failure
+                load.waiting.clear()
+                self._leave_link(load)
+                if load in self._demand:
+                    self._demand.remove(load)
+            if load.readers == 0 and not load.waiting:
+                self._settle(load)
 
     def _stream_task(self) -> Load | None:
         """A streamed expert with a chunk left to read."""

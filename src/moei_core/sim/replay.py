@@ -171,7 +171,7 @@ class _RecordedEvents:
             scheduler.resize_device(a)
         elif kind is TraceEvent.PREFETCH_MODE:
             scheduler.prefetch_mode(PrefetchMode(a))
-        else:
+        elif kind is TraceEvent.STALL:
             scheduler.pass_end(a / 1e9, b / 1e9)
 
 

@@ -47,6 +47,8 @@ class TraceEvent(IntEnum):
     """The pass that ended waited a nanoseconds for experts and took b nanoseconds in all."""
     RESIZE_DEVICE = 6
     """The device's cache now has a slots for residents."""
+    SPENT = 7
+    """The turn that ended spent b nanoseconds on part a of ``time_spent.PARTS``."""
 
 
 @dataclass(frozen=True)
