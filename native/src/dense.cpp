@@ -93,7 +93,7 @@ void linear(const Weights& weights, Format type, const uint8_t* x, int64_t token
             Workspace& workspace) {
     const Kernels& table = kernels();
     const Matrix& w = weights.matrix;
-    const int64_t item = format_info(type).block_nbytes, per_task = rows_of_task(w);
+    const int64_t item = format_info(type).block_nbytes, per_task = rows_of_task(w, grouped(table, w.format, w.order, tokens) ? 4 : 2);
     const bool wide = type == Format::F32;
     const int64_t quantized = quantized_nbytes(w.format, w.cols);
     // x in float32, then quantised, pointers to its rows, then for each thread scratch and the results of a task.

@@ -27,7 +27,9 @@ inline void quantize_row(const Activations& x, Format format, int64_t t) {
              reinterpret_cast<int8_t*>(x.quantized + t * x.quantized_nbytes));
 }
 
-inline int64_t rows_of_task(const Matrix& w) { return kStrip * strips_per_task(kStrip * row_nbytes(w.format, w.cols), 2); }
+inline int64_t rows_of_task(const Matrix& w, int64_t least = 2) {
+    return kStrip * strips_per_task(kStrip * row_nbytes(w.format, w.cols), least);
+}
 
 // Rows [begin, end) of a product and its bias, into float32.
 inline void project_with_bias(const Kernels& table, const Weights& w, int64_t begin, int64_t end, Inputs x, int64_t n,

@@ -37,6 +37,17 @@ using TileKernel = void (*)(const uint8_t* tiles, int64_t first, int64_t count, 
 constexpr int kStreams = 4;
 using TokenKernel = void (*)(const uint8_t* const* tiles, int64_t skip, int rows, int64_t cols, const void* activations, float* sums);
 
+// The same for many rows of activations and `rows` rows of a matrix at once, with a matrix unit. `pack` brings n rows,
+// block columns [first, first + count), to where the unit wants them: kGroupNbytes for each kGroupTokens rows, the last of
+// which may be incomplete. `multiply` is given tiles from column `first` on, `stride` bytes from one row of tiles to the
+// next, and adds to out[t * ld + r], or begins there if `start`. The processor must have granted the unit to this process.
+constexpr int kGroupTokens = 16, kGroupBlocks = 16;
+constexpr int64_t kGroupNbytes = kGroupTokens * kGroupBlocks * (2 * 32 + 4);
+struct GroupKernels {
+    void (*pack)(const void* const* activations, int64_t n, int64_t first, int64_t count, int64_t cols, uint8_t* packed);
+    void (*multiply)(const uint8_t* tiles, int64_t stride, int64_t rows, int64_t count, const uint8_t* packed, int64_t n, bool start, float* out, int64_t ld);
+};
+
 // out[t * ld + r] = sum over c of w[r * stride + c] * x[t][c] (rows), or w[c * stride + r] * x[t][c] (columns).
 // rows: sixteen partial sums, c modulo 16, each in ascending c with fused multiply-adds (the portable path rounds
 // the product), then added in halves: 8, 4, 2, 1. columns: one sum in ascending c.
@@ -73,18 +84,21 @@ struct Kernels {
     SoftmaxKernel softmax;
     ColumnTilesKernel q8_0_columns;
     SoftmaxPartKernel softmax_part;
+    GroupKernels groups[3] = {};  // Q8_0, Q4_0, MXFP4; null without a matrix unit
 };
 
 extern const Kernels kPortable;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const GroupKernels kAmxGroups[3];  // where the compiler knows AMX: MOEI_AMX
 #elif defined(__aarch64__)
 extern const Kernels kNeon;
 extern const Kernels kNeonDotprod;
 #endif
 
-// The best table that this processor runs, or the one that MOEI_NATIVE_ISA names (portable, avx2, avx512, neon, neon-dotprod).
+// The best table that this processor runs, or the one that MOEI_NATIVE_ISA names (portable, avx2, avx512, amx_int8, neon,
+// neon-dotprod).
 // Throws std::runtime_error if that name is unknown or cannot run here.
 const Kernels& kernels();
 

@@ -1,8 +1,7 @@
 // AVX-512 with VNNI (Ice Lake, Zen 4 and later).
-#include <immintrin.h>
+#include "kernels_avx512.h"
 
 #include "exponential.h"
-#include "kernels.h"
 
 namespace moei {
 namespace {
@@ -54,12 +53,7 @@ inline Bits flip_bits(Bits bits, const uint8_t* data) { return _mm512_xor_si512(
 // Four activations to every lane: each lane holds four weights of its row.
 inline __m512i four(const int8_t* x) { return _mm512_set1_epi32(static_cast<int>(load_u32(x))); }
 
-inline Lanes half_scales(const uint8_t* tile) { return load(F16{}, tile); }
-
-struct Q8 {
-    static constexpr int tile_nbytes = 16 * 34, scales_nbytes = 32;
-    static constexpr bool wide = true;
-    static Lanes scales(const uint8_t* tile) { return half_scales(tile); }
+struct Q8 : Q8Tile {
     template <int N>
     static void dots(const uint8_t* quants, const int8_t* const* x, int64_t at, int64_t cols, __m512i* dot) {
         // Weights become unsigned by flipping the sign bit (adding 128); the correction is in `dot` already.
@@ -77,17 +71,11 @@ struct Q8 {
         for (int t = 0; t < N; ++t) dot[t] = _mm512_add_epi32(dot[t], _mm512_slli_epi32(high[t], kWideBits));
     }
 };
-struct Q4 {
-    static constexpr int tile_nbytes = 16 * 18, scales_nbytes = 32;
-    static constexpr bool wide = false;
-    static Lanes scales(const uint8_t* tile) { return half_scales(tile); }
+struct Q4 : Q4Tile {
     template <int N>
     static void dots(const uint8_t* quants, const int8_t* const* x, int64_t at, int64_t, __m512i* dot) {
-        const __m512i nibble = _mm512_set1_epi8(15);
         for (int k = 0; k < 4; ++k) {
-            const __m512i pairs = _mm512_loadu_si512(quants + 64 * k);
-            const __m512i low = _mm512_and_si512(pairs, nibble);
-            const __m512i high = _mm512_and_si512(_mm512_srli_epi16(pairs, 4), nibble);
+            const __m512i pairs = _mm512_loadu_si512(quants + 64 * k), low = low_nibbles(pairs), high = high_nibbles(pairs);
             for (int t = 0; t < N; ++t) {
                 dot[t] = _mm512_dpbusd_epi32(dot[t], low, four(x[t] + at + 4 * k));
                 dot[t] = _mm512_dpbusd_epi32(dot[t], high, four(x[t] + at + 16 + 4 * k));
@@ -96,24 +84,13 @@ struct Q4 {
     }
 };
 
-struct Fp4 {
-    static constexpr int tile_nbytes = 16 * 17, scales_nbytes = 16;
-    static constexpr bool wide = false;
-    static Lanes scales(const uint8_t* tile) {
-        const __m512i exponents = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(tile)));
-        const __m512i bits = _mm512_slli_epi32(_mm512_sub_epi32(exponents, _mm512_set1_epi32(1)), 23);
-        const __mmask16 small = _mm512_cmplt_epu32_mask(exponents, _mm512_set1_epi32(2));
-        return _mm512_castsi512_ps(_mm512_mask_sllv_epi32(bits, small, _mm512_set1_epi32(kFp4Subnormal), exponents));
-    }
+struct Fp4 : Fp4Tile {
     template <int N>
     static void dots(const uint8_t* quants, const int8_t* const* x, int64_t at, int64_t, __m512i* dot) {
-        const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kFp4Doubled));
-        const __m512i table = _mm512_add_epi8(_mm512_broadcast_i32x4(values), _mm512_set1_epi8(kFp4Offset));
-        const __m512i nibble = _mm512_set1_epi8(15);
+        const __m512i table = _mm512_add_epi8(fp4_table(), _mm512_set1_epi8(kFp4Offset));
         for (int k = 0; k < 4; ++k) {
             const __m512i pairs = _mm512_loadu_si512(quants + 64 * k);
-            const __m512i low = _mm512_shuffle_epi8(table, _mm512_and_si512(pairs, nibble));
-            const __m512i high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(pairs, 4), nibble));
+            const __m512i low = _mm512_shuffle_epi8(table, low_nibbles(pairs)), high = _mm512_shuffle_epi8(table, high_nibbles(pairs));
             for (int t = 0; t < N; ++t) {
                 dot[t] = _mm512_dpbusd_epi32(dot[t], low, four(x[t] + at + 4 * k));
                 dot[t] = _mm512_dpbusd_epi32(dot[t], high, four(x[t] + at + 16 + 4 * k));

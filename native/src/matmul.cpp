@@ -17,12 +17,16 @@ constexpr int64_t kTokenTile = 64;   // tokens whose results wait on the stack w
 constexpr int64_t kBlockChunk = 64;  // blocks of a tile row that stay in the first-level cache for all tokens
 constexpr int64_t kDecodedRows = 4;
 constexpr int64_t kLargestTile = kTileRows * 34;
+constexpr int64_t kWideStrip = 4 * kStrip;  // outputs computed together for which packing tokens is worth it
 
 TileKernel tile_kernel(const Kernels& kernels, Format format) {
     return format == Format::Q8_0 ? kernels.q8_0 : format == Format::Q4_0 ? kernels.q4_0 : kernels.mxfp4;
 }
 TokenKernel token_kernel(const Kernels& kernels, Format format) {
     return format == Format::Q8_0 ? kernels.token_q8_0 : format == Format::Q4_0 ? kernels.token_q4_0 : kernels.token_mxfp4;
+}
+const GroupKernels& group_kernels(const Kernels& kernels, Format format) {
+    return kernels.groups[format == Format::Q8_0 ? 0 : format == Format::Q4_0 ? 1 : 2];
 }
 FloatKernel float_kernel(const FloatKernels& kernels, Format format) {
     return format == Format::F16 ? kernels.f16 : format == Format::BF16 ? kernels.bf16 : kernels.f32;
@@ -52,6 +56,34 @@ void project_tiles(const Kernels& kernels, const Matrix& w, int64_t begin, int64
             const int64_t width = std::min<int64_t>(kTileRows, end - row);
             for (int64_t t = 0; t < tokens; ++t) {
                 std::memcpy(out + (start + t) * ld + row - begin, sums + t * kTileRows, static_cast<size_t>(width) * sizeof(float));
+            }
+        }
+    }
+}
+
+void project_groups(const Kernels& kernels, const Matrix& w, int64_t begin, int64_t end, Inputs x, int64_t n, float* out,
+                    int64_t ld) {
+    const GroupKernels& group = group_kernels(kernels, w.format);
+    const int64_t stride = row_nbytes(w.format, w.cols), blocks = w.cols / kBlock;
+    const int64_t tile_nbytes = int64_t{kTileRows} * format_info(w.format).block_nbytes;
+    alignas(64) uint8_t packed[kTokenTile / kGroupTokens * kGroupNbytes];
+    alignas(64) uint8_t interleaved[kGroupBlocks * kLargestTile];
+    for (int64_t start = 0; start < n; start += kTokenTile) {
+        const int64_t tokens = std::min(kTokenTile, n - start);
+        float* const own = out + start * ld;
+        if (!grouped(kernels, w.format, w.order, tokens)) return project_tiles(kernels, w, begin, end, x + start, tokens, own, ld);
+        for (int64_t first = 0; first < blocks; first += kGroupBlocks) {
+            const int64_t count = std::min<int64_t>(kGroupBlocks, blocks - first);
+            group.pack(x + start, tokens, first, count, w.cols, packed);
+            if (w.order == Order::Rows16) {
+                const uint8_t* const tiles = w.data + begin * stride + first * tile_nbytes;
+                group.multiply(tiles, kTileRows * stride, end - begin, count, packed, tokens, first == 0, own, ld);
+                continue;
+            }
+            for (int64_t row = begin; row < end; row += kTileRows) {
+                interleave(w.format, w.cols, w.data + row * stride, std::min<int64_t>(kTileRows, w.rows - row), first, count, interleaved);
+                const int64_t rows = std::min<int64_t>(kTileRows, end - row);
+                group.multiply(interleaved, 0, rows, count, packed, tokens, first == 0, own + row - begin, ld);
             }
         }
     }
@@ -163,13 +195,13 @@ Plan plan_of(const FfnLayout& l, int64_t tokens, int64_t pairs, int threads) {
 // Values [begin, end) of the intermediate rows of n pairs.
 void gate_up_strip(const Kernels& kernels, const FfnLayout& l, const Expert& expert, int64_t begin, int64_t end, Inputs x,
                    int64_t n, uint8_t* middle, int64_t middle_nbytes, float* scratch) {
-    alignas(64) float products[kTokenTile * 2 * kStrip];
-    alignas(64) float values[kStrip];
-    const int64_t count = end - begin, ld = 2 * kStrip;
+    alignas(64) float products[kTokenTile * 2 * kWideStrip];
+    alignas(64) float values[kWideStrip];
+    const int64_t count = end - begin, width = count > kStrip ? kWideStrip : kStrip, ld = 2 * width;
     for (int64_t start = 0; start < n; start += kTokenTile) {
         const int64_t tokens = std::min(kTokenTile, n - start);
         const Inputs tile = x + start;
-        const float *gate = products, *up = products + kStrip;
+        const float *gate = products, *up = products + width;
         int64_t step = 1;
         const bool two = l.gating == Gating::Separate || l.gating == Gating::Concatenated;
         if (n == 1 && two && l.gate_up_order == Order::Rows16) {
@@ -192,8 +224,8 @@ void gate_up_strip(const Kernels& kernels, const FfnLayout& l, const Expert& exp
             if (l.gating == Gating::None) {
                 up = nullptr;
             } else {
-                project(kernels, expert.up, begin, end, tile, tokens, products + kStrip, ld, scratch);
-                if (expert.up_bias) add_bias(l.bias_format, expert.up_bias, begin, count, products + kStrip, ld, tokens);
+                project(kernels, expert.up, begin, end, tile, tokens, products + width, ld, scratch);
+                if (expert.up_bias) add_bias(l.bias_format, expert.up_bias, begin, count, products + width, ld, tokens);
             }
         }
         for (int64_t t = 0; t < tokens; ++t) {
@@ -202,13 +234,19 @@ void gate_up_strip(const Kernels& kernels, const FfnLayout& l, const Expert& exp
             float* const out = quantized ? values : reinterpret_cast<float*>(row) + begin;
             activate(l.activation, gate + t * ld, up ? up + t * ld : nullptr, step, count, out);
             if (quantized) {
-                quantize(l.down_format, values, 1, begin / kBlock, l.intermediate, reinterpret_cast<int8_t*>(row));
+                quantize(l.down_format, values, count / kBlock, begin / kBlock, l.intermediate, reinterpret_cast<int8_t*>(row));
             }
         }
     }
 }
 
 }  // namespace
+
+bool grouped(const Kernels& kernels, Format format, Order order, int64_t n) {
+    // Measured. Plain rows are interleaved for fewer tokens at a time than other kernels do.
+    const int64_t least = order == Order::Rows16 ? 8 : format == Format::Q8_0 ? 32 : 64;
+    return n >= least && is_integer_dot(format) && group_kernels(kernels, format).multiply;
+}
 
 int64_t scratch_floats(Format format, int64_t cols) {
     return is_integer_dot(format) || is_float(format) ? 0 : kDecodedRows * cols;
@@ -217,7 +255,9 @@ int64_t scratch_floats(Format format, int64_t cols) {
 void project(const Kernels& kernels, const Matrix& w, int64_t begin, int64_t end, Inputs x, int64_t n, float* out,
              int64_t ld, float* scratch) {
     const int64_t element = format_info(w.format).block_nbytes;
-    if (is_integer_dot(w.format) && w.order == Order::Rows16 && n == 1) {
+    if (grouped(kernels, w.format, w.order, n)) {
+        project_groups(kernels, w, begin, end, x, n, out, ld);
+    } else if (is_integer_dot(w.format) && w.order == Order::Rows16 && n == 1) {
         project_token(kernels, w, begin, end, x[0], out);
     } else if (is_integer_dot(w.format)) {
         project_tiles(kernels, w, begin, end, x, n, out, ld);
@@ -289,8 +329,9 @@ void moe_ffn(const FfnLayout& l, const FfnCall& call, ThreadPool& pool, Workspac
         }
     }
 
-    const auto for_strips = [&](int64_t width, int64_t strip_nbytes, int64_t matrices, const auto& body) {
-        const int64_t strips = round_up(width, kStrip) / kStrip, per_task = strips_per_task(strip_nbytes, 2 / matrices);
+    const auto for_strips = [&](bool wide, int64_t width, int64_t strip_nbytes, int64_t matrices, const auto& body) {
+        const int64_t least = wide ? kWideStrip / kStrip : 2 / matrices;
+        const int64_t strips = round_up(width, kStrip) / kStrip, per_task = strips_per_task(strip_nbytes, least);
         const int64_t tasks = round_up(strips, per_task) / per_task;
         share(pool, call.experts * tasks, call.experts * strips * strip_nbytes, [&](int64_t task, int thread) noexcept {
             const int64_t e = task / tasks, pair = call.offsets[e], n = call.offsets[e + 1] - pair;
@@ -301,14 +342,18 @@ void moe_ffn(const FfnLayout& l, const FfnCall& call, ThreadPool& pool, Workspac
     };
 
     const int64_t halves = l.gating == Gating::None ? 1 : 2;
-    for_strips(l.intermediate, halves * kStrip * row_nbytes(l.gate_up_format, l.hidden), halves,
+    const int64_t average = pairs / std::max<int64_t>(call.experts, 1);
+    for_strips(grouped(table, l.gate_up_format, l.gate_up_order, average), l.intermediate,
+               halves * kStrip * row_nbytes(l.gate_up_format, l.hidden), halves,
                [&](const Expert& expert, int64_t pair, int64_t n, int64_t first, int64_t last, float* scratch) {
-                   for (int64_t begin = first; begin < last; begin += kStrip) {
-                       gate_up_strip(table, l, expert, begin, std::min(last, begin + kStrip), x_rows + pair, n,
+                   const int64_t width = grouped(table, l.gate_up_format, l.gate_up_order, n) ? kWideStrip : kStrip;
+                   for (int64_t begin = first; begin < last; begin += width) {
+                       gate_up_strip(table, l, expert, begin, std::min(last, begin + width), x_rows + pair, n,
                                      memory + plan.middle_at + pair * plan.middle_nbytes, plan.middle_nbytes, scratch);
                    }
                });
-    for_strips(l.hidden, kStrip * row_nbytes(l.down_format, l.intermediate), 1,
+    for_strips(grouped(table, l.down_format, l.down_order, average), l.hidden,
+               kStrip * row_nbytes(l.down_format, l.intermediate), 1,
                [&](const Expert& expert, int64_t pair, int64_t n, int64_t first, int64_t last, float* scratch) {
                    float* const out = call.out + pair * l.hidden + first;
                    project(table, expert.down, first, last, middle_rows + pair, n, out, l.hidden, scratch);

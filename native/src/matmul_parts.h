@@ -24,6 +24,9 @@ inline int64_t strips_per_task(int64_t strip_nbytes, int64_t least) {
     return strips < least ? least : strips / least * least;
 }
 
+// Whether n tokens are so many that a matrix unit is faster, if there is one.
+bool grouped(const Kernels& kernels, Format format, Order order, int64_t n);
+
 // Bytes of a quantised row of activations; 0 for weights that are multiplied by float32 ones.
 inline int64_t quantized_nbytes(Format format, int64_t cols) {
     return is_integer_dot(format) ? quantized_row_nbytes(cols, format == Format::Q8_0) : 0;

@@ -55,7 +55,7 @@ def test_under_sanitizers(tmp_path: Path, sanitizers: str) -> None:
     tool("g++", "c++")
     flags = f"-fsanitize={sanitizers} -fno-sanitize-recover=all -g"
     program = build(tmp_path, f"-DCMAKE_CXX_FLAGS={flags}", f"-DCMAKE_EXE_LINKER_FLAGS={flags}")
-    every = ("portable", "avx2", "avx512", "neon", "neon-dotprod")
+    every = ("portable", "avx2", "avx512", "amx_int8", "neon", "neon-dotprod")
     assert "portable" in [isa for isa in every if passes([program], isa)]
 
 

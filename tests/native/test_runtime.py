@@ -27,6 +27,8 @@ def run_python(program: str, *arguments: str, **environment: str) -> subprocess.
     )
 
 
+ISAS = ("portable", "avx2", "avx512", "amx_int8", "neon", "neon-dotprod")
+
 DIGESTS = """
 import hashlib
 import numpy as np
@@ -61,7 +63,7 @@ for turn in TURNS:
 def test_instruction_sets_agree_bit_for_bit() -> None:
     """All of them on block formats with integer products; the vector ones, which fuse, on the others too."""
     results = {}
-    for isa in ("portable", "avx2", "avx512", "neon", "neon-dotprod"):
+    for isa in ISAS:
         done = run_python(DIGESTS, MOEI_NATIVE_ISA=isa)
         if done.returncode == 0:
             name, *lines = done.stdout.splitlines()

@@ -57,7 +57,7 @@ def unavailable_reason() -> str:
 
 
 def isa() -> str:
-    """The instruction set in use: ``avx512``, ``avx2``, ``neon-dotprod``, ``neon`` or ``portable``.
+    """The instruction set in use: ``amx_int8``, ``avx512``, ``avx2``, ``neon-dotprod``, ``neon`` or ``portable``.
 
     The environment variable MOEI_NATIVE_ISA chooses one; it is read once. UsageError if it cannot run here.
     """
