@@ -327,6 +327,7 @@ def test_the_shared_expert_is_computed_while_the_absent_ones_are_read(
         spent = loaded.runtime.statistics.minus(before)
     after_asking = [then for one, then in pairwise(steps) if one == "demand" and then != "demand"]
     assert len(after_asking) > 10 and set(after_asking) == {"__call__"}
-    slept = 0.02 * steps.count("__call__")
+    # The first of three layers is dense, and slept outside of all clocks.
+    slept = 0.02 * steps.count("__call__") * 2 / 3
     assert spent.dense_s > slept and min(spent.move_s, spent.combine_s) >= 0
     assert spent.move_s + spent.combine_s < slept

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from moei_core.engine.native_compute import NativeExperts, native_experts
 from moei_core.engine.prefetched_experts import PrefetchedExperts
 from moei_core.engine.resident_layers import ResidentLayers
 from moei_core.engine.slots import SlotPool
-from moei_core.engine.statistics import RuntimeStatistics
+from moei_core.engine.statistics import LayerClock, RuntimeStatistics
 from moei_core.engine.transfers import Load, TransferQueue
 from moei_core.engine.turns import Turns
 from moei_core.hardware.budget import residents
@@ -88,11 +89,8 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
         )
         self._phase = Phase.PREFILL
         self._threads = {Phase.PREFILL: threads, Phase.DECODE: 1 if native.available() else threads}
-        self._pass_started = 0.0
-        self._pass_stall = 0.0
+        self._pass_started = self._pass_stall = self._pass_dense = 0.0
         self._meanwhile: Callable[[], None] | None = None
-        self._meanwhile_s = 0.0
-        self._pass_dense = 0.0
         self.before_access: Callable[[], None] | None = None
         self.recorder: TraceWriter | None = None
         self.routing: ForcedRouting | None = None
@@ -163,47 +161,45 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
         meanwhile: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         self.settle()
-        spent, started, dense = self.statistics, time.perf_counter(), DENSE_CLOCK.seconds
-        known = spent.expert_compute_s + spent.waited_s
+        dense, clock = DENSE_CLOCK.seconds, LayerClock(self.statistics)
         self._before_access()
-        asked = time.perf_counter()
+        clock.add_to("decide_s")
         if self.routing is not None:
             top_k_index = self.routing.top_k_index(layer, top_k_index)
         self._settle_prefetches()
         single = top_k_index.shape[0] == 1
         named = _named(top_k_index, int(module.num_experts)) if single else ()
         hints: tuple[ScoredExpert, ...] = ()
-        hinting = 0.0
         if self.hinter is not None and single and self._wants_hints:
-            hinting = time.perf_counter()
+            clock.add_to("combine_s")
             hints = self.hinter.hints(layer, hidden_states, named)
-            hinting = time.perf_counter() - hinting
+            clock.add_to("decide_s")
         if self.recorder is not None:
             self.recorder.record(layer, top_k_index.numpy(), hints)
         if self.sampler is not None and self.sampler.wants:
             self.sampler.record(layer, hidden_states[self.sampler.wants].to(torch.float32).numpy())
         work, access = self._gather(module, layer, hidden_states, top_k_index, top_k_weights, hints, named)
-        gathered = time.perf_counter()
+        clock.add_to("combine_s")
         plan = self._scheduler.access(access)
-        decided = time.perf_counter()
-        before = spent.expert_compute_s + spent.waited_s
-        self._meanwhile, self._meanwhile_s = meanwhile, 0.0
+        clock.add_to("decide_s")
+        self._meanwhile = None if meanwhile is None else partial(self._compute_beside, meanwhile, clock)
         try:
             self._carry_out(plan, work)
         except BaseException:
             self._reconcile()
             raise
-        computed = time.perf_counter()
-        moving = spent.expert_compute_s + spent.waited_s - before
+        clock.add_to("move_s")
         total = work.total()
-        ended = time.perf_counter()
-        known = spent.expert_compute_s + spent.waited_s - known - moving
-        deciding = (asked - started) + hinting + (decided - gathered)
-        spent.decide_s += deciding
-        spent.move_s += (computed - decided) - moving - self._meanwhile_s
-        spent.combine_s += (ended - started) - (computed - decided) - deciding - known
-        DENSE_CLOCK.seconds = dense + self._meanwhile_s
+        clock.add_to("combine_s")
+        # What torch computed for experts is no dense computing, what was computed beside them is.
+        DENSE_CLOCK.seconds = dense + clock.beside_s
         return total
+
+    def _compute_beside(self, meanwhile: Callable[[], None], clock: LayerClock) -> None:
+        """What the layer needs beside its experts, once."""
+        self._meanwhile, started = None, time.perf_counter()
+        meanwhile()
+        clock.beside_s = time.perf_counter() - started
 
     def _before_access(self) -> None:
         if self.before_access is not None:
@@ -295,7 +291,8 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
                     self._transfers.prefetch(plan.prefetch)
                 if plan.stream:
                     self._transfers.stream(sorted(plan.stream, key=self._place_on_disk))
-            self._do_meanwhile()
+            if self._meanwhile is not None:
+                self._meanwhile()
             while looking_ahead and to_stream and self._pool.free > self._prefetch_slots:
                 self._transfers.lend(self._pool.take())
                 to_stream -= 1
@@ -316,15 +313,6 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
                 resident = resident[batch:]
             else:
                 break
-
-    def _do_meanwhile(self) -> None:
-        """What the layer needs beside its experts, once: while those that are absent are on their way."""
-        if self._meanwhile is None:
-            return
-        started, run = time.perf_counter(), self._meanwhile
-        self._meanwhile = None
-        run()
-        self._meanwhile_s = time.perf_counter() - started
 
     def _compute(self, work: LayerWork | TokenWork, keys: Iterable[ExpertKey]) -> None:
         started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, fields
 
 from moei_core.prefetch import PrefetchMode
@@ -50,6 +51,26 @@ class RuntimeStatistics:
         return RuntimeStatistics(
             *(getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self))
         )
+
+
+class LayerClock:
+    """Shares the time that the experts of one layer take out among the parts of ``RuntimeStatistics``."""
+
+    def __init__(self, spent: RuntimeStatistics) -> None:
+        self._spent, self.beside_s = spent, 0.0
+        self._at, self._known = time.perf_counter(), self._counted()
+
+    def add_to(self, part: str) -> None:
+        """What passed since the last call belongs to ``part``, but for what is counted where it happens.
+
+        That is computing experts, waiting, and what was computed beside the experts (``beside_s``).
+        """
+        now, known = time.perf_counter(), self._counted()
+        setattr(self._spent, part, getattr(self._spent, part) + (now - self._at) - (known - self._known))
+        self._at, self._known = now, known
+
+    def _counted(self) -> float:
+        return self._spent.expert_compute_s + self._spent.waited_s + self.beside_s
 
 
 def prefetch_shares(done: PrefetchStatistics, misses: int) -> dict[str, float]:
