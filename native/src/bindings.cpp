@@ -49,13 +49,18 @@ FfnLayout make_layout(int64_t hidden, int64_t intermediate, std::string_view gat
 }
 
 void call_ffn(const FfnLayout& layout, Array<const int64_t, 2> parts, Array<const int64_t, 1> offsets,
-              Array<const int64_t, 1> rows, Array<const float, 2> x, Array<float, 2> out) {
+              Array<const int64_t, 1> rows, Array<const float, 2> x, Array<float, 2> out,
+              std::optional<Array<const int64_t, 1>> places, std::optional<Array<const float, 1>> weights) {
     static_assert(sizeof(ExpertParts) == 6 * sizeof(int64_t));
     const auto experts = static_cast<int64_t>(parts.shape(0)), pairs = static_cast<int64_t>(rows.shape(0));
     const auto tokens = static_cast<int64_t>(x.shape(0)), hidden = static_cast<int64_t>(x.shape(1));
     require(parts.shape(1) == 6, "parts must be [experts, 6]");
     require(hidden == layout.hidden, "x must be [tokens, hidden]");
-    require(static_cast<int64_t>(out.shape(0)) == pairs && static_cast<int64_t>(out.shape(1)) == hidden, "out must be [pairs, hidden]");
+    const auto placed = static_cast<int64_t>(out.shape(0));
+    require(static_cast<int64_t>(out.shape(1)) == hidden && (places || placed == pairs), "out must be [pairs, hidden]");
+    const auto each = [&](const auto& array) { return static_cast<int64_t>(array->shape(0)) == pairs; };
+    require(places.has_value() == weights.has_value() && (!places || (each(places) && each(weights))),
+            "there must be a place and a weight for each pair");
     require(static_cast<int64_t>(offsets.shape(0)) == experts + 1 && offsets.data()[0] == 0 && offsets.data()[experts] == pairs,
             "offsets must be [experts + 1], from 0 to the number of pairs");
     for (int64_t e = 0; e < experts; ++e) {
@@ -65,8 +70,10 @@ void call_ffn(const FfnLayout& layout, Array<const int64_t, 2> parts, Array<cons
     }
     for (int64_t p = 0; p < pairs; ++p) {
         require(rows.data()[p] >= 0 && rows.data()[p] < tokens, "rows must be rows of x");
+        require(!places || (places->data()[p] >= 0 && places->data()[p] < placed), "places must be rows of out");
     }
-    const FfnCall call{experts, tokens, reinterpret_cast<const ExpertParts*>(parts.data()), offsets.data(), rows.data(), x.data(), out.data()};
+    const FfnCall call{experts, tokens, reinterpret_cast<const ExpertParts*>(parts.data()), offsets.data(), rows.data(), x.data(), out.data(),
+                       places ? places->data() : nullptr, weights ? weights->data() : nullptr};
     exclusively([&](ThreadPool& pool, Workspace& workspace) { moe_ffn(layout, call, pool, workspace); });
 }
 
@@ -304,7 +311,8 @@ NB_MODULE(_native, m) {
     m.def("num_threads", &num_threads);
     // An array of another type or order must be refused: a converted copy of `out` would swallow the result.
     const auto exact = [](const char* name) { return nb::arg(name).noconvert(); };
-    m.def("moe_ffn", &call_ffn, "layout"_a, exact("parts"), exact("offsets"), exact("rows"), exact("x"), exact("out"));
+    m.def("moe_ffn", &call_ffn, "layout"_a, exact("parts"), exact("offsets"), exact("rows"), exact("x"), exact("out"),
+          exact("places").none(), exact("weights").none());
     nb::class_<ExpertParts>(m, "ExpertParts").def("__init__", [](ExpertParts* self, int64_t gate, int64_t up, int64_t down, int64_t gate_bias, int64_t up_bias, int64_t down_bias) {
         require(gate && down, "an expert's address is missing");
         new (self) ExpertParts{gate, up, down, gate_bias, up_bias, down_bias};

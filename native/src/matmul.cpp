@@ -176,17 +176,19 @@ Expert expert_of(const FfnLayout& l, const ExpertParts& parts) {
 // Where a call keeps its activations: first x as the gate/up weights want it, then the intermediate values as the down
 // weights want them, one row a pair, then pointers to both, then scratch of each thread.
 struct Plan {
-    int64_t x_nbytes, middle_nbytes, middle_at, x_pointers_at, middle_pointers_at, scratch_at, scratch_nbytes, nbytes;
+    int64_t x_nbytes, middle_nbytes, middle_at, x_pointers_at, middle_pointers_at, outputs_at, scratch_at, scratch_nbytes, nbytes;
 };
 
-Plan plan_of(const FfnLayout& l, int64_t tokens, int64_t pairs, int threads) {
+// Of x every row is quantised once: those of all tokens, or those of all pairs if that is fewer. placed: with places.
+Plan plan_of(const FfnLayout& l, int64_t tokens, int64_t pairs, bool placed, int threads) {
     Plan plan{};
     plan.x_nbytes = quantized_nbytes(l.gate_up_format, l.hidden);
     plan.middle_nbytes = input_nbytes(l.down_format, l.intermediate);
-    plan.middle_at = tokens * plan.x_nbytes;
+    plan.middle_at = std::min(tokens, pairs) * plan.x_nbytes;
     plan.x_pointers_at = plan.middle_at + pairs * plan.middle_nbytes;
     plan.middle_pointers_at = plan.x_pointers_at + round_up(pairs * 8, 64);
-    plan.scratch_at = plan.middle_pointers_at + round_up(pairs * 8, 64);
+    plan.outputs_at = plan.middle_pointers_at + round_up(pairs * 8, 64);
+    plan.scratch_at = plan.outputs_at + (placed ? round_up(pairs * l.hidden * 4, 64) : 0);
     plan.scratch_nbytes = round_up(4 * std::max(scratch_floats(l.gate_up_format, l.hidden), scratch_floats(l.down_format, l.intermediate)), 64);
     plan.nbytes = plan.scratch_at + threads * plan.scratch_nbytes;
     return plan;
@@ -295,20 +297,21 @@ void Workspace::release() {
 }
 
 int64_t ffn_workspace_nbytes(const FfnLayout& layout, int64_t tokens, int64_t pairs, int threads) {
-    return plan_of(layout, tokens, pairs, threads).nbytes;
+    return plan_of(layout, tokens, pairs, true, threads).nbytes;
 }
 
 void moe_ffn(const FfnLayout& l, const FfnCall& call, ThreadPool& pool, Workspace& workspace) {
     const Kernels& table = kernels();
     const int64_t pairs = call.offsets[call.experts];
-    const Plan plan = plan_of(l, call.tokens, pairs, pool.threads());
+    const Plan plan = plan_of(l, call.tokens, pairs, call.places != nullptr, pool.threads());
     uint8_t* const memory = workspace.reserve(plan.nbytes);
     const DefaultFloatingPoint guard;
 
     auto** const x_rows = reinterpret_cast<const void**>(memory + plan.x_pointers_at);
     auto** const middle_rows = reinterpret_cast<const void**>(memory + plan.middle_pointers_at);
+    const bool by_pair = pairs < call.tokens;
     for (int64_t p = 0; p < pairs; ++p) {
-        x_rows[p] = plan.x_nbytes ? static_cast<const void*>(memory + call.rows[p] * plan.x_nbytes)
+        x_rows[p] = plan.x_nbytes ? static_cast<const void*>(memory + (by_pair ? p : call.rows[p]) * plan.x_nbytes)
                                   : static_cast<const void*>(call.x + call.rows[p] * l.hidden);
         middle_rows[p] = memory + plan.middle_at + p * plan.middle_nbytes;
     }
@@ -317,15 +320,16 @@ void moe_ffn(const FfnLayout& l, const FfnCall& call, ThreadPool& pool, Workspac
     };
 
     if (plan.x_nbytes) {
-        const auto quantize_token = [&](int64_t token, int) noexcept {
-            quantize(l.gate_up_format, call.x + token * l.hidden, l.hidden / kBlock, 0, l.hidden,
-                     reinterpret_cast<int8_t*>(memory + token * plan.x_nbytes));
+        const auto quantize_row = [&](int64_t row, int) noexcept {
+            quantize(l.gate_up_format, call.x + (by_pair ? call.rows[row] : row) * l.hidden, l.hidden / kBlock, 0, l.hidden,
+                     reinterpret_cast<int8_t*>(memory + row * plan.x_nbytes));
         };
+        const int64_t rows = by_pair ? pairs : call.tokens;
         // A few rows take less time than waking the workers.
-        if (call.tokens < 8) {
-            for (int64_t token = 0; token < call.tokens; ++token) quantize_token(token, 0);
+        if (rows < 8) {
+            for (int64_t row = 0; row < rows; ++row) quantize_row(row, 0);
         } else {
-            pool.for_each(call.tokens, quantize_token);
+            pool.for_each(rows, quantize_row);
         }
     }
 
@@ -355,9 +359,17 @@ void moe_ffn(const FfnLayout& l, const FfnCall& call, ThreadPool& pool, Workspac
     for_strips(grouped(table, l.down_format, l.down_order, average), l.hidden,
                kStrip * row_nbytes(l.down_format, l.intermediate), 1,
                [&](const Expert& expert, int64_t pair, int64_t n, int64_t first, int64_t last, float* scratch) {
-                   float* const out = call.out + pair * l.hidden + first;
+                   float* const outputs = call.places ? reinterpret_cast<float*>(memory + plan.outputs_at) : call.out;
+                   float* const out = outputs + pair * l.hidden + first;
                    project(table, expert.down, first, last, middle_rows + pair, n, out, l.hidden, scratch);
                    if (expert.down_bias) add_bias(l.bias_format, expert.down_bias, first, last - first, out, l.hidden, n);
+                   if (!call.places) return;
+                   for (int64_t i = 0; i < n; ++i) {
+                       const float* const row = out + i * l.hidden;
+                       float* const place = call.out + call.places[pair + i] * l.hidden + first;
+                       const float weight = call.weights[pair + i];
+                       for (int64_t j = 0; j < last - first; ++j) place[j] = row[j] * weight;
+                   }
                });
 }
 

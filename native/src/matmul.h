@@ -46,7 +46,7 @@ struct ExpertParts {
 };
 
 // Expert e serves the pairs [offsets[e], offsets[e + 1]); pair p is row rows[p] of x, [tokens, hidden], and writes row
-// p of out, [pairs, hidden].
+// p of out, [pairs, hidden]. With places it writes row places[p] of out instead, times weights[p].
 struct FfnCall {
     int64_t experts, tokens;
     const ExpertParts* parts;
@@ -54,6 +54,8 @@ struct FfnCall {
     const int64_t* rows;
     const float* x;
     float* out;
+    const int64_t* places = nullptr;
+    const float* weights = nullptr;
 };
 
 // Memory of one thread pool's calls, grown to the largest call so far.

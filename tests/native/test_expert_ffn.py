@@ -130,7 +130,15 @@ def run(layout: native.FfnLayout, experts: list[Expert], tokens: list[list[int]]
     out = np.full((offsets[-1], layout.hidden_size), np.nan, np.float32)
     parts = np.array([expert.addresses for expert in experts], np.int64)
     rows = np.array([row for own in tokens for row in own], np.int64)
-    native.ExpertFfn(layout)(parts, offsets, rows, x, out)
+    ffn = native.ExpertFfn(layout)
+    ffn(parts, offsets, rows, x, out)
+    # The same to other rows, each times a weight, and nothing else is written.
+    rng = np.random.default_rng(len(rows))
+    places, weights = rng.permutation(len(rows) + 3), rng.standard_normal(len(rows), np.float32)
+    placed = np.full((len(rows) + 3, layout.hidden_size), 7, np.float32)
+    ffn(parts, offsets, rows, x, placed, places[:-3].copy(), weights)
+    assert np.array_equal(placed[places[:-3]], out * weights[:, None], equal_nan=True)
+    assert (placed[places[-3:]] == 7).all()
     return np.split(out, offsets[1:-1])
 
 
@@ -255,7 +263,7 @@ def test_calls_that_contradict_themselves_are_refused() -> None:
     ffn, expert = native.ExpertFfn(layout), make_expert(np.random.default_rng(0), layout, False)
     parts = np.array([expert.addresses], np.int64)
     x, out = np.zeros((2, 32), np.float32), np.zeros((2, 32), np.float32)
-    offsets, rows = np.array([0, 2]), np.array([0, 1])
+    offsets, rows, ones = np.array([0, 2]), np.array([0, 1]), np.ones(2, np.float32)
     ffn(parts, offsets, rows, x, out)
     missing = parts.copy()
     missing[0, 1] = 0
@@ -269,6 +277,11 @@ def test_calls_that_contradict_themselves_are_refused() -> None:
         (parts, offsets, rows, x[:, :16].copy(), out),
         (parts, offsets, rows, x, out[:1]),
         (missing, offsets, rows, x, out),
+        (parts, offsets, rows, x, out, rows),
+        (parts, offsets, rows, x, out, np.array([0, 2]), ones),
+        (parts, offsets, rows, x, out, np.array([-1, 0]), ones),
+        (parts, offsets, rows, x, out, rows[:1].copy(), ones),
+        (parts, offsets, rows, x, out, rows, ones[:1].copy()),
     ):
         with pytest.raises(ValueError):
             ffn(*wrong)

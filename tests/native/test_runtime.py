@@ -175,8 +175,9 @@ def test_threads_are_settable_and_the_workspace_is_counted() -> None:
     finally:
         native.set_num_threads(before)
     ffn = native.ExpertFfn(native.FfnLayout(2048, 768, "Q8_0", "Q8_0"))
-    # Two int8 parts of each value, scales and corrections, of every token before and every pair between the products.
-    tokens, pairs = 512 * 2048 * 2.25, 4096 * 768 * 2.25
+    # Two int8 parts of each value, scales and corrections, of every token before and every pair between the products;
+    # the outputs of every pair, before they go to their places.
+    tokens, pairs = 512 * 2048 * 2.25, 4096 * (768 * 2.25 + 2048 * 4)
     assert tokens < ffn.workspace_nbytes(512, 4096, 2) - pairs < 1.1 * tokens
     native.release_workspace()
 

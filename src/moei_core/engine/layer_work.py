@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from moei_core.adapters.dense_linear import TYPES
 from moei_core.engine.expert_compute import HeldExpert, expert_forward
@@ -61,20 +63,21 @@ class LayerWork:
         positions = [self.rows[expert.key.expert] for expert in batch]
         if self._exact is None:
             self._exact = self.hidden_states.to(torch.float32).contiguous()
+        if not getattr(self.module, "has_post_expert_norm", False):
+            kernel.place(batch, positions, self.top_k, self._exact, self._scale, self._outputs)
+            return
         output = kernel(batch, positions, self.top_k, self._exact)
-        if getattr(self.module, "has_post_expert_norm", False):
-            output = self.module.post_expert_norm(output.to(self.hidden_states.dtype)).to(torch.float32)
-        place = torch.tensor([position for one in positions for position in one])
+        output = self.module.post_expert_norm(output.to(self.hidden_states.dtype)).to(torch.float32)
+        place = torch.from_numpy(np.concatenate(positions))
         self._outputs[place] = output * self._scale[place]
 
     def _compute_in_torch(self, expert: HeldExpert) -> None:
-        rows = self.rows[expert.key.expert]
-        place = torch.tensor(rows)
+        place = torch.from_numpy(self.rows[expert.key.expert])
         # Some row once more, as often as it takes: see ``steady_shapes``.
-        missing = missing_rows(self.hidden_states, len(rows))
-        padded = torch.tensor(rows + rows[:1] * missing) if missing else place
+        missing = missing_rows(self.hidden_states, len(place))
+        padded = torch.cat((place, place[:1].expand(missing)))
         output = expert_forward(self.module, expert.weights, self.hidden_states[padded // self.top_k])
-        self._outputs[place] = output[: len(rows)].to(torch.float32) * self._scale[place]
+        self._outputs[place] = output[: len(place)].to(torch.float32) * self._scale[place]
 
     def take_over(self, positions: list[int], outputs: torch.Tensor) -> None:
         """Some rows of ``outputs``, [tokens * top_k, hidden], are what was computed elsewhere."""
@@ -159,10 +162,12 @@ class TokenWork:
         return self._general
 
 
-def _rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, list[int]]:
+def _rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, NDArray[np.int64]]:
     """Flat positions [token * top_k + column] of each chosen expert, experts and positions ascending."""
-    rows: dict[int, list[int]] = {}
-    for position, expert in enumerate(index.reshape(-1).tolist()):
-        if expert < num_experts:
-            rows.setdefault(expert, []).append(position)
-    return dict(sorted(rows.items()))
+    chosen = index.reshape(-1).numpy()
+    order = np.argsort(chosen, kind="stable")
+    experts, starts = np.unique(chosen[order], return_index=True)
+    parts = np.split(order, starts[1:]) if len(experts) else []
+    return {
+        expert: part for expert, part in zip(experts.tolist(), parts, strict=True) if expert < num_experts
+    }

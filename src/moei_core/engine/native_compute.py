@@ -46,7 +46,7 @@ class NativeExperts:
     def __call__(
         self,
         experts: Sequence[HeldExpert],
-        positions: Sequence[Sequence[int]],
+        positions: Sequence[NDArray[np.int64]],
         top_k: int,
         inputs: torch.Tensor,
     ) -> torch.Tensor:
@@ -54,13 +54,28 @@ class NativeExperts:
 
         positions: flat [token * top_k + column] of each expert. inputs: float32 [tokens, hidden], contiguous.
         """
-        parts = np.stack([self._addresses(expert) for expert in experts])
-        offsets = np.zeros(len(positions) + 1, np.int64)
-        np.cumsum([len(one) for one in positions], out=offsets[1:])
-        rows = np.fromiter((position // top_k for one in positions for position in one), np.int64)
-        out = torch.empty((len(rows), inputs.shape[-1]), dtype=torch.float32)
-        self.ffn(parts, offsets, rows, inputs.numpy(), out.numpy())
+        place, offsets = _joined(positions)
+        out = torch.empty((len(place), inputs.shape[-1]), dtype=torch.float32)
+        self.ffn(self._table(experts), offsets, place // top_k, inputs.numpy(), out.numpy())
         return out
+
+    def place(
+        self,
+        experts: Sequence[HeldExpert],
+        positions: Sequence[NDArray[np.int64]],
+        top_k: int,
+        inputs: torch.Tensor,
+        scale: torch.Tensor,
+        outputs: torch.Tensor,
+    ) -> None:
+        """The same, each output times its ``scale`` at its position of ``outputs``, float32 [tokens * top_k, hidden].
+
+        scale: float32, one for each position.
+        """
+        place, offsets = _joined(positions)
+        weights = scale.numpy().reshape(-1)[place]
+        table = self._table(experts)
+        self.ffn(table, offsets, place // top_k, inputs.numpy(), outputs.numpy(), place, weights)
 
     def token(
         self, experts: Sequence[HeldExpert], weights: list[float], hidden_states: torch.Tensor
@@ -99,12 +114,22 @@ class NativeExperts:
             expert.native = native.ExpertParts(*(int(address) for address in self._addresses(expert)))
         return expert.native
 
+    def _table(self, experts: Sequence[HeldExpert]) -> NDArray[np.int64]:
+        return np.stack([self._addresses(expert) for expert in experts])
+
     def _addresses(self, expert: HeldExpert) -> NDArray[np.int64]:
         if expert.parts is None:
             expert.parts = np.zeros(len(native.PARTS), np.int64)
             for column, part in self.columns:
                 expert.parts[column] = expert.address + expert.layout.parts[part].slot_offset
         return expert.parts
+
+
+def _joined(positions: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """All positions, one expert's after the other's, and where each expert's begin and end."""
+    offsets = np.zeros(len(positions) + 1, np.int64)
+    np.cumsum([len(one) for one in positions], out=offsets[1:])
+    return np.concatenate(positions), offsets
 
 
 def native_experts(module: Any, layout: ExpertLayout) -> NativeExperts | None:

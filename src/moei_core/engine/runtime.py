@@ -45,6 +45,8 @@ from moei_core.trace.hidden import HiddenSampler
 from moei_core.trace.writer import TraceWriter
 from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase, ScoredExpert
 
+_AT_ONCE = 8
+"""Experts of a prompt that one call computes while others arrive; of what arrives, at most half of the working set."""
 _WORTH_BEGINNING = 2 << 20
 """Bytes of a token's experts in a layer from which it pays to compute some before the others are there."""
 
@@ -71,9 +73,7 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
         torch's waiting threads spin: beside the native kernels, which have threads of their own, it gets one
         in decoding. The counts follow the phase and never a budget (other counts may round otherwise).
         """
-        self._store = store
-        self._pool = pool
-        self._scheduler = scheduler
+        self._store, self._pool, self._scheduler = store, pool, scheduler
         self._total_experts = sum(1 for _ in store.experts())
         self._prefetch_slots = 0
         self._slots: dict[ExpertKey, int] = {}
@@ -275,9 +275,10 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
         absent = deque(sorted((key for key in loads if not self._promote(key)), key=self._place_on_disk))
         # Only the first wave can be without loads: it holds what is resident.
         resident = plan.waves[0].compute if plan.hits else ()
-        # One call for all is fastest, but while a prompt computes slots must become free as experts arrive.
-        batch = 1 if loads and work.tokens > 1 else len(resident)
         whole = isinstance(work, TokenWork)
+        # One call for all is fastest, but while a prompt computes slots must become free, and experts arrive.
+        batch = _AT_ONCE if loads and work.tokens > 1 else len(resident)
+        several = len(loads) if whole else max(1, min(_AT_ONCE, self._scheduler.working_slots // 2))
         # What is computed while the rest arrives takes a call of its own.
         patient = whole and (len(resident) + len(loads)) * self._pool.slot_nbytes < _WORTH_BEGINNING
         looking_ahead, to_stream = False, len(plan.stream)
@@ -285,8 +286,7 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
             self._ask(absent)
             if not absent and not looking_ahead:
                 looking_ahead = True
-                # What was asked for before has ended with this access. Readers woken for nothing would take the
-                # interpreter's lock from whoever computes.
+                # Readers woken for nothing would take the interpreter's lock from whoever computes.
                 if plan.prefetch:
                     self._transfers.prefetch(plan.prefetch)
                 if plan.stream:
@@ -298,7 +298,7 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
                 to_stream -= 1
             if arriving and (self._transfers.has_ready or not resident or not self._reorder or patient):
                 keys = [self._arrival()]
-                while whole and (
+                while len(keys) < several and (
                     self._transfers.has_ready or (patient and len(keys) < arriving and not absent)
                 ):
                     keys.append(self._arrival())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from moei_core.engine.device_compute import DeviceExpert, FewTokenExperts
@@ -42,11 +43,11 @@ class TieredWork(LayerWork):
         self._exact_inputs: torch.Tensor | None = None
         self._host_experts: list[int] = []
         self._bounds: dict[int, tuple[int, int]] = {}
-        positions: list[int] = []
+        end = 0
         for expert, rows in self.rows.items():
-            self._bounds[expert] = len(positions), len(positions) + len(rows)
-            positions += rows
-        place = torch.tensor(positions, dtype=torch.int64)
+            self._bounds[expert] = end, end + len(rows)
+            end += len(rows)
+        place = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *self.rows.values()]))
         self._positions, self._device_scale = _bring_together(device, place, self._scale)
         # Made on the model's own stream, like all that it is summed from.
         self._sums = on_device.new_zeros((self.tokens * self.top_k, on_device.shape[-1]), dtype=torch.float32)

@@ -59,9 +59,10 @@ def workspace_nbytes(
     chunk = prefill_chunk(config, top_k, context, item, eager_attention)
     expanded = 0
     if config.get("kv_lora_rank"):
-        # A prompt expands the latents of one layer: the product, the keys put together, both filled up to few shapes.
+        # A prompt expands the latents of one layer: the product, the keys put together; keys, and values made as wide,
+        # filled up to few shapes.
         nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
-        parts = nope + value + 2 * (nope + config["qk_rope_head_dim"]) + value
+        parts = nope + value + 4 * (nope + config["qk_rope_head_dim"])
         expanded = context * (config["num_attention_heads"] * parts * item + config["kv_lora_rank"] * 6)
     # Beside what grows with the pass: the logits of one token; one expert reordered by a library.
     return (

@@ -35,6 +35,8 @@ def moe_ffn(
     rows: NDArray[int64],
     x: NDArray[float32],
     out: NDArray[float32],
+    places: NDArray[int64] | None,
+    weights: NDArray[float32] | None,
 ) -> None: ...
 
 class ExpertParts:

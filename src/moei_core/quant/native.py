@@ -217,16 +217,18 @@ class ExpertFfn:
         rows: NDArray[np.int64],
         x: NDArray[np.float32],
         out: NDArray[np.float32],
+        places: NDArray[np.int64] | None = None,
+        weights: NDArray[np.float32] | None = None,
     ) -> None:
-        """Compute ``out``; the router's weights, and a norm after the expert, are the caller's.
+        """Compute ``out``; a norm after the expert is the caller's. ValueError if the shapes contradict each other.
 
         parts: [experts, 6] addresses in the order of ``PARTS``, 0 where the layout has no such part; concatenated and
         interleaved weights (and biases) are at ``gate`` (``gate_bias``), ungated ones too. Any alignment.
-        offsets: [experts + 1]; expert e serves the pairs offsets[e]..offsets[e + 1].
-        rows: [pairs], each the row of ``x`` that a pair reads. x: [tokens, hidden_size]. out: [pairs, hidden_size].
-        ValueError if the shapes contradict each other. The memory at the addresses must stay until the call returns.
+        offsets: [experts + 1]; expert e serves the pairs offsets[e]..offsets[e + 1]. rows: [pairs], the row of ``x`` of
+        each. x: [tokens, hidden_size]. out: [pairs, hidden_size], or [any, hidden_size], of which pair p writes row
+        places[p], its output times weights[p]. The memory at the addresses must stay until the call returns.
         """
-        _native.moe_ffn(self.native, parts, offsets, rows, x, out)
+        _native.moe_ffn(self.native, parts, offsets, rows, x, out, places, weights)
 
     def token(self, experts: list[ExpertParts], weights: list[float], type: str, x: int, out: int) -> None:
         """One token: the experts' outputs times their weights, summed in the order given, rounded once to ``type``.
@@ -238,9 +240,8 @@ class ExpertFfn:
 
     def workspace_nbytes(self, tokens: int, pairs: int, threads: int | None = None) -> int:
         """Bytes that a call of this size works in. They are kept for the next call (``release_workspace``)."""
-        return _native.workspace_nbytes(
-            self.native, tokens, pairs, num_threads() if threads is None else threads
-        )
+        threads = num_threads() if threads is None else threads
+        return _native.workspace_nbytes(self.native, tokens, pairs, threads)
 
 
 def release_workspace() -> None:
@@ -385,8 +386,7 @@ def all_finite(weight: Matrix, source: NDArray[np.uint8]) -> bool:
 def read_bandwidth(buffer: NDArray[np.uint8], repeats: int = 1) -> float:
     """Bytes per second at which ``num_threads()`` threads read ``buffer``, the best of several vector loops.
 
-    buffer: bytes that were written once, at least a mebibyte; to measure memory, at least twice the last-level cache.
-    """
+    buffer: bytes that were written once, a mebibyte or more; to measure memory, twice the last-level cache or more."""
     isa()
     return _native.read_bandwidth(buffer, repeats)
 
