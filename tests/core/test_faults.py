@@ -167,9 +167,9 @@ def nothing_is_lost(model: LoadedModel) -> None:
         time.sleep(0.01)
 
 
-def our_threads() -> int:
+def our_threads() -> list[str]:
     """Those that run, but for the one that watches over tqdm's progress bars from the first bar on."""
-    return sum(type(thread).__name__ != "TMonitor" for thread in threading.enumerate())
+    return sorted(one.name for one in threading.enumerate() if type(one).__name__ != "TMonitor")
 
 
 @pytest.mark.parametrize("predictor", [None, "noise"])
@@ -298,4 +298,6 @@ def test_what_cannot_be_loaded_leaves_no_thread_and_no_file(folder: Path) -> Non
         assert our_threads() == threads and not open_files(folder)
     with LoadedModel(folder, options(), CpuDevice(1 << 20)) as model:
         assert model.device_budget is None
-        assert our_threads() == threads + len(readers()), "the queues of a device that is not used"
+        assert our_threads() == sorted(threads + [one.name for one in readers()]), (
+            "the queues of a device that is not used"
+        )

@@ -137,6 +137,22 @@ def test_a_prefetch_that_is_demanded_goes_on_where_it_was_before_other_demands(s
     assert queue.promote(A) is None
 
 
+def test_no_prefetch_begins_for_a_turn_that_has_failed(stepped: Stepped) -> None:
+    """It could fail as well, and the next turn would pay."""
+    queue = stepped.queue
+    queue.add_spare(0)
+    queue.add_spare(1)
+    queue.prefetch([A, B])
+    assert stepped.begin() == (A, 0)
+    queue.abandon_demand()
+    stepped.finish()
+    assert stepped.begin_all() == [(A, 1), (A, 2)]
+    assert [(step, load.excused) for step, load in queue.take_events()] == [
+        (Step.STARTED, True),
+        (Step.FINISHED, True),
+    ]
+
+
 def test_a_cancelled_prefetch_frees_its_slot_at_once_unless_a_reader_writes_to_it(stepped: Stepped) -> None:
     queue = stepped.queue
     queue.add_spare(3)

@@ -211,10 +211,11 @@ class TransferQueue:
         """Forget all demand loads and what is streamed, and wait, but not for a read that hangs, until no thread
         writes to their slots.
 
-        ``take_returned`` gives the slots, also those that come back later. Prefetches go on; the turn that ends here
-        has paid for what becomes of them.
+        ``take_returned`` gives the slots, also those that come back later. Prefetches that have begun go on; the turn
+        that ends here has paid for what becomes of them.
         """
         with self._lock:
+            self._wishes.clear()
             for load in (*self._prefetches.values(), *(load for _, load in self._events)):
                 load.excused = True
             self._demand.clear()
