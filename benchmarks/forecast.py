@@ -6,7 +6,9 @@
     python benchmarks/forecast.py --cases FILE --parts             # others, and where the time went
 
 1. Predict: for each case the forecast of its config, of this machine and of a memory budget (``--ram``: what that share
-   of the experts should take), as ``moei plan`` makes it; nothing of the ledger. All go to ``--predictions``.
+   of the experts should take), as ``moei plan`` makes it; nothing of the ledger. All go to ``--predictions``. The run's
+   own forecast, which the table shows, is written down by the command before it runs, after a look at the disk for the
+   first token.
 2. Run: ``moei bench --ram ... --experts ...``, each a process of its own in a control group of its --ram plus 5% where
    one can be made. New prompts on a warm cache give the speed, the first prompt of all its time to first token.
 3. Compare: a table in Markdown, and one line of JSON. Exit status 1 if a case failed.
@@ -180,6 +182,12 @@ def row(case: Case, report: dict[str, Any]) -> dict[str, Any]:
     learned = before["corrected"]
     later["rest"] = changing["ttft_s"]["median"] - sum(later.values())
     return asdict(case) | {
+        # What the command itself wrote down before it ran, for the first token the disk looked at once more; beside it
+        # the plan.
+        **{name: before[name]["value"] for name in ("tokens_per_s", "ttft_s")},
+        **{name: before[name] for name in ("limits", "decode_parts_s", "prefill_parts_s")},
+        "planned_tokens_per_s": case.tokens_per_s,
+        "planned_ttft_s": case.ttft_s,
         "in_range": sum(before[name]["low"] <= value <= before[name]["high"] for name, value in came.items()),
         **{f"came_{name}": value for name, value in came.items()},
         "corrected_tokens_per_s": learned["tokens_per_s"]["value"],
@@ -200,7 +208,7 @@ def row(case: Case, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def error(found: dict[str, Any], quantity: str, kind: str = "") -> float:
-    """Forecast over actual, less one. kind: ``corrected_`` with what was learned."""
+    """Forecast over actual, less one. kind: ``corrected_`` with what was learned, ``planned_`` without the run."""
     return float(found[kind + quantity] / found[f"came_{quantity}"] - 1)
 
 
@@ -260,7 +268,7 @@ def parts_table(rows: list[dict[str, Any]]) -> str:
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Median and worst error of each quantity, and how often the bottleneck was right."""
     found: dict[str, Any] = {"runs": len(rows)}
-    for kind in ("", "corrected_"):
+    for kind in ("", "planned_", "corrected_"):
         for quantity in ("tokens_per_s", "ttft_s"):
             errors = [abs(error(one, quantity, kind)) for one in rows]
             found[kind + quantity] = {
@@ -286,7 +294,8 @@ def errors_in_words(found: dict[str, Any], kind: str = "") -> str:
 def in_words(found: dict[str, Any]) -> str:
     return (
         f"{found['runs']} runs, {found['compute_bound']} of them bound by computing. {errors_in_words(found)} "
-        f"{found['in_range']:.0%} of the figures came within their ranges. "
+        f"{found['in_range']:.0%} of the figures came within their ranges. Planned, before the disk was looked at "
+        f"once more: {errors_in_words(found, 'planned_')} "
         f"The limit was right in {found['bottleneck_right']}, and two were named in {found['two_limits_named']}. "
         f"The highest peak was {found['peak_over_ram']:.1%} of --ram."
     )

@@ -17,7 +17,7 @@ from moei_core.forecast.ledger import Actual, correction, write_actual, write_pr
 from moei_core.forecast.limits import agree, in_words
 from moei_core.forecast.shape import ModelShape, bundled_shape, shape_of_folder, shape_of_repo
 from moei_core.forecast.speed import Speeds
-from moei_core.hardware.profile import HardwareProfile
+from moei_core.hardware.profile import DiskProfile, HardwareProfile
 
 if TYPE_CHECKING:
     from moei_core.engine.chat_session import TurnReport
@@ -51,6 +51,9 @@ def shape_of_files(files: ModelFiles) -> ModelShape:
 
 
 _LEAST_TOKENS = 8
+_AGAIN_S = 0.5
+_LEAST_NBYTES = 256 << 20
+"""Of all experts, from which the disk is looked at again: few are read at once, whatever it gives."""
 NEVER_MEASURED = "No forecast: this machine has not been measured. Once: moei profile-hardware"
 
 
@@ -121,7 +124,7 @@ class Prediction:
 def predict(
     model: LoadedModel, files: ModelFiles, prompt_tokens: int, what: str, *, follows_trace: bool = False
 ) -> Prediction | None:
-    """Forecast ``model``, loaded but not yet run, and write that down.
+    """Forecast ``model``, loaded but not yet run, and write that down. Reads a little of it: how fast is its disk now?
 
     follows_trace: its routing is recorded, not its own. None if this machine, or the GPU that computes, was never
     measured, or if the model is of a kind whose config cannot be counted: a forecast never keeps a model from running.
@@ -140,14 +143,43 @@ def predict(
         shape = replace(shape, uniform_routing=False)
     if model.device_budget is not None and gpu is None:
         return None
-    speeds = Speeds.of(profile, profile.disk_of(model.folder))
+    speeds, now = (
+        Speeds.of(profile, disk)
+        for disk in (profile.disk_of(model.folder), _disk_now(profile, model.folder, shape))
+    )
     plan = None
     if gpu is not None and model.device_budget is not None:
         plan = GpuPlan(gpu, model.device_budget, speeds.memory_bandwidth, model.options.misses == "copy")
     one = forecast(shape, shape.format, speeds, model.budget, prompt_tokens, gpu=plan)
+    # A first prompt takes a moment, replies take long: that one has the disk of now, they what it gave over a while.
+    first = forecast(shape, shape.format, now, model.budget, prompt_tokens, gpu=plan)
+    one = replace(one, ttft_s=first.ttft_s, prefill=first.prefill)
     learned = correction(profile.fingerprint, one)
     identity = write_prediction(profile.fingerprint, shape, one, what)
     return Prediction(identity, one, corrected(one, learned.decode, learned.ttft), learned.runs)
+
+
+def _disk_now(profile: HardwareProfile, folder: Path, shape: ModelShape) -> DiskProfile | None:
+    """The disk of the model in ``folder`` as it was measured, but as fast as it is now; None if it never was.
+
+    What a disk gives changes: shared ones are fast after a rest, and slow once much was read. Some of the model's bytes
+    are read, and forgotten.
+    """
+    from moei_core.hardware.probe.reads import read_again
+
+    disk = profile.disk_of(folder)
+    experts = shape.total_experts * shape.expert_nbytes(shape.format)
+    if disk is None or experts < _LEAST_NBYTES:
+        return disk
+    nbytes = shape.expert_nbytes(shape.format)
+    # So small that a slow disk gives several in the time.
+    nbytes = min(nbytes, max(1 << 20, int(disk.expert_bandwidth(nbytes).value * _AGAIN_S / 32)))
+    with suppress(OSError):
+        files = [path.resolve() for path in folder.iterdir() if path.is_file()]
+        found = read_again(max(files, key=lambda path: path.stat().st_size), nbytes, _AGAIN_S)
+        if found is not None:
+            return disk.at_another_moment(*found)
+    return disk
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from moei_core.hardware.gpus import GpuFacts
 from moei_core.hardware.probe.gpu import probe_gpu
 from moei_core.hub.aliases import aliases
 from tests.cli.conftest import Outcome
-from tests.hardware.fakes import FakeGpu, made_profile
+from tests.hardware.fakes import FakeGpu, exactly, made_profile
 
 Moei = Callable[..., Outcome]
 GPU = GpuFacts(0, "A Board", "GPU-1", 8 << 30, 6 << 30, 0, (8, 6), 4, 16, False)
@@ -232,6 +232,33 @@ def test_a_bench_sets_its_prediction_beside_what_came(
     shown = moei("bench", folder, "--experts", "50%", *SMALL)
     assert "before the run" in shown.out
     assert "with 1 runs learned" in shown.out
+
+
+def test_a_prediction_looks_at_the_disk_of_a_large_model_once_more_for_its_first_prompt(
+    moei: Moei, chat_folder: Callable[..., Path], measured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moei_cli import forecasts
+    from moei_core.hardware.probe import reads
+
+    monkeypatch.setattr(forecasts, "_LEAST_NBYTES", 0)
+    asked: list[tuple[str, int]] = []
+    speeds = iter((1e9, 1e5))
+
+    def again(file: Path, nbytes: int, seconds: float) -> object:
+        asked.append((file.name, nbytes))
+        even = exactly(next(speeds))
+        return replace(made_profile().disks[0].experts[0], nbytes=nbytes, bandwidth=even), None
+
+    monkeypatch.setattr(reads, "read_again", again)
+    folder = str(chat_folder("qwen3_moe"))
+    fast, slow = (
+        json.loads(moei("bench", folder, "--experts", "50%", *SMALL, "--json").out)["prediction"]
+        for _ in range(2)
+    )
+    assert len(asked) == 2 and all(name.endswith(".safetensors") for name, _ in asked)
+    waiting = [one["prefill_parts_s"]["disk"] for one in (fast, slow)]
+    assert waiting[1] > 100 * waiting[0]
+    assert fast["decode_parts_s"] == slow["decode_parts_s"], "replies have the disk as it was measured"
 
 
 def test_an_answer_is_predicted_too(moei: Moei, measured: None) -> None:

@@ -23,7 +23,7 @@ from moei_core.hardware.probe import disk as disk_probe
 from moei_core.hardware.probe import reads as disk_reads
 from moei_core.hardware.probe.allowance import Allowance
 from moei_core.hardware.probe.disk import DiskEffort, nameless_file, probe_disk
-from moei_core.hardware.probe.reads import ExpertReads
+from moei_core.hardware.probe.reads import ExpertReads, read_again
 from moei_core.hardware.profile import load_profile, save_profile
 from moei_core.quant import native
 from tests.cli.conftest import Outcome
@@ -339,3 +339,15 @@ def test_measuring_ends_soon(tmp_path: Path) -> None:
     probe_disk(read_disk(tmp_path), (), replace(QUICK, seconds=0.2))
     # Generous: shared machines stall. Without the limit it would read for ever.
     assert time.perf_counter() - started < 60
+
+
+def test_a_model_is_read_again_before_it_runs(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(os.urandom(9 * MIB))
+    found = read_again(file, MIB + 17, 0.05)  # no expert is a whole number of pages
+    assert found is not None
+    now, fresh = found
+    assert now.nbytes == MIB and fresh is not None and fresh.nbytes == MIB
+    assert 0 < now.bandwidth.low <= now.bandwidth.value <= now.bandwidth.high
+    assert read_again(file, 2 * MIB, 0.05) is None  # too few of them
+    assert read_again(tmp_path / "gone", MIB, 0.05) is None

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from moei_core.forecast.routing import Range
+from moei_core.forecast.speed import Speeds
 from moei_core.hardware.machine import read_machine
-from moei_core.hardware.profile import fingerprint, load_profile, profile_path, save_profile
+from moei_core.hardware.profile import Figure, fingerprint, load_profile, profile_path, save_profile
 from moei_core.hardware.system import CgroupMemory
 from tests.hardware.fakes import FakeNvml, exactly, made_profile
 from tests.hardware.test_gpus import BOARD
@@ -78,3 +80,16 @@ def test_between_measured_sizes_the_bandwidth_is_between() -> None:
     assert disk.expert_bandwidth(MIB) == exactly(1e9)
     assert disk.expert_bandwidth(4 * MIB).value == pytest.approx(2e9)
     assert disk.expert_bandwidth(100 * MIB) == exactly(3e9)
+
+
+def test_a_disk_at_another_moment_is_as_much_faster_at_every_size() -> None:
+    disk = made_profile(disk_bandwidth=1e9).disks[0]
+    small, large = disk.experts
+    disk = replace(disk, experts=(replace(small, bandwidth=Figure(1e9, 0.5e9, 1.2e9)), large))
+    now = replace(small, nbytes=4 * MIB, bandwidth=Figure(2e9, 1.8e9, 2.8e9))
+    then = disk.at_another_moment(now, now)
+    assert then.expert_bandwidth(MIB) == Figure(2e9, 1e9, 2.8e9)
+    assert then.expert_bandwidth(64 * MIB) == Figure(2e9, 1.8e9, 2.8e9)
+    assert then.fresh == now
+    speeds = Speeds.of(replace(made_profile(), disks=(then,)), then)
+    assert speeds.read(MIB, 4) == Range(*(4 * MIB / one for one in (2.8e9, 2e9, 1e9)))

@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,26 @@ class DiskProfile:
     sustained: Figure | None
     note: str = ""
     fresh: ReadSpeed | None = None
+
+    def at_another_moment(self, now: ReadSpeed, fresh: ReadSpeed | None) -> DiskProfile:
+        """This disk as it is when experts of one size are read as in ``now``: others as much faster or slower.
+
+        The range is as wide as it was, or as what was seen now. Only for a disk that was measured.
+        """
+        factor = now.bandwidth.value / self.expert_bandwidth(now.nbytes).value
+        seen = now.bandwidth
+
+        def moved(read: ReadSpeed) -> ReadSpeed:
+            then = read.bandwidth
+            value = factor * then.value
+            low = value * min(then.low / then.value, seen.low / seen.value)
+            high = value * max(then.high / then.value, seen.high / seen.value)
+            latency = Figure(
+                *(one / factor for one in (read.latency.value, read.latency.low, read.latency.high))
+            )
+            return replace(read, bandwidth=Figure(value, low, high), latency=latency)
+
+        return replace(self, experts=tuple(moved(read) for read in self.experts), fresh=fresh)
 
     def expert_bandwidth(self, nbytes: int) -> Figure:
         """Bytes a second at which experts of ``nbytes`` are read: between the measured sizes, level beyond them.

@@ -16,7 +16,7 @@ from pathlib import Path
 from moei_core.config import CHUNK_NBYTES, READERS
 from moei_core.hardware.probe.allowance import Allowance
 from moei_core.hardware.profile import Figure, ReadSpeed
-from moei_core.store.base import PAGE
+from moei_core.store.base import PAGE, align_down
 from moei_core.store.checksums import checksum
 
 TARGET_NBYTES = 128 << 20
@@ -152,6 +152,36 @@ class ExpertReads:
         for one in reads:
             one.result()
         return elapsed
+
+
+_MOMENTS = 4
+_AGAIN_NBYTES = 4 << 20
+"""Two chunks: eight of them in memory are little beside what a model that is loaded has not used yet of its budget."""
+
+
+def read_again(file: Path, nbytes: int, seconds: float) -> tuple[ReadSpeed, ReadSpeed | None] | None:
+    """Read experts of ``nbytes`` (large ones in part) all over ``file`` for so long: (as in ``DiskProfile.experts``, as
+    in ``fresh``).
+
+    None if the file cannot be opened, or is so small that what is read once is known. Raises: OSError while reading.
+    """
+    size = align_down(min(nbytes, _AGAIN_NBYTES))
+    try:
+        descriptor, direct = open_file(file)
+    except OSError:
+        return None
+    try:
+        source = Source(descriptor, os.fstat(descriptor).st_size, direct, file.name)
+        if source.nbytes < 2 * _TOGETHER * size:
+            return None
+        with read_target(_TOGETHER * size) as target:
+            reads, allowance = ExpertReads(source, target, [size]), Allowance(seconds)
+            for number in range(_MOMENTS):
+                reads.sample(allowance.part(1 / (_MOMENTS - number)))
+            (now,), fresh = reads.speeds()
+            return now, fresh
+    finally:
+        os.close(descriptor)
 
 
 def _read_chunk(source: Source, offset: int, into: memoryview, base: int, start: int, nbytes: int) -> None:
