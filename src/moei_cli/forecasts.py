@@ -143,35 +143,32 @@ def predict(
         shape = replace(shape, uniform_routing=False)
     if model.device_budget is not None and gpu is None:
         return None
-    speeds, now = (
-        Speeds.of(profile, disk)
-        for disk in (profile.disk_of(model.folder), _disk_now(profile, model.folder, shape))
-    )
+    disk = profile.disk_of(model.folder)
+    speeds = Speeds.of(profile, disk)
     plan = None
     if gpu is not None and model.device_budget is not None:
         plan = GpuPlan(gpu, model.device_budget, speeds.memory_bandwidth, model.options.misses == "copy")
     one = forecast(shape, shape.format, speeds, model.budget, prompt_tokens, gpu=plan)
     # A first prompt takes a moment, replies take long: that one has the disk of now, they what it gave over a while.
-    first = forecast(shape, shape.format, now, model.budget, prompt_tokens, gpu=plan)
-    one = replace(one, ttft_s=first.ttft_s, prefill=first.prefill)
+    if disk is not None and (now := _disk_now(disk, model.folder, shape)) is not None:
+        first = forecast(shape, shape.format, Speeds.of(profile, now), model.budget, prompt_tokens, gpu=plan)
+        one = replace(one, ttft_s=first.ttft_s, prefill=first.prefill)
     learned = correction(profile.fingerprint, one)
     identity = write_prediction(profile.fingerprint, shape, one, what)
     return Prediction(identity, one, corrected(one, learned.decode, learned.ttft), learned.runs)
 
 
-def _disk_now(profile: HardwareProfile, folder: Path, shape: ModelShape) -> DiskProfile | None:
-    """The disk of the model in ``folder`` as it was measured, but as fast as it is now; None if it never was.
+def _disk_now(disk: DiskProfile, folder: Path, shape: ModelShape) -> DiskProfile | None:
+    """``disk``, that of the model in ``folder``, as fast as it is now; None where that is not found out.
 
     What a disk gives changes: shared ones are fast after a rest, and slow once much was read. Some of the model's bytes
     are read, and forgotten.
     """
     from moei_core.hardware.probe.reads import read_again
 
-    disk = profile.disk_of(folder)
-    experts = shape.total_experts * shape.expert_nbytes(shape.format)
-    if disk is None or experts < _LEAST_NBYTES:
-        return disk
     nbytes = shape.expert_nbytes(shape.format)
+    if shape.total_experts * nbytes < _LEAST_NBYTES:
+        return None
     # So small that a slow disk gives several in the time.
     nbytes = min(nbytes, max(1 << 20, int(disk.expert_bandwidth(nbytes).value * _AGAIN_S / 32)))
     with suppress(OSError):
@@ -179,7 +176,7 @@ def _disk_now(profile: HardwareProfile, folder: Path, shape: ModelShape) -> Disk
         found = read_again(max(files, key=lambda path: path.stat().st_size), nbytes, _AGAIN_S)
         if found is not None:
             return disk.at_another_moment(*found)
-    return disk
+    return None
 
 
 @contextmanager

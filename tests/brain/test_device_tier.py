@@ -14,9 +14,15 @@ from moei_core.types import ExpertKey, LayerAccess, Phase, ScoredExpert
 EXPERTS = {0: 8, 1: 8}
 
 
-def tier(slots: int, copy_from: int = 4, share: float = 0.5) -> DeviceTier:
+def tier(slots: int, copy_from: int = 4, share: float = 0.5, prefetch_slots: int = 0) -> DeviceTier:
     cache = ExpertCache(slots, LayerLRU(slots, EXPERTS))
-    return DeviceTier(cache, EXPERTS, dict.fromkeys(EXPERTS, copy_from), dict.fromkeys(EXPERTS, share))
+    return DeviceTier(
+        cache,
+        EXPERTS,
+        dict.fromkeys(EXPERTS, copy_from),
+        dict.fromkeys(EXPERTS, share),
+        prefetch_slots=prefetch_slots,
+    )
 
 
 def access(*experts: int, tokens: int = 1, layer: int = 0, order: tuple[int, ...] = ()) -> LayerAccess:
@@ -117,13 +123,7 @@ def test_each_tier_sees_the_misses_of_the_nearer_one() -> None:
 
 
 def test_what_is_prefetched_has_a_slot_until_its_router_speaks() -> None:
-    one = DeviceTier(
-        ExpertCache(5, LayerLRU(5, EXPERTS)),
-        EXPERTS,
-        dict.fromkeys(EXPERTS, 99),
-        dict.fromkeys(EXPERTS, 0.0),
-        prefetch_slots=3,
-    )
+    one = tier(5, 99, 0.0, prefetch_slots=3)
     assert one.prefetch(keys(1)) == (), "the slots are the residents'"
     one.plan(access(), prefetching=True)
     assert one.prefetch(keys(1, 2) + keys(7, 6, layer=1)) == keys(1, 2) + keys(7, layer=1)
@@ -140,13 +140,7 @@ def test_what_is_prefetched_has_a_slot_until_its_router_speaks() -> None:
 
 
 def test_prefetched_experts_go_with_the_slots_that_they_have() -> None:
-    one = DeviceTier(
-        ExpertCache(6, LayerLRU(6, EXPERTS)),
-        EXPERTS,
-        dict.fromkeys(EXPERTS, 1),
-        dict.fromkeys(EXPERTS, 0.0),
-        prefetch_slots=4,
-    )
+    one = tier(6, 1, 0.0, prefetch_slots=4)
     one.plan(access(0), prefetching=True)
     assert one.prefetch(keys(1, 2, 3, 4, layer=1)) == keys(1, 2, 3, 4, layer=1)
     assert one.resize(5) == []
@@ -158,13 +152,7 @@ def test_prefetched_experts_go_with_the_slots_that_they_have() -> None:
 
 def test_a_read_ahead_that_fails_takes_nothing_from_the_device() -> None:
     """RAM gave an expert up after the device had been given it, and prefetches it again."""
-    front = DeviceTier(
-        ExpertCache(4, LayerLRU(4, EXPERTS)),
-        EXPERTS,
-        dict.fromkeys(EXPERTS, 99),
-        dict.fromkeys(EXPERTS, 0.0),
-        prefetch_slots=2,
-    )
+    front = tier(4, 99, 0.0, prefetch_slots=2)
     both = TieredScheduler(ExpertCache(8, LayerLRU(8, EXPERTS)), 3, front, Sure(), PrefetchMode.ON)
     both.forward_pass(Phase.DECODE)
     plan = both.access(access(1))
@@ -177,13 +165,7 @@ def test_a_read_ahead_that_fails_takes_nothing_from_the_device() -> None:
 
 
 def test_a_prefetched_expert_stays_only_by_the_policy() -> None:
-    one = DeviceTier(
-        ExpertCache(1, LayerLRU(1, EXPERTS)),
-        EXPERTS,
-        dict.fromkeys(EXPERTS, 99),
-        dict.fromkeys(EXPERTS, 0.0),
-        prefetch_slots=1,
-    )
+    one = tier(1, 99, 0.0, prefetch_slots=1)
     one.plan(access(), prefetching=True)
     assert one.prefetch(keys(5)) == keys(5)
     plan, _ = one.plan(access(5, 6), prefetching=True)
@@ -207,13 +189,7 @@ class Sure:
 
 
 def test_predictions_go_to_ram_and_from_ram_to_the_device() -> None:
-    front = DeviceTier(
-        ExpertCache(2, LayerLRU(2, EXPERTS)),
-        EXPERTS,
-        dict.fromkeys(EXPERTS, 99),
-        dict.fromkeys(EXPERTS, 0.0),
-        prefetch_slots=2,
-    )
+    front = tier(2, 99, 0.0, prefetch_slots=2)
     both = TieredScheduler(ExpertCache(8, LayerLRU(8, EXPERTS)), 3, front, Sure(), PrefetchMode.ON)
     both.forward_pass(Phase.DECODE)
     first = both.access(access(1))
@@ -233,13 +209,7 @@ def test_the_controller_may_keep_prefetches_into_ram_alone() -> None:
     both = TieredScheduler(
         ExpertCache(8, LayerLRU(8, EXPERTS)),
         3,
-        DeviceTier(
-            ExpertCache(2, LayerLRU(2, EXPERTS)),
-            EXPERTS,
-            dict.fromkeys(EXPERTS, 99),
-            dict.fromkeys(EXPERTS, 0.0),
-            prefetch_slots=2,
-        ),
+        tier(2, 99, 0.0, prefetch_slots=2),
         Sure(),
     )
     both.access(access(4, 5, layer=1))

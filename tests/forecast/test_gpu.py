@@ -52,6 +52,34 @@ def uniform_trace(tokens: int, layers: int, experts: int, top_k: int) -> Trace:
     )
 
 
+def replayed(
+    machine: Hardware, ram_bandwidth: float, trace: Trace, slots: tuple[int, int], nbytes: int
+) -> tuple[float, tuple[float, float]]:
+    """Seconds a token on a simulated machine, and the shares of lookups found on the GPU, and there or in RAM.
+
+    slots: on the GPU and in RAM.
+    """
+    costs, counts, top_k = (
+        link_costs(machine, ram_bandwidth),
+        trace.experts_by_layer,
+        trace.num_experts_per_tok,
+    )
+    front, ram = (ExpertCache(count, POLICIES["layer-lru"](count, counts)) for count in slots)
+    tier = DeviceTier(
+        front,
+        counts,
+        dict.fromkeys(counts, costs.copy_from(nbytes)),
+        # Without promotions the GPU's tier would stay empty where RAM computes.
+        dict.fromkeys(counts, costs.promote_share(nbytes)),
+    )
+    scheduler = TieredScheduler(ram, top_k, tier)
+    clock = TieredClock(machine, ram_bandwidth, dict.fromkeys(counts, nbytes))
+    replay(trace, scheduler, clock)
+    seen = trace.tokens * len(counts) * top_k
+    here = scheduler.device_statistics.hits / seen
+    return clock.costs.seconds / clock.costs.tokens, (here, here + scheduler.statistics.hits / seen)
+
+
 @pytest.mark.parametrize(
     ("on_gpu", "in_ram", "ram_bandwidth", "disk_bandwidth"),
     [
@@ -72,22 +100,11 @@ def test_a_token_takes_as_long_as_in_the_simulator(
     layers, experts, top_k, nbytes = 2, 32, 4, 3 << 20
     machine = Hardware("a test", 300e9, 1e-9, disk_bandwidth, 0.0, 12e9, 0.0)
     trace = uniform_trace(600, layers, experts, top_k)
-    costs, counts = link_costs(machine, ram_bandwidth), trace.experts_by_layer
     total = layers * experts
-    slots, beside = int(on_gpu * total), int(in_ram * total)
-    copies = costs.copy_from(nbytes)
-    tier = DeviceTier(
-        ExpertCache(slots, POLICIES["layer-lru"](slots, counts)),
-        counts,
-        dict.fromkeys(counts, copies),
-        # Without promotions the GPU's tier would stay empty where RAM computes.
-        dict.fromkeys(counts, costs.promote_share(nbytes)),
-    )
-    ram = ExpertCache(beside, POLICIES["layer-lru"](beside, counts))
-    clock = TieredClock(machine, ram_bandwidth, dict.fromkeys(counts, nbytes))
-    scheduler = TieredScheduler(ram, top_k, tier)
-    replay(trace, scheduler, clock)
-    simulated = clock.costs.seconds / clock.costs.tokens
+    slots = int(on_gpu * total)
+    # What the replay found in each tier is taken from it, so that only the times are compared.
+    simulated, hits = replayed(machine, ram_bandwidth, trace, (slots, int(in_ram * total)), nbytes)
+    copies = link_costs(machine, ram_bandwidth).copy_from(nbytes)
 
     weights = nbytes // 2
     shape = replace(
@@ -101,11 +118,7 @@ def test_a_token_takes_as_long_as_in_the_simulator(
     gpu = board(bandwidth=300e9, launch=0.0, read_back=0.0, copies=((1 << 20, (1 << 20) / 12e9),))
     plan = GpuPlan(gpu, DeviceBudget(slots + 2, slots, nbytes, "a test"), ram_bandwidth)
     assert plan.copies(nbytes, 1) == (copies <= 1)
-    # What the replay found in each tier, so that only the times are compared.
-    seen = trace.tokens * layers * top_k
-    here = scheduler.device_statistics.hits / seen
-    there = here + scheduler.statistics.hits / seen
-    parts = decode_on_gpu(shape, BF16, speeds, plan, (here, there), 0, "value")
+    parts = decode_on_gpu(shape, BF16, speeds, plan, hits, 0, "value")
     assert parts.total == pytest.approx(simulated, rel=0.03)
 
 

@@ -12,8 +12,6 @@ from dataclasses import replace
 
 import pytest
 
-from moei_core.cache.expert_cache import ExpertCache
-from moei_core.cache.policies import POLICIES
 from moei_core.forecast.formats import FORMATS
 from moei_core.forecast.gpu import GpuPlan, GpuSpeeds, decode_on_gpu, prefill_on_gpu
 from moei_core.forecast.parts import Parts
@@ -21,10 +19,7 @@ from moei_core.forecast.shape import ModelShape
 from moei_core.forecast.speed import Speeds
 from moei_core.hardware.budget import DeviceBudget
 from moei_core.sim.hardware import Hardware
-from moei_core.sim.replay import replay
-from moei_core.sim.tiered_clock import TieredClock, link_costs
-from moei_core.tiers import DeviceTier, TieredScheduler
-from tests.forecast.test_gpu import NOTHING, board, shape_of, uniform_trace
+from tests.forecast.test_gpu import NOTHING, board, replayed, shape_of, uniform_trace
 from tests.hardware.fakes import made_profile
 
 BF16 = FORMATS["bf16"]
@@ -154,25 +149,10 @@ def test_a_token_takes_as_long_as_in_the_simulator_on_any_machine(
     disk_rate = max(1, disk) * 1e9
     machine = Hardware("a test", vram * 1e9, 1e-9, disk_rate, 0.0, bus * 1e9, 0.0)
     trace = uniform_trace(300, layers, experts, top_k)
-    costs, counts = link_costs(machine, ram * 1e9), trace.experts_by_layer
-    slots, beside = on_gpu * layers * experts // 8, in_ram * layers * experts // 8
-    copies = costs.copy_from(nbytes)
-    tier = DeviceTier(
-        ExpertCache(slots, POLICIES["layer-lru"](slots, counts)),
-        counts,
-        dict.fromkeys(counts, copies),
-        dict.fromkeys(counts, costs.promote_share(nbytes)),
-    )
-    scheduler = TieredScheduler(ExpertCache(beside, POLICIES["layer-lru"](beside, counts)), top_k, tier)
-    clock = TieredClock(machine, ram * 1e9, dict.fromkeys(counts, nbytes))
-    replay(trace, scheduler, clock)
-    simulated = clock.costs.seconds / clock.costs.tokens
-
-    seen = trace.tokens * layers * top_k
-    here = scheduler.device_statistics.hits / seen
-    there = here + scheduler.statistics.hits / seen
+    slots = on_gpu * layers * experts // 8, in_ram * layers * experts // 8
+    simulated, hits = replayed(machine, ram * 1e9, trace, slots, nbytes)
     parts = decode(
-        small_shape(layers, experts, top_k, nbytes), (here, there), ram=ram * 1e9, disk=disk_rate,
+        small_shape(layers, experts, top_k, nbytes), hits, ram=ram * 1e9, disk=disk_rate,
         bandwidth=vram * 1e9, copies=link(bus * 1e9),
     )  # fmt: skip
     assert parts.total == pytest.approx(simulated, rel=0.05)

@@ -22,8 +22,16 @@ DENSE_CLOCK = _DenseClock()
 """Seconds of dense computing in this thread so far. Whoever computes something else in between sets it back."""
 
 
+def timed(function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Any:
+    """What ``function`` returns. Its time is dense computing, once, whatever it calls."""
+    before, started = DENSE_CLOCK.seconds, time.perf_counter()
+    result = function(*arguments, **named)
+    DENSE_CLOCK.seconds = before + time.perf_counter() - started
+    return result
+
+
 class Timed:
-    """A function whose time is dense computing, once, whatever it calls."""
+    """A function that is ``timed``."""
 
     __slots__ = ("_function",)
 
@@ -31,10 +39,7 @@ class Timed:
         self._function = function
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        before, started = DENSE_CLOCK.seconds, time.perf_counter()
-        result = self._function(*arguments, **named)
-        DENSE_CLOCK.seconds = before + time.perf_counter() - started
-        return result
+        return timed(self._function, *arguments, **named)
 
 
 def time_leaves(model: nn.Module, experts: Iterable[nn.Module]) -> None:

@@ -9,7 +9,6 @@ what is computed from those rows is cut off again. Which numbers depends on the 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import nn
 from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
-from moei_core.adapters.dense_clock import DENSE_CLOCK
+from moei_core.adapters.dense_clock import timed
 
 FEW_ROWS = 4
 """Rows up to which products are left alone: there are few such numbers."""
@@ -48,10 +47,7 @@ class SteadyShapes(TorchFunctionMode):
         way = _WAYS.get(func)
         if way is None or not args or not _prepared_by_shape(args[0]):
             way = func
-        before, started = DENSE_CLOCK.seconds, time.perf_counter()
-        result = way(*args, **(kwargs or {}))
-        DENSE_CLOCK.seconds = before + time.perf_counter() - started
-        return result
+        return timed(way, *args, **(kwargs or {}))
 
 
 def _prepared_by_shape(tensor: torch.Tensor) -> bool:

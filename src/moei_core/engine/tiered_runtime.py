@@ -24,6 +24,7 @@ from moei_core.engine.devices import Device, Event
 from moei_core.engine.expert_compute import HeldExpert, stored_alike
 from moei_core.engine.layer_work import LayerWork, TokenWork
 from moei_core.engine.runtime import ExpertRuntime
+from moei_core.engine.statistics import LayerClock
 from moei_core.engine.tiered_work import TieredWork
 from moei_core.hardware.pressure import MemoryGovernor
 from moei_core.store.base import ExpertStore
@@ -112,14 +113,13 @@ class TieredRuntime(ExpertRuntime):
         top_k_weights: torch.Tensor,
         meanwhile: Callable[[], None] | None = None,
     ) -> torch.Tensor:
-        spent, started = self.statistics, time.perf_counter()
-        known = spent.waited_s
+        clock = LayerClock(self.statistics)
         self._ahead.advance()
         states, index, weights = self._read_back(hidden_states, top_k_index, top_k_weights)
         self._ahead.advance()
         if self.device_governor is not None and (slots := self.device_governor.poll()) is not None:
             self.resize_device(slots)
-        spent.move_s += time.perf_counter() - started - (spent.waited_s - known)
+        clock.add_to("move_s")
         self._inputs = hidden_states
         return super().run_layer(module, layer, states, index, weights, meanwhile)
 
