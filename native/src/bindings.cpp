@@ -201,6 +201,18 @@ void call_router(const RouterLayout& router, std::string_view type, int64_t x, i
     });
 }
 
+std::vector<int64_t> call_early(const RouterLayout& router, const RmsNorm& norm, std::string_view type, int64_t residual) {
+    require(residual != 0, "an address is missing");
+    require(static_cast<int64_t>(norm.weight.size()) == router.weights.matrix.cols, "the norm does not fit the router");
+    const Format stored = float_type(type);
+    std::vector<int64_t> experts(static_cast<size_t>(router.top_k));
+    exclusively([&](ThreadPool& pool, Workspace& workspace) {
+        route_early({norm.weight.data(), static_cast<float>(norm.eps)}, router, stored, reinterpret_cast<const uint8_t*>(residual),
+                    experts.data(), runtime().scratch, pool, workspace);
+    });
+    return experts;
+}
+
 // The norms' weights are copied; those of the attention's heads stay where they are: the binding keeps `attention`.
 struct Layer {
     std::vector<float> input_norm, behind_norm;
@@ -330,7 +342,7 @@ NB_MODULE(_native, m) {
     nb::class_<RmsNorm>(m, "RmsNorm")
         .def("__init__", [](RmsNorm* self, const std::vector<float>& weight, double eps) { new (self) RmsNorm{weight, eps}; })
         .def("__call__", &call_rms_norm);
-    nb::class_<RouterLayout>(m, "Router").def("__init__", &make_router).def("__call__", &call_router);
+    nb::class_<RouterLayout>(m, "Router").def("__init__", &make_router).def("__call__", &call_router).def("early", &call_early);
     nb::class_<ExpertTable>(m, "ExpertTable").def("__init__", [](ExpertTable* self, const FfnLayout& layout, const nb::list& experts) {
         new (self) ExpertTable{layout, {}};
         for (const nb::handle expert : experts) self->parts.push_back(nb::cast<const ExpertParts&>(expert));

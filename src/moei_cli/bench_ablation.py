@@ -16,6 +16,7 @@ from moei_core.config import ExpertBudget, Overlap
 if TYPE_CHECKING:
     from moei_cli.bench_model import ModelBenchOptions
     from moei_core.hub.resolve import ModelFiles
+    from moei_core.trace import Trace
 
 _WHOLE = 1 << 40
 
@@ -59,16 +60,22 @@ def ladder(predictor: str) -> list[Row]:
     return rows
 
 
+def _predictor(trace: Trace | None) -> str:
+    if trace is None:
+        return "mixed"
+    # Forced routing follows the trace and not the model, so only what looks at past choices can foresee it.
+    return "markov" if trace.hints_experts is None else "router"
+
+
 def run_ablation(
     options: ModelBenchOptions, files: ModelFiles, budget: ExpertBudget | None, ram: int | None, *, json: bool
 ) -> None:
     """Measure the ladder and show it. Raises: what loading raises; UsageError."""
     from moei_cli import render
-    from moei_core.trace import read_trace
+    from moei_core.trace.hints import read_hinted
 
-    trace = None if options.trace is None else read_trace(options.trace)
-    # Forced routing follows the trace and not the model, so only what looks at past choices can foresee it.
-    rows = ladder("markov" if trace is not None else "mixed")
+    trace = None if options.trace is None else read_hinted(options.trace, options.hints)
+    rows = ladder(_predictor(trace))
     found: dict[str, list[dict[str, float]]] = {row.name: [] for row in rows}
     with render.progress("measuring", len(rows) * options.repeats) as advance:
         for _ in range(options.repeats):
@@ -89,9 +96,9 @@ def _measure(
     files: ModelFiles,
     budget: ExpertBudget | None,
     ram: int | None,
-    trace: Any,
+    trace: Trace | None,
 ) -> dict[str, float]:
-    from moei_core.engine.forced_routing import ForcedRouting
+    from moei_core.engine.forced_routing import follow
     from moei_core.engine.loaded_model import LoadedModel, LoadOptions
     from moei_core.engine.measure import measure_requests
     from moei_core.prefetch import PrefetchMode
@@ -108,7 +115,7 @@ def _measure(
     )
     with LoadedModel(files.folder, load) as model:
         if trace is not None:
-            model.runtime.routing = ForcedRouting(trace, model.spec)
+            follow(model.runtime, model.spec, trace)
         # The first request fills the cache; the second is measured.
         request = measure_requests(model, options.prompt_tokens, options.new_tokens, 1)["changing"][0]
     return {

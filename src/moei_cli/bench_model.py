@@ -42,6 +42,7 @@ class ModelBenchOptions:
     vram: str | None = None
     misses: str | None = None
     ablation: bool = False
+    hints: float | None = None
 
 
 def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
@@ -65,10 +66,10 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
     with render.waiting(f"Loading {name}"):
         from moei_cli.prefetch_options import parse_predictor, parse_prefetch
         from moei_core.cache.policies import DEFAULT_POLICY
-        from moei_core.engine.forced_routing import ForcedRouting
+        from moei_core.engine.forced_routing import follow
         from moei_core.engine.loaded_model import LoadedModel, LoadOptions
         from moei_core.engine.measure import measure_requests, summarise
-        from moei_core.trace import read_trace
+        from moei_core.trace.hints import read_hinted
 
         context = options.context or options.prompt_tokens + options.new_tokens
         with refusals_with_speed(files):
@@ -89,7 +90,7 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
             render.note(sentence)
     with loaded as model:
         if options.trace is not None:
-            model.runtime.routing = ForcedRouting(read_trace(options.trace), model.spec)
+            follow(model.runtime, model.spec, read_hinted(options.trace, options.hints))
         prediction = predict(
             model, files, options.prompt_tokens, "bench", follows_trace=options.trace is not None
         )

@@ -29,6 +29,7 @@ class TraceBenchOptions:
     interleave: str = "1"
     predictor: str = "none"
     prefetch: str = "auto"
+    hints: float | None = None
     expert_size: str | None = None
     ram: str | None = None
     disk: str | None = None
@@ -75,6 +76,7 @@ def run_trace_bench(options: TraceBenchOptions, *, json: bool) -> None:
                         count,
                         predictor,
                         mode,
+                        options.hints,
                     )
                 )
                 labels.append((budget, count))
@@ -95,6 +97,7 @@ def run_trace_bench(options: TraceBenchOptions, *, json: bool) -> None:
         "hardware": {field: getattr(hardware, field) for field in Hardware.__slots__},
         "predictor": predictor,
         "prefetch": options.prefetch,
+        "hints": options.hints,
     }
     if json:
         render.print_json(header | {"results": rows})

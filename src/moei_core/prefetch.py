@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from itertools import pairwise
 
@@ -82,9 +82,9 @@ class PrefetchController:
 
     A trial goes in windows: kept (at first: no prefetching), challenger, kept, ...; a window of the challenger is
     compared with the mean of its neighbours, since texts drift. While what is kept is nothing, its windows compute no
-    predictions. First the challenger only observes in its windows, until it has seen ``EVIDENCE`` passes, since
-    predictors know nothing before, and ``LEARN`` since its last trial; it has lost already if that takes so long that
-    ``SAVED`` of the waiting, which the best hints save, would not make it good. Then it prefetches.
+    predictions. First the challenger only observes in its windows: until it has seen ``EVIDENCE`` passes, if it knows
+    nothing before, and ``LEARN`` since its last trial, else for one window; it has lost already if that takes so long
+    that ``SAVED`` of the waiting, which the best hints save, would not make it good. Then it prefetches.
 
     A trial is lost as soon as, after ``FEW_PAIRS``, the mean gain plus ``DOUBT`` standard errors is below ``MARGIN``,
     or at once if the pairs lose more than ``ABORT``; it is won from ``LEAST_PAIRS`` pairs on when the mean gain less
@@ -94,7 +94,7 @@ class PrefetchController:
     again, beat no prefetching.
     """
 
-    WARM_UP = 64
+    WARM_UP = 32
     LEAST_WAITING = 0.06
     SAVED = 0.75
     RECENT = 32
@@ -112,9 +112,11 @@ class PrefetchController:
     RECHECK = 256
     LONGEST_WAIT = 1 << 16
 
-    def __init__(self, mode: PrefetchMode = PrefetchMode.AUTO, predictors: int = 1) -> None:
-        """predictors: how many there are to choose from; they are numbered from 0, which observes for all others."""
+    def __init__(self, mode: PrefetchMode = PrefetchMode.AUTO, learning: Sequence[bool] = (True,)) -> None:
+        """learning: for each predictor to choose from, whether it must have observed before it knows anything. Who need
+        not is tried first. They are numbered from 0, which observes for all others."""
         self.mode = mode
+        self._learning, predictors = tuple(learning), len(learning)
         self.kept: int | None = None
         self.trials = 0
         self._passes = 0
@@ -180,10 +182,12 @@ class PrefetchController:
             and (option is None or self._waiting >= self.LEAST_WAITING)
         ]
         if due:
-            self._challenger = due[0]
+            challenger = self._challenger = min(due, key=lambda one: one is not None and self._learning[one])
             self._evidence = None
-            if self._challenger is not None:
-                self._evidence = max(self.EVIDENCE, self._observed[self._challenger] + self.LEARN)
+            if challenger is not None and self._learning[challenger]:
+                self._evidence = max(self.EVIDENCE, self._observed[challenger] + self.LEARN)
+            elif challenger is not None:
+                self._evidence = self._observed[challenger] + self.WINDOW
             self._open_window([])
 
     def _open_window(self, windows: list[float]) -> None:

@@ -87,7 +87,7 @@ class ExpertScheduler:
         self._budget = prefetch_budget
         self._candidates = () if predictor is None else tuple(predictor.candidates())
         self.controller = PrefetchController(
-            PrefetchMode.OFF if predictor is None else mode, len(self._candidates)
+            PrefetchMode.OFF if predictor is None else mode, [one.learns for one in self._candidates]
         )
         self.prefetch_statistics = PrefetchStatistics()
         # Predictors that observe this pass; the others are not worth their time now.

@@ -230,7 +230,7 @@ class TieredScheduler(ExpertScheduler):
         if predictor is not None and device.prefetch_slots:
             # Two ways to follow each predictor: into both tiers, or into RAM alone. The controller keeps what pays.
             self._candidates *= 2
-            self.controller = PrefetchController(mode, len(self._candidates))
+            self.controller = PrefetchController(mode, [one.learns for one in self._candidates])
 
     @property
     def device_statistics(self) -> CacheStatistics:

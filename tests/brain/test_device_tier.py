@@ -175,6 +175,8 @@ def test_a_prefetched_expert_stays_only_by_the_policy() -> None:
 class Sure:
     """Predicts the experts 4, 5 and 6 of the next layer."""
 
+    learns = True
+
     def observe(self, event: object) -> None:
         pass
 

@@ -421,19 +421,30 @@ def test_a_gain_that_varies_as_much_as_the_text_is_not_believed() -> None:
             for _ in range(controller.WINDOW):
                 controller.on_pass(window * (0.97 if controller.active == 0 else 1.0), 0.3)
         kept += controller.kept is not None
-    assert kept <= 2
+    assert kept <= 5, "one in ten"
 
 
 def test_each_predictor_has_a_trial_of_its_own_and_the_best_is_kept() -> None:
-    controller = PrefetchController(predictors=3)
+    controller = PrefetchController(learning=(True, True, True))
     active = _drive(controller, {None: 1.0, 0: 0.9, 1: 1.4, 2: 0.6}, 6000)
     assert controller.kept == 2
     assert active.count(1) < 10 * controller.WINDOW, "what harms is tried in single windows"
     assert active.count(2) > 3000
 
 
+def test_who_knows_without_observing_is_tried_first_and_soon() -> None:
+    controller = PrefetchController(learning=(True, False, True))
+    active = _drive(controller, {None: 1.0, 0: 0.9, 1: 0.8, 2: 0.9}, 400)
+    assert set(active[: controller.WARM_UP]) == {None}
+    assert set(active[: controller.WARM_UP + 6 * controller.WINDOW]) == {None, 1}, (
+        "one window is enough to know"
+    )
+    assert active[-200:] == [1] * 200, "a fifth saved shows in six pairs of windows"
+    assert controller.kept == 1 and controller.trials == 1
+
+
 def test_only_who_is_tried_or_kept_observes() -> None:
-    controller = PrefetchController(predictors=3)
+    controller = PrefetchController(learning=(True, True, True))
     seen: set[tuple[int, ...]] = set()
     for _ in range(6000):
         seen.add(controller.watching)

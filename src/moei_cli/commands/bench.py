@@ -100,6 +100,13 @@ def bench(
         str | None,
         typer.Option(help="off, on, or auto: keep it only if it makes things faster."),
     ] = None,
+    hints: Annotated[
+        float | None,
+        typer.Option(
+            help="With --trace: foresee the next layer's experts, each rightly with this probability, "
+            "as the model's own routers would; --predictor router follows that."
+        ),
+    ] = None,
     expert_size: Annotated[str | None, typer.Option(help="Bytes of one expert, such as 4MB.")] = None,
     disk: Annotated[
         str | None,
@@ -120,6 +127,13 @@ def bench(
         del given["ablation"]
     else:
         _refuse(given, _ABLATED, "is what --ablation varies")
+    if hints is not None:
+        if trace is None:
+            raise UsageError("--hints are made for a --trace; a model makes its own.")
+        if not ablation and predictor not in ("router", "mixed", "default"):
+            raise UsageError("--hints are for --predictor router or default, which look at them.")
+        if not 0 <= hints <= 1:
+            raise UsageError("--hints: a probability is between 0 and 1.")
     if model is not None and synthetic is not None:
         raise UsageError("Give a model or --synthetic, not both.")
     if model is not None or synthetic is not None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
 
-from moei_core.adapters.early_router import EarlyRouters
 from moei_core.quant.native_layer import ExpertTable
 from moei_core.types import ModelSpec
+
+if TYPE_CHECKING:
+    from moei_core.adapters.early_router import EarlyRouters
 
 
 class ExpertsRuntime(Protocol):

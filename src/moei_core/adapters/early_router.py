@@ -9,22 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from moei_core.adapters.native_decode import NativeNorm
+from moei_core.adapters.native_layer import NativeLayer, NativeRouter
 from moei_core.adapters.skeleton import experts_modules
 
 
 @dataclass(slots=True)
 class _Router:
-    """A layer's router: what its input looks like, where in its output the chosen experts are, its norm."""
+    """A layer's router: what its input looks like, where in its output the chosen experts are, its norm and layer."""
 
     module: nn.Module
     place: int
     dimensions: int
+    block: nn.Module
     norm: nn.Module | None = None
+    native: tuple[NativeRouter, NativeNorm] | None = None
+    """Both as native calls, if they are."""
 
 
 class EarlyRouters:
@@ -38,22 +44,33 @@ class EarlyRouters:
         """run_token: runs one token and returns what each layer's experts were given, ``top_k_index``."""
         self._routers = _find(model, run_token)
         self._residual: dict[int, torch.Tensor] = {}
-        self._watching, self._hooks = False, list[Any]()
+        self._watching, self._detach = False, list[Callable[[], None]]()
         self.watch(True)
 
     def watch(self, wanted: bool) -> None:
-        """Keep inputs from now on, or no longer: a layer whose norm is watched is not one native call."""
+        """Keep residual streams from now on, or no longer."""
         if wanted is self._watching:
             return
         self._watching = wanted
-        for hook in self._hooks:
-            hook.remove()
+        for detach in self._detach:
+            detach()
+        self._detach.clear()
         self._residual.clear()
-        self._hooks = [
-            router.norm.register_forward_pre_hook(self._keeper(layer))
-            for layer, router in self._routers.items()
-            if wanted and router.norm is not None
-        ]
+        for layer, router in self._routers.items():
+            if wanted and router.norm is not None:
+                self._detach.append(self._attach(layer, router.block.forward, router.norm))
+
+    def _attach(self, layer: int, forward: Any, norm: nn.Module) -> Callable[[], None]:
+        """Keep what the norm of ``layer`` is given. Returns what ends that."""
+
+        def keep(residual: torch.Tensor) -> None:
+            self._residual[layer] = residual
+
+        if not isinstance(forward, NativeLayer):
+            return norm.register_forward_pre_hook(lambda _, inputs: keep(inputs[0])).remove
+        # A hook would take the layer off its native call.
+        forward.watcher = keep
+        return partial(setattr, forward, "watcher", None)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -77,40 +94,36 @@ class EarlyRouters:
             chosen = router.module(given)[router.place]
         return [int(expert) for expert in chosen.reshape(-1).tolist()]
 
-    def normed(self, layer: int, source: int) -> torch.Tensor | None:
-        """The residual stream before the experts of ``source``, through the norm of ``layer``: [1, hidden_size]."""
-        norm, residual = self._routers[layer].norm, self._residual.get(source)
-        if norm is None or residual is None or residual.numel() != residual.shape[-1]:
+    def route_residual(self, layer: int, source: int) -> list[int] | None:
+        """What the router of ``layer`` chooses for the residual stream before the experts of ``source``, through the
+        norm of ``layer``. None if that stream was not seen since the last question."""
+        router, residual = self._routers[layer], self._residual.pop(source, None)
+        if router.norm is None or residual is None or residual.numel() != residual.shape[-1]:
             return None
-        kept = self._residual.get(layer)
+        if router.native is not None:
+            kernel, norm = router.native
+            if norm.takes(residual):
+                return kernel.early(norm, residual)
         with torch.inference_mode():
-            output = norm(residual)
-        # Running the norm here has set off its own hook.
-        if kept is None:
-            self._residual.pop(layer, None)
-        else:
-            self._residual[layer] = kept
-        return output.reshape(1, -1) if isinstance(output, torch.Tensor) else None
+            output = router.norm(residual)
+        # Running the norm has set off its own hook.
+        self._residual.pop(layer, None)
+        return self.route(layer, output.reshape(1, -1)) if isinstance(output, torch.Tensor) else None
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Leave the model as it was."""
         self.watch(False)
-
-    def _keeper(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self._residual[layer] = inputs[0]
-
-        return keep
 
 
 def _find(model: nn.Module, run_token: Callable[[], Mapping[int, torch.Tensor]]) -> dict[int, _Router]:
     calls: dict[int, list[tuple[nn.Module, torch.Tensor, Any]]] = {}
+    blocks: dict[int, nn.Module] = {}
     hooks = []
     for path, layer, _ in experts_modules(model):
         # Everything in the same decoder layer: the path up to and with its number.
         pieces = path.split(".")
         number = next(at for at, piece in enumerate(pieces) if piece.isdigit())
-        block = model.get_submodule(".".join(pieces[: number + 1]))
+        block = blocks[layer] = model.get_submodule(".".join(pieces[: number + 1]))
         seen = calls[layer] = []
         for module in block.modules():
             hooks.append(module.register_forward_hook(_noter(seen)))
@@ -124,7 +137,7 @@ def _find(model: nn.Module, run_token: Callable[[], Mapping[int, torch.Tensor]])
         for module, given, output in seen:
             place = _place(output, chosen.get(layer))
             if place is not None and not any(True for _ in experts_modules(module)):
-                router = routers[layer] = _Router(module, place, given.dim())
+                router = routers[layer] = _Router(module, place, given.dim(), blocks[layer])
                 router.norm = next(
                     (
                         norm
@@ -136,6 +149,9 @@ def _find(model: nn.Module, run_token: Callable[[], Mapping[int, torch.Tensor]])
                     ),
                     None,
                 )
+                kernel, norm = module.forward, None if router.norm is None else router.norm.forward
+                if isinstance(kernel, NativeRouter) and isinstance(norm, NativeNorm):
+                    router.native = kernel, norm
                 break
     return routers
 

@@ -52,10 +52,15 @@ class NativeNorm:
         self._own, self._dtype, self._type, self._width = module.forward, dtype, TYPES[dtype], len(weight)
         self.kernel = native.RmsNorm(weight, eps)
 
+    def takes(self, hidden_states: torch.Tensor) -> bool:
+        """Whether the native kernel computes it."""
+        few = hidden_states.numel() <= _MOST_VALUES
+        return few and hidden_states.dtype == self._dtype and hidden_states.is_contiguous()
+
     def __call__(self, hidden_states: torch.Tensor) -> Any:
-        count = hidden_states.numel()
-        if count > _MOST_VALUES or hidden_states.dtype != self._dtype or not hidden_states.is_contiguous():
+        if not self.takes(hidden_states):
             return self._own(hidden_states)
+        count = hidden_states.numel()
         out = torch.empty_like(hidden_states)
         self.kernel(self._type, hidden_states.data_ptr(), count // self._width, out.data_ptr())
         return out

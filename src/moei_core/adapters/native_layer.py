@@ -65,6 +65,10 @@ class NativeRouter:
         )
         return logits, weights.to(self._scores), experts
 
+    def early(self, norm: NativeNorm, residual: torch.Tensor) -> list[int]:
+        """What it would choose for this residual stream through ``norm``, which takes it. residual: [.., hidden]."""
+        return self.kernel.early(norm.kernel, self._type, residual.data_ptr())
+
 
 def use_native_routers(model: nn.Module) -> None:
     """Give every router of ``model`` that is a softmax, of all experts or of those chosen, the native forward."""
@@ -152,6 +156,7 @@ class NativeLayer:
         if not isinstance(attention, NativeAttention) or not isinstance(router, NativeRouter):
             raise ValueError("attention or router of another kind")
         self._own, self._installed, self._experts = module.forward, installed, mixture.experts
+        self._behind = module.post_attention_layernorm
         self._attention, self._width = attention, len(first.weight)
         self._inner = [module.input_layernorm, module.self_attn, module.post_attention_layernorm]
         self._inner += [mixture, gate, mixture.experts]
@@ -164,13 +169,26 @@ class NativeLayer:
         self._chosen = torch.empty((1, router.top_k), dtype=torch.long)
         self._weights = torch.empty((1, router.top_k), dtype=torch.float32)
         self._places = self._chosen.data_ptr(), self._weights.data_ptr()
+        self.watcher: Callable[[torch.Tensor], None] | None = None
+        """Is shown the residual stream as it is before the experts, [1, 1, hidden]; it changes afterwards."""
 
     def __call__(self, hidden_states: torch.Tensor, *others: Any, **named: Any) -> Any:
         if not others and hidden_states.numel() == self._width:
             result = self._one_token(hidden_states, named)
             if result is not None:
                 return result
+            if self.watcher is not None:
+                return self._own_watched(self.watcher, hidden_states, named)
         return self._own(hidden_states, *others, **named)
+
+    def _own_watched(
+        self, watcher: Callable[[torch.Tensor], None], hidden_states: torch.Tensor, named: Mapping[str, Any]
+    ) -> Any:
+        hook = self._behind.register_forward_pre_hook(lambda _, given: watcher(given[0]))
+        try:
+            return self._own(hidden_states, **named)
+        finally:
+            hook.remove()
 
     def _one_token(self, hidden_states: torch.Tensor, named: Mapping[str, Any]) -> torch.Tensor | None:
         """[1, 1, hidden], or None if it must be done module by module."""
@@ -205,6 +223,8 @@ class NativeLayer:
         self._kernel.route(*arguments, out.data_ptr(), self._places, normed.data_ptr())
         DENSE_CLOCK.seconds += time.perf_counter() - started
         cached.wrote_token()
+        if self.watcher is not None:
+            self.watcher(out)
         shared: list[torch.Tensor] = []
         own = self._shared
         meanwhile = None if own is None else lambda: shared.append(own(normed))

@@ -1,4 +1,4 @@
-"""Routing that follows a recorded trace: the trace's experts in place of the router's, its weights kept.
+"""Routing that follows a recorded trace: its experts in place of the router's, whose weights are kept; its hints, too.
 
 For measuring real routing on weights whose own routing means nothing. The text that comes out means nothing
 either, and every report says so.
@@ -6,12 +6,23 @@ either, and every report says so.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 
+from moei_core.engine.hints import Hinter
 from moei_core.errors import UsageError
 from moei_core.trace.format import Trace
-from moei_core.types import ModelSpec
+from moei_core.trace.hints import hints_of_token
+from moei_core.types import ExpertKey, ModelSpec, ScoredExpert
+
+
+class Routed(Protocol):
+    """What can be made to follow a trace: an ``ExpertRuntime``."""
+
+    routing: ForcedRouting | None
+    hinter: Hinter | None
 
 
 class ForcedRouting:
@@ -34,10 +45,18 @@ class ForcedRouting:
                 f"It chooses {trace.experts.shape[2]} experts a token, the model only {spec.num_experts_per_tok}.",
                 "Use a trace of the same top-k or less.",
             )
-        self._experts = trace.experts
+        self._trace, self._experts = trace, trace.experts
         self._position = {layer: number for number, layer in enumerate(spec.num_experts)}
+        self._layers = tuple(spec.num_experts)
         self._none = trace.num_experts
         self._start = self._end = 0
+        self._numbers = {layer: number for number, layer in enumerate(trace.moe_layers)}
+        self._hinted, self._hints = -1, dict[int, tuple[ScoredExpert, ...]]()
+
+    @property
+    def hint_distances(self) -> tuple[int, ...]:
+        """How many MoE layers ahead the trace's hints are for."""
+        return tuple(sorted(set(self._trace.hint_distances))) or (1,)
 
     def forward_pass(self, tokens: int) -> None:
         """A pass over the next ``tokens`` tokens starts."""
@@ -54,3 +73,43 @@ class ForcedRouting:
         forced = torch.full_like(chosen, self._none)
         forced[:, : experts.shape[1]] = torch.from_numpy(experts)
         return forced
+
+    def hints(self, layer: int) -> tuple[ScoredExpert, ...]:
+        """What the trace says that the single token of this pass hints at ``layer``."""
+        if self._hinted != self._start:
+            self._hinted = self._start
+            self._hints = hints_of_token(self._trace, self._start % len(self._experts))
+        numbers, layers = self._numbers, self._layers
+        return tuple(
+            ScoredExpert(ExpertKey(layers[numbers[hint.key.layer]], hint.key.expert), hint.score)
+            for hint in self._hints.get(self._position[layer], ())
+            if numbers[hint.key.layer] < len(layers)
+        )
+
+
+class _ForcedHints:
+    """A ``Hinter`` that computes what the model's own does, which takes its time, and says what the trace says."""
+
+    def __init__(self, own: Hinter, routing: ForcedRouting) -> None:
+        self._own, self._routing = own, routing
+        self.watch, self.close = own.watch, own.close
+
+    @property
+    def distances(self) -> tuple[int, ...]:
+        return self._routing.hint_distances
+
+    def hints(
+        self, layer: int, hidden_states: torch.Tensor, chosen: tuple[int, ...]
+    ) -> tuple[ScoredExpert, ...]:
+        self._own.hints(layer, hidden_states, chosen)
+        return self._routing.hints(layer)
+
+
+def follow(runtime: Routed, spec: ModelSpec, trace: Trace) -> None:
+    """Let a model route as ``trace`` says. The trace's hints, if it has any, take the place of the model's.
+
+    Raises: UsageError if they do not fit.
+    """
+    routing = runtime.routing = ForcedRouting(trace, spec)
+    if runtime.hinter is not None and trace.hints_experts is not None:
+        runtime.hinter = _ForcedHints(runtime.hinter, routing)

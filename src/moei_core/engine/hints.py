@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -64,74 +65,71 @@ class _Record:
 
 
 class RouterHints:
-    """Routers of the next two MoE layers, applied early (Pre-gated MoE, arXiv 2308.12066).
+    """The router of the next MoE layer, applied early (Pre-gated MoE, arXiv 2308.12066).
 
-    Each is given this layer's hidden state as it is, or the residual stream through its own norm. Which of
-    the two predicts better is measured for each pair of layers, in every ``SAMPLE``-th pass, and kept. A hint's
+    It is given the residual stream through its own norm, or this layer's hidden state as it is. Which of
+    the two predicts better is measured for each layer, in every ``SAMPLE``-th pass, and kept. A hint's
     score is how often predictions of its rank have been right lately.
     """
 
     SAMPLE = 8
     DECAY = 0.95
-    DISTANCES = (1, 2)
+    distances = (1,)
 
     def __init__(self, routers: EarlyRouters) -> None:
         self._routers = routers
-        self._layers = routers.layers
-        self._position = {layer: at for at, layer in enumerate(self._layers)}
-        self._records: dict[tuple[int, int, bool], _Record] = {}
-        # By the layer that is predicted: (the layer predicted from, with norm, experts).
-        self._pending: dict[int, list[tuple[int, bool, list[int]]]] = {}
+        self._next = dict(pairwise(routers.layers))
+        self._first = next(iter(routers.layers), None)
+        # By the layer that is predicted, with its norm and without.
+        self._records = {layer: {norm: _Record() for norm in (True, False)} for layer in routers.layers}
+        # What was predicted for the layer that runs next: with norm or without, experts.
+        self._pending: list[tuple[bool, list[int]]] = []
         self._pass = 0
 
-    @property
-    def distances(self) -> tuple[int, ...]:
-        return self.DISTANCES
-
-    def with_norm(self, source: int, target: int) -> bool:
-        """Whether predictions of ``target`` from ``source`` go through the norm of ``target``."""
-        return (
-            self._routers.has_norm(target)
-            and self._record(source, target, True).mean() > self._record(source, target, False).mean()
-        )
+    def with_norm(self, target: int) -> bool:
+        """Whether predictions of ``target`` go through its norm."""
+        records = self._records[target]
+        return self._routers.has_norm(target) and records[True].mean() >= records[False].mean()
 
     def hints(
         self, layer: int, hidden_states: torch.Tensor, chosen: tuple[int, ...]
     ) -> tuple[ScoredExpert, ...]:
-        at = self._position.get(layer)
-        if at is None:
+        if layer not in self._records:
             return ()
-        if at == 0:
+        if layer == self._first:
             self._pass += 1
             self._pending.clear()
         truth = set(chosen)
-        for source, norm, predicted in self._pending.pop(layer, ()):
-            self._record(source, layer, norm).judge(predicted, truth, self.DECAY)
-        found: list[ScoredExpert] = []
-        for target in self._layers[at + 1 : at + 1 + max(self.DISTANCES)]:
-            best = self.with_norm(layer, target)
-            for norm in (best, not best) if self._pass % self.SAMPLE == 1 else (best,):
-                state = self._routers.normed(target, layer) if norm else hidden_states
-                if state is None:
-                    continue
-                predicted = self._routers.route(target, state)
-                self._pending.setdefault(target, []).append((layer, norm, predicted))
-                if norm == best:
-                    record = self._record(layer, target, norm)
-                    found += [
-                        ScoredExpert(ExpertKey(target, expert), _score(record.score(rank)))
-                        for rank, expert in enumerate(predicted)
-                    ]
-        return tuple(found)
+        for norm, predicted in self._pending:
+            self._records[layer][norm].judge(predicted, truth, self.DECAY)
+        self._pending.clear()
+        target = self._next.get(layer)
+        if target is None:
+            return ()
+        found: tuple[ScoredExpert, ...] = ()
+        best = self.with_norm(target)
+        for norm in (best, not best) if self._pass % self.SAMPLE == 1 else (best,):
+            experts = (
+                self._routers.route_residual(target, layer)
+                if norm
+                else self._routers.route(target, hidden_states)
+            )
+            if experts is None:
+                continue
+            self._pending.append((norm, experts))
+            if norm is best:
+                record = self._records[target][norm]
+                found = tuple(
+                    ScoredExpert(ExpertKey(target, expert), _score(record.score(rank)))
+                    for rank, expert in enumerate(experts)
+                )
+        return found
 
     def watch(self, wanted: bool) -> None:
         self._routers.watch(wanted)
 
     def close(self) -> None:
         self._routers.close()
-
-    def _record(self, source: int, target: int, norm: bool) -> _Record:
-        return self._records.setdefault((source, target, norm), _Record())
 
 
 class StrideHints:

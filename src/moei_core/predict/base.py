@@ -33,6 +33,10 @@ class ExpertPredictor(Protocol):
     def needs_hints(self) -> bool:
         """Whether it looks at the hints of accesses."""
 
+    @property
+    def learns(self) -> bool:
+        """Whether it knows nothing before it has observed many passes."""
+
     def observe(self, event: Event) -> None:
         """Something happened. The same events in the same order give the same predictions."""
 
@@ -50,6 +54,7 @@ class LayerOrder:
     """The order in which MoE layers run; the common part of all predictors."""
 
     needs_hints = False
+    learns = True
 
     def __init__(self, num_experts: Mapping[int, int]) -> None:
         self.num_experts = dict(num_experts)

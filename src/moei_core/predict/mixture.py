@@ -20,6 +20,7 @@ class HintPredictor(LayerOrder):
     """
 
     needs_hints = True
+    learns = False
 
     def __init__(self, num_experts: Mapping[int, int]) -> None:
         super().__init__(num_experts)

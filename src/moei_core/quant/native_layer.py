@@ -50,6 +50,10 @@ class Router:
         """
         self.native(type, x, rows, logits, experts, weights)
 
+    def early(self, norm: native.RmsNorm, type: str, residual: int) -> list[int]:
+        """The experts that it chooses for a residual stream, [hidden] at the address, through ``norm``."""
+        return self.native.early(norm.native, type, residual)
+
 
 class ExpertTable:
     """All experts of a layer, by number; their memory must stay as long as this is used."""

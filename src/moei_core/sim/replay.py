@@ -13,7 +13,8 @@ from moei_core.prefetch import PrefetchMode
 from moei_core.scheduler import ExpertScheduler
 from moei_core.tiers import TieredScheduler
 from moei_core.trace.format import Trace, TraceEvent
-from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase, ScoredExpert
+from moei_core.trace.hints import hints_of_token
+from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase
 
 _BLOCK = 1024
 
@@ -54,7 +55,8 @@ def passes(trace: Trace, next_uses: NDArray[np.int64] | None = None) -> Iterator
         for rows, ahead in block:
             first = int(bounds[index])
             phase = Phase.DECODE if phase_of is None else Phase(phase_of[first])
-            hints = _hints(trace, first) if trace.hints_experts is not None else {}
+            # As in the engine, hints are of single tokens.
+            hints = hints_of_token(trace, first) if bounds[index + 1] - first == 1 else {}
             accesses = [
                 LayerAccess(layer, tuple(experts), counts, phase, hints.get(i, ()), tuple(named))
                 for i, (layer, (experts, counts, named)) in enumerate(
@@ -112,19 +114,6 @@ def _merged_rows(trace: Trace, start: int, stop: int, next_uses: NDArray[np.int6
         if next_uses is not None:
             future.append(next_uses[start:stop, i].reshape(-1)[first[real]].tolist())
     return result, (None if next_uses is None else future)
-
-
-def _hints(trace: Trace, token: int) -> dict[int, tuple[ScoredExpert, ...]]:
-    """Hints by the number of the MoE layer whose access hands them over: the one where they arose."""
-    assert trace.hints_experts is not None and trace.hints_scores is not None
-    found: dict[int, list[ScoredExpert]] = {}
-    distances = trace.hint_distances or (1,) * trace.hints_experts.shape[2]
-    for i, layer in enumerate(trace.moe_layers):
-        experts, scores = trace.hints_experts[token, i].tolist(), trace.hints_scores[token, i].tolist()
-        for expert, score, distance in zip(experts, scores, distances, strict=True):
-            if expert < trace.num_experts and distance <= i:
-                found.setdefault(i - distance, []).append(ScoredExpert(ExpertKey(layer, expert), score))
-    return {i: tuple(hints) for i, hints in found.items()}
 
 
 @dataclass(slots=True)

@@ -25,6 +25,7 @@ from moei_core.sim.clock import Clock, Costs
 from moei_core.sim.hardware import Hardware
 from moei_core.sim.replay import passes, replay
 from moei_core.trace.format import Trace, read_trace
+from moei_core.trace.hints import with_made_hints
 from moei_core.trace.next_use import next_uses
 
 NAMES = (*POLICIES, *BASELINES)
@@ -45,6 +46,8 @@ class Run:
     interleave: int = 1
     predictor: str | None = None
     prefetch: PrefetchMode = PrefetchMode.AUTO
+    hints: float | None = None
+    """Share of right ones among hints made for the trace; None: those that it has."""
 
 
 @dataclass(slots=True)
@@ -138,20 +141,20 @@ def interleaved(trace: Trace, users: int) -> Trace:
 
 
 @lru_cache(maxsize=2)
-def _prepared(path: str, first: int, last: int | None, users: int) -> Trace:
+def _prepared(path: str, first: int, last: int | None, users: int, hints: float | None) -> Trace:
     trace = read_trace(path)
-    trace = trace.subset(first, trace.sequences if last is None else last)
-    return interleaved(trace, users)
+    trace = interleaved(trace.subset(first, trace.sequences if last is None else last), users)
+    return trace if hints is None else with_made_hints(trace, hints)
 
 
 @lru_cache(maxsize=1)
-def _future(path: str, first: int, last: int | None, users: int) -> NDArray[np.int64]:
-    return next_uses(_prepared(path, first, last, users))
+def _future(path: str, first: int, last: int | None, users: int, hints: float | None) -> NDArray[np.int64]:
+    return next_uses(_prepared(path, first, last, users, hints))
 
 
 def simulate(run: Run) -> Result:
     """Carry out one run. Deterministic: the same run gives the same result on every machine."""
-    source = (run.path, run.first_sequence, run.last_sequence, run.interleave)
+    source = (run.path, run.first_sequence, run.last_sequence, run.interleave, run.hints)
     trace = _prepared(*source)
     if run.policy in BASELINES:
         return _simulate_baseline(run, trace)

@@ -138,7 +138,7 @@ class Trace:
         """The tokens from ``start`` on as other requests, each a sequence of its own; after the last token comes
         the first again. requests: (tokens of the prompt, tokens of the reply).
 
-        Prompts are in passes of ``chunk`` tokens, replies of one token each. Only the routing is kept.
+        Prompts are in passes of ``chunk`` tokens, replies of one token each. Only routing and hints are kept.
         """
         bounds, phase, ends = [0], [], [0]
         for prompt, reply in requests:
@@ -147,18 +147,19 @@ class Trace:
             bounds += range(middle + 1, middle + reply + 1)
             phase += [Phase.PREFILL] * prompt + [Phase.DECODE] * reply
             ends.append(bounds[-1])
-        rows = np.arange(start, start + ends[-1])
+        rows = np.arange(start, start + ends[-1]) % self.tokens
         return Trace(
             self.model,
             self.num_experts,
             self.num_experts_per_tok,
             self.moe_layers,
-            self.experts[start : rows[-1] + 1]
-            if rows[-1] < self.tokens
-            else self.experts[rows % self.tokens],
+            self.experts[rows],
             np.array(ends, np.int64),
             pass_offsets=np.array(bounds, np.int64),
             phase=np.array(phase, np.uint8),
+            hints_experts=None if self.hints_experts is None else self.hints_experts[rows],
+            hints_scores=None if self.hints_scores is None else self.hints_scores[rows],
+            hint_distances=self.hint_distances,
             source=self.source,
         )
 
@@ -383,12 +384,11 @@ def _map_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str
                 raise _damaged(path, f"the tensor '{name}' does not fit into the file")
             raw = mapped[8 + length + begin : 8 + length + end]
             # numpy reads unaligned views, only slower; everything but the big array is copied and so aligned.
-            array = (
+            tensors[name] = (
                 raw.view(dtype).reshape(shape)
                 if dtype.itemsize == 1 or (8 + length + begin) % dtype.itemsize == 0
                 else (np.frombuffer(raw.tobytes(), dtype).reshape(shape))
             )
-            tensors[name] = array
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise _damaged(path, f"its header is not that of a safetensors file ({error})") from None
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
