@@ -5,7 +5,7 @@
 
 Every figure comes with its ceiling, measured or computed in the same run: the bandwidth with which the engine's
 readers read experts while nothing computes; for a decode, the time of its own computing or of its own bytes at
-that bandwidth, whichever is longer (perfect overlap), and what the best possible cache (Belady's) would make of it; for
+that bandwidth, whichever is longer (perfect overlap; the mean of the bandwidth before and after), and what the best possible cache (Belady's) would make of it; for
 a prompt, its absent bytes at that bandwidth, or its computing if that is longer. The simulator's prediction, with the
 measured machine, stands beside the measured speed.
 """
@@ -24,16 +24,19 @@ import numpy as np
 from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES
 from moei_core.config import FULL_OVERLAP, ExpertBudget, GenerationSettings
-from moei_core.engine.forced_routing import ForcedRouting
+from moei_core.engine.forced_routing import follow
 from moei_core.engine.generate import GenerationTimes, Generator
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.hub.resolve import resolve_model
+from moei_core.predict import PREDICTORS
+from moei_core.prefetch import PrefetchMode
 from moei_core.scheduler import ExpertScheduler
 from moei_core.sim.clock import Clock, Costs
 from moei_core.sim.hardware import Hardware
 from moei_core.sim.replay import PassAccesses, replay
 from moei_core.trace import Trace, next_uses, read_trace
+from moei_core.trace.hints import with_made_hints
 from moei_core.types import Phase
 
 MODEL = "synthetic:deepseek-v2-lite@26:q4_0"
@@ -43,7 +46,8 @@ WARM_UP = 64
 
 @dataclass(slots=True)
 class Measured:
-    """One prompt and its reply. Seconds and bytes; stall: waiting for experts."""
+    """One prompt and its reply. Seconds and bytes; stall: waiting for experts. useful: prefetches that were there
+    before their router spoke, which are no misses."""
 
     prefill_s: float
     prefill_stall_s: float
@@ -52,8 +56,8 @@ class Measured:
     decode_s: float
     decode_stall_s: float
     decode_expert_s: float
-    decode_nbytes: int
     misses: int
+    useful: int
     tokens: int
 
 
@@ -65,6 +69,7 @@ def request(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> Measured
     )
     settings = GenerationSettings(max_new_tokens=new_tokens + 1, temperature=0.0)
     before, misses = model.runtime.snapshot(), model.runtime.misses
+    useful = model.scheduler.prefetch_statistics.useful
     prompt = list(np.random.default_rng(prompt_tokens).integers(0, 1000, prompt_tokens).tolist())
     model.scheduler.request_start()
     for _ in generator.tokens(prompt, settings, frozenset(), times, model.context):
@@ -79,21 +84,25 @@ def request(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> Measured
         times.decode_s,
         work.stall_s - first.stall_s,
         work.expert_compute_s - first.expert_compute_s,
-        work.bytes_read - first.bytes_read,
         model.runtime.misses - misses - times.prefill_misses,
+        model.scheduler.prefetch_statistics.useful - useful,
         len(times.token_s),
     )
 
 
-def load(trace: Trace, share: float, policy: str, *, stream: bool = True) -> LoadedModel:
+def load(
+    trace: Trace, share: float, policy: str, *, stream: bool = True, prefetch: bool = False
+) -> LoadedModel:
     options = LoadOptions(
         experts=ExpertBudget(fraction=share),
         context=1024,
         policy=policy,
         overlap=replace(FULL_OVERLAP, stream=stream),
+        predictor="router" if prefetch else None,
+        prefetch=PrefetchMode.ON if prefetch else PrefetchMode.OFF,
     )
     model = LoadedModel(resolve_model(ARGS.model).folder, options)
-    model.runtime.routing = ForcedRouting(trace, model.spec)
+    follow(model.runtime, model.spec, trace)
     return model
 
 
@@ -114,6 +123,7 @@ def bandwidth(model: LoadedModel) -> float:
 def read_absent(model: LoadedModel) -> float:
     """Read 300 absent experts; bytes a second."""
     runtime = model.runtime
+    runtime._settle_prefetches()
     resident = set(model.scheduler.residents())
     keys = [key for key in runtime._store.experts() if key not in resident][:300]
     started, nbytes, asked = time.perf_counter(), 0, 0
@@ -158,19 +168,22 @@ def prompts(trace: Trace, share: float, rounds: int) -> list[dict[str, float | s
     return rows
 
 
-def decode(trace: Trace, share: float, policy: str) -> dict[str, float | str]:
-    """One long reply on a warm cache, and everything it is compared with."""
-    with load(trace, share, policy) as model:
+def decode(trace: Trace, share: float, policy: str, hints: float | None = None) -> dict[str, float | str]:
+    """One long reply on a warm cache, and everything it is compared with. hints: prefetch by hints, so many right."""
+    if hints is not None:
+        trace = with_made_hints(trace, hints)
+    with load(trace, share, policy, prefetch=hints is not None) as model:
         check_direct(model)
         disk = bandwidth(model)
         request(model, WARM_UP, 1)
         one = request(model, WARM_UP, ARGS.tokens)
+        disk = (disk + read_absent(model)) / 2
         nbytes = max(model.spec.expert_nbytes.values())
         layers, width = len(model.spec.num_experts), model.spec.num_experts_per_tok
         slots, chunk = model.budget.resident, model.budget.prefill_chunk
     lookups = one.tokens * layers * width
     computing = one.decode_s - one.decode_stall_s
-    bound = max(computing, one.decode_nbytes / disk)
+    bound = max(computing, (one.misses + one.useful) * nbytes / disk)
     machine = Hardware(
         name="measured",
         memory_bandwidth=lookups * nbytes / one.decode_expert_s,
@@ -178,12 +191,12 @@ def decode(trace: Trace, share: float, policy: str) -> dict[str, float | str]:
         disk_bandwidth=disk,
         disk_latency=0.0,
     )
-    simulated = simulate(trace, policy, slots, machine, nbytes, chunk)
+    simulated = simulate(trace, policy, slots, machine, nbytes, chunk, hints is not None)
     best = simulate(trace, "global-belady-bypass", slots, machine, nbytes, chunk)
     belady = max(computing, best.disk_nbytes / disk)
     return {
         "experts": share,
-        "policy": policy,
+        "policy": policy if hints is None else f"{policy}, hints {hints:g}",
         "tokens_per_s": one.tokens / one.decode_s,
         "hit_rate": 1 - one.misses / lookups,
         "waiting": one.decode_stall_s / one.decode_s,
@@ -210,12 +223,19 @@ class ReplyClock(Clock):
         super().begin_pass(one)
 
 
-def simulate(trace: Trace, policy: str, slots: int, machine: Hardware, nbytes: int, chunk: int) -> Costs:
+def simulate(
+    trace: Trace, policy: str, slots: int, machine: Hardware, nbytes: int, chunk: int, prefetch: bool = False
+) -> Costs:
     """What the clock says of the same two requests: costs of the second reply."""
     part = trace.as_requests([(WARM_UP, 1), (WARM_UP, ARGS.tokens)], chunk=chunk)
     made = POLICIES[policy](slots, part.experts_by_layer)
     brain = ExpertScheduler(
-        ExpertCache(slots, made), part.num_experts_per_tok, num_experts=part.experts_by_layer
+        ExpertCache(slots, made),
+        part.num_experts_per_tok,
+        PREDICTORS["router"](part.experts_by_layer) if prefetch else None,
+        PrefetchMode.ON,
+        prefetch_slots=2 * part.num_experts_per_tok,
+        num_experts=part.experts_by_layer,
     )
     clock = ReplyClock(machine, dict.fromkeys(part.moe_layers, nbytes), brain)
     replay(part, brain, clock, next_uses=next_uses(part) if made.needs_future else None)
@@ -241,6 +261,8 @@ def main() -> None:
     for share in ARGS.experts:
         if ARGS.tokens:
             rows = [decode(trace, share, policy) for policy in (DEFAULT_POLICY, "layer-lru")]
+            if ARGS.hints is not None:
+                rows.append(decode(trace, share, DEFAULT_POLICY, ARGS.hints))
             show(rows)
             report["decode"] += rows
         if ARGS.rounds:
@@ -264,6 +286,7 @@ if __name__ == "__main__":
         "--prompts", type=lambda text: [int(part) for part in text.split(",")], default="32,512"
     )
     parser.add_argument("--rounds", type=int, default=3, help="of each prompt; 0: none")
+    parser.add_argument("--hints", type=float, help="also prefetch by hints of which this share is right")
     parser.add_argument("--json", action="store_true")
     ARGS = parser.parse_args()
     main()

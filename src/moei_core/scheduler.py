@@ -177,11 +177,17 @@ class ExpertScheduler:
         """The next uses of the experts of the access that follows; only for policies that need the future."""
         self._cache.policy.foresee(next_use)
 
-    def access(self, access: LayerAccess, routed: LayerAccess | None = None) -> FetchPlan:
-        """Plan one layer of one forward pass. routed: all that the router chose, if ``access`` is a part of it.
+    def access(self, access: LayerAccess) -> FetchPlan:
+        """Plan one layer of one forward pass: ``decide`` and ``look_ahead``."""
+        plan = self.decide(access)
+        return plan._replace(prefetch=self.look_ahead(access))
 
-        Waves: first the experts that are resident, without any load; then the missing ones in ascending
-        order, those in flight first, as many at a time as the working set holds.
+    def decide(self, access: LayerAccess, routed: LayerAccess | None = None) -> FetchPlan:
+        """What is to be done for one layer; hints are not looked at, and nothing is prefetched yet.
+
+        routed: all that the router chose, if ``access`` is a part of it. Waves: first the experts that are resident,
+        without any load; then the missing ones in ascending order, those in flight first, as many at a time as the
+        working set holds.
         """
         cache = self._cache
         left: tuple[ExpertKey, ...] = ()
@@ -200,22 +206,20 @@ class ExpertScheduler:
             waves += self._load(hits, misses)
         if self._stream is not None and self._tokens > 1:
             self._streamed = self._plan_stream(routed or access, self._stream)
-        prefetch: tuple[ExpertKey, ...] = ()
-        if self._watching:
-            for predictor in self._watching:
-                predictor.observe(routed or access)
-            if self._followed is not None and not self._streamed:
-                prefetch = self._plan_prefetch(access, self._candidates[self._followed])
         return FetchPlan(
-            access.layer,
-            tuple(waves),
-            len(hits),
-            len(misses),
-            cancel,
-            prefetch,
-            self._streamed,
-            self._taken,
+            access.layer, tuple(waves), len(hits), len(misses), cancel, (), self._streamed, self._taken
         )
+
+    def look_ahead(self, access: LayerAccess) -> tuple[ExpertKey, ...]:
+        """What to prefetch behind all that ``decide`` asked for. Once after it, with what the router chose.
+
+        So an engine can compute hints, and this, while it waits for experts.
+        """
+        for predictor in self._watching:
+            predictor.observe(access)
+        if self._followed is None or self._streamed:
+            return ()
+        return self._plan_prefetch(access, self._candidates[self._followed])
 
     def _load(self, hits: list[ExpertKey], misses: list[ExpertKey]) -> list[Wave]:
         """The waves that bring in ``misses``."""

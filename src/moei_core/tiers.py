@@ -225,7 +225,8 @@ class TieredScheduler(ExpertScheduler):
         )
         self.device = device
         self._nearer = device.cache
-        self._to_device: tuple[ExpertKey, ...] = ()
+        self.to_device: tuple[ExpertKey, ...] = ()
+        """What the latest ``look_ahead`` wants of RAM's experts on the device."""
         self._both = len(self._candidates)
         if predictor is not None and device.prefetch_slots:
             # Two ways to follow each predictor: into both tiers, or into RAM alone. The controller keeps what pays.
@@ -249,11 +250,18 @@ class TieredScheduler(ExpertScheduler):
         self.device.cache.policy.on_pass()
         super().forward_pass(phase, tokens)
 
-    def access(self, access: LayerAccess, routed: LayerAccess | None = None) -> FetchPlan:
+    def access(self, access: LayerAccess) -> FetchPlan:
+        plan = super().access(access)
+        assert plan.device is not None
+        return plan._replace(device=plan.device._replace(prefetch=self.to_device))
+
+    def decide(self, access: LayerAccess, routed: LayerAccess | None = None) -> FetchPlan:
         front, rest = self.device.plan(access, self._into_both)
-        self._to_device = ()
-        plan = super().access(rest, access)
-        return plan._replace(device=front._replace(prefetch=self._to_device))
+        return super().decide(rest, access)._replace(device=front)
+
+    def look_ahead(self, access: LayerAccess) -> tuple[ExpertKey, ...]:
+        self.to_device = ()
+        return super().look_ahead(access)
 
     def pass_end(self, stall_seconds: float, seconds: float) -> None:
         # Prefetches to the device save copies and computing in RAM, and how much of a pass those take is not known.
@@ -270,7 +278,7 @@ class TieredScheduler(ExpertScheduler):
     def _plan_prefetch(self, access: LayerAccess, predictor: ExpertPredictor) -> tuple[ExpertKey, ...]:
         found = super()._plan_prefetch(access, predictor)
         if self._into_both:
-            self._to_device = self.device.prefetch(key for key in self._predicted if key in self._cache)
+            self.to_device = self.device.prefetch(key for key in self._predicted if key in self._cache)
         return found
 
     def cancel_load(self, key: ExpertKey) -> None:

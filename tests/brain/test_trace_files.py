@@ -141,7 +141,8 @@ def test_a_recording_is_read_as_it_happened(tmp_path: Path) -> None:
         for layer in (1, 3):
             writer.record(layer, np.array([[0, 1], [1, 2], [5, 6]]))
         writer.begin_pass(Phase.DECODE, 1)
-        writer.record(1, np.array([[3, 2]]), (hint,))
+        writer.record(1, np.array([[3, 2]]))
+        writer.record_hints(1, (hint,))
         writer.event(TraceEvent.START_LOAD, 3, 4)
         writer.record(3, np.array([[4, 0]]))
     assert writer.close()
@@ -176,7 +177,8 @@ def test_hints_are_read_where_they_arose(tmp_path: Path) -> None:
     writer.begin_pass(Phase.DECODE, 1)
     for layer in (0, 1, 4):
         given = tuple(ScoredExpert(ExpertKey(to, e), score) for to, e, score in hints.get(layer, ()))
-        writer.record(layer, np.array([[0]]), given)
+        writer.record(layer, np.array([[0]]))
+        writer.record_hints(layer, given)
     assert writer.close()
     (one,) = passes(read_trace(path))
     kept = [[(h.key.layer, h.key.expert, h.score) for h in access.hints] for access in one.accesses]

@@ -56,6 +56,23 @@ def test_routing_can_follow_a_trace(moei: Moei, chat_folder: Callable[..., Path]
     assert cold["misses"]["median"] == sum(len(np.unique(rows[:, layer])) for layer in range(3))
 
 
+@pytest.mark.parametrize(("hints", "waste"), [("1", 0.0), ("0.3", 0.1)])
+def test_made_hints_are_followed(
+    moei: Moei, chat_folder: Callable[..., Path], tmp_path: Path, hints: str, waste: float
+) -> None:
+    trace = make_trace(tmp_path / "t")
+    given = ("--trace", str(trace), "--hints", hints, "--predictor", "router", "--prefetch", "on")
+    done = moei("bench", str(chat_folder("qwen3_moe")), "--experts", "40%", *given, *SMALL, "--json")
+    assert done.code == 0, done.err
+    changing = json.loads(done.out)["conditions"]["changing"]
+    assert changing["prefetch_coverage"]["median"] > 0
+    assert (changing["prefetch_waste"]["median"] > waste) == (waste > 0)
+    simulated = moei("bench", *given, "--experts", "40%", "--policy", "learned", "--json")
+    assert simulated.code == 0, simulated.err
+    prefetch = json.loads(simulated.out)["results"][0]["prefetch"]
+    assert prefetch["started"] > 0 and (prefetch["waste"] > waste) == (waste > 0)
+
+
 @pytest.mark.parametrize(
     ("shape", "sentence"),
     [
@@ -84,6 +101,9 @@ def test_a_trace_of_the_wrong_shape(
         (["moei-demo", "--new-tokens", "1"], "two new tokens"),
         (["moei-demo", "--prompt-tokens", "100000"], "context"),
         (["moei-demo", "--policy", "all"], "no cache policy 'all'"),
+        (["moei-demo", "--hints", "0.8"], "--hints are made for a --trace"),
+        (["moei-demo", "--trace", "t", "--hints", "0.8"], "--predictor router or default"),
+        (["--trace", "t", "--hints", "80", "--predictor", "router"], "between 0 and 1"),
     ],
 )
 def test_mistakes(moei: Moei, arguments: list[str], sentence: str) -> None:

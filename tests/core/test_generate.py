@@ -189,13 +189,13 @@ def test_stopping_before_the_first_token_undoes_the_turn(
 ) -> None:
     session = ChatSession(loaded, GREEDY)
     ask(session, "hello")
-    before, access = list(session.messages), loaded.scheduler.access
+    before, access = list(session.messages), loaded.scheduler.decide
 
     def stop_then_access(event: object) -> object:
         session.stop()
         return access(event)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loaded.scheduler, "access", stop_then_access)
+    monkeypatch.setattr(loaded.scheduler, "decide", stop_then_access)
     with pytest.raises(InterruptedTurnError):
         ask(session, "more")
     assert session.messages == before

@@ -30,6 +30,7 @@ from moei_core.sim.replay import Observer, replay
 from moei_core.trace import Trace, read_trace, write_trace
 from moei_core.trace.hidden import HiddenSampler, HiddenStates, read_hidden, sidecar
 from moei_core.types import FetchPlan, LayerAccess, Phase
+from tests.watched_plans import watch_plans
 
 Folder = Callable[..., Path]
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v2", "gpt_oss")
@@ -204,15 +205,8 @@ def test_hints_of_a_live_run_replay_to_the_same_plans(kind: str, tmp_path: Path,
     options = LoadOptions(
         experts=ExpertBudget(fraction=0.5), predictor=predictor, prefetch=PrefetchMode.ON, context=128
     )
-    plans: list[FetchPlan] = []
     with LoadedModel(folder, options) as model:
-        decide = model.scheduler.access
-
-        def access(event: LayerAccess) -> FetchPlan:
-            plans.append(decide(event))
-            return plans[-1]
-
-        model.scheduler.access = access  # type: ignore[method-assign]
+        plans = watch_plans(model)
         assert model.runtime.hinter is not None
         spec, budget = model.spec, model.budget
         writer = model.record(tmp_path / "t", "m")

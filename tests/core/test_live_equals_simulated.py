@@ -22,6 +22,7 @@ from moei_core.sim.replay import Observer, replay
 from moei_core.tiers import LinkCosts, TieredScheduler
 from moei_core.trace import read_trace
 from moei_core.types import FetchPlan, LayerAccess
+from tests.watched_plans import watch_plans
 
 QUESTIONS = (("What does moei do?", "And what is an expert?"), ("What is the capital of France?",))
 LIVE = [name for name, policy in POLICIES.items() if not getattr(policy, "needs_future", False)]
@@ -42,15 +43,8 @@ def record(
     options: LoadOptions, path: Path, device: Device | None = None
 ) -> tuple[list[FetchPlan], LoadedModel]:
     """Two conversations, recorded: the plans that were made, and the model as it was afterwards."""
-    plans: list[FetchPlan] = []
     with LoadedModel(resolve_model("moei-demo").folder, options, device, COSTS) as model:
-        decide = model.scheduler.access
-
-        def access(event: LayerAccess) -> FetchPlan:
-            plans.append(decide(event))
-            return plans[-1]
-
-        model.scheduler.access = access  # type: ignore[method-assign]
+        plans = watch_plans(model)
         writer = model.record(path, "moei-demo")
         for conversation in QUESTIONS:
             session = ChatSession(model, GenerationSettings(max_new_tokens=12, temperature=0))

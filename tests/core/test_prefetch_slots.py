@@ -11,18 +11,21 @@ from moei_core.engine.chat_session import ChatSession
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.hub.resolve import resolve_model
 from moei_core.prefetch import PrefetchController
-from moei_core.types import FetchPlan, LayerAccess
+from moei_core.types import FetchPlan
+from tests.watched_plans import watch_plans
 
 
 def reply(predictor: str | None, share: float) -> tuple[str, LoadedModel, list[FetchPlan]]:
     """An answer, and the plans it took. At every access all slots are accounted for."""
     options = LoadOptions(experts=ExpertBudget(fraction=share), predictor=predictor)
-    plans: list[FetchPlan] = []
     with LoadedModel(resolve_model("moei-demo").folder, options) as model:
         model.runtime.governor = None
-        runtime, scheduler, decide = model.runtime, model.scheduler, model.scheduler.access
+        runtime, scheduler = model.runtime, model.scheduler
 
-        def access(event: LayerAccess) -> FetchPlan:
+        def check() -> None:
+            if plans:
+                resident = scheduler.resident_count
+                assert resident + plans[-1].prefetch_slots + model.budget.working <= model.budget.slots
             queue = runtime._transfers
             with queue._lock:
                 # What is abandoned is written to until its threads have noticed; what has arrived waits for its router.
@@ -30,12 +33,8 @@ def reply(predictor: str | None, share: float) -> tuple[str, LoadedModel, list[F
                 slots = [*queue._spares, *coming, *queue._returned, *queue._lent]
             slots += [*runtime._slots.values(), *runtime._pool._free]
             assert sorted(slots) == list(range(model.budget.slots))
-            plans.append(decide(event))
-            resident = scheduler.resident_count
-            assert resident + plans[-1].prefetch_slots + model.budget.working <= model.budget.slots
-            return plans[-1]
 
-        scheduler.access = access  # type: ignore[method-assign]
+        plans = watch_plans(model, before=check)
         session = ChatSession(model, GenerationSettings(max_new_tokens=40, temperature=0))
         text = "".join(piece.text for piece in session.reply("What does moei do?"))
     return text, model, plans

@@ -38,7 +38,8 @@ from tests.core.test_tiers import COSTS, DEVICES, vram_for
 NAP_S = 0.25
 """A power of two, so that sums of it are exact."""
 PLACES: list[tuple[str, Any, str]] = [
-    ("decisions", ExpertScheduler, "access"),
+    ("decisions", ExpertScheduler, "decide"),
+    ("decisions", ExpertScheduler, "look_ahead"),
     ("decisions", ExpertScheduler, "forward_pass"),
     ("decisions", ExpertScheduler, "pass_end"),
     ("decisions", ExpertScheduler, "request_start"),
@@ -232,7 +233,7 @@ def test_waiting_for_copies_and_for_computing_is_told_apart(
         ("disk", TransferQueue, "next_ready"),
         ("dense", nn.functional, "embedding"),
         ("framework", MixtralModel, "forward"),
-        ("decisions", ExpertScheduler, "access"),
+        ("decisions", ExpertScheduler, "decide"),
     ],
 )
 def test_parts_with_a_device(
@@ -304,7 +305,7 @@ def test_a_trace_keeps_the_split_of_every_turn(
 ) -> None:
     clock = SteppedClock(monkeypatch)
     clock.slow(Sampler, "next_token", NAP_S)
-    clock.slow(ExpertScheduler, "access", NAP_S / 2)
+    clock.slow(ExpertScheduler, "decide", NAP_S / 2)
     writer = mixtral.record(tmp_path / "t.safetensors", "mixtral")
     try:
         writer.begin_sequence()

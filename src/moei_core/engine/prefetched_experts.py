@@ -2,24 +2,63 @@
 
 from __future__ import annotations
 
+import time
+
+import torch
+
+from moei_core.engine.hints import Hinter
 from moei_core.engine.slots import SlotPool
 from moei_core.engine.statistics import RuntimeStatistics
 from moei_core.engine.transfers import Load, Step, TransferQueue
 from moei_core.scheduler import ExpertScheduler
 from moei_core.trace.format import TraceEvent
-from moei_core.types import ExpertKey
+from moei_core.trace.writer import TraceWriter
+from moei_core.types import ExpertKey, LayerAccess, ScoredExpert
 
 
 class PrefetchedExperts:
     """The part of an ``ExpertRuntime`` that settles prefetches with the brain."""
 
+    _hints_first = False
+    """Whether hints are computed before a layer's experts, and not while those are on their way."""
     _scheduler: ExpertScheduler
     _transfers: TransferQueue
     _pool: SlotPool
     _slots: dict[ExpertKey, int]
     _prefetch_slots: int
     """Slots that the queue has, or that prefetches are arriving in."""
+    _unforeseen: tuple[LayerAccess, torch.Tensor | None] | None = None
+    """A layer that was decided on and not looked ahead from: its access, and its hidden states to make hints of."""
+    hinter: Hinter | None
+    recorder: TraceWriter | None
     statistics: RuntimeStatistics
+
+    def _hints(self, access: LayerAccess, hidden_states: torch.Tensor) -> tuple[ScoredExpert, ...]:
+        """What the model says of later layers for a single token, if anybody wants to know."""
+        if self.hinter is None or len(hidden_states) > 1 or not self._wants_hints:
+            return ()
+        hints = self.hinter.hints(access.layer, hidden_states, access.order)
+        if self.recorder is not None:
+            self.recorder.record_hints(access.layer, hints)
+        return hints
+
+    def _foresee(self, hinted: bool = True) -> None:
+        """Let the brain look ahead, if it has not since it decided on this layer. What the layer lacks has been asked
+        for by then, so nothing waits for hints and predictions but who would wait anyway."""
+        if self._unforeseen is None:
+            return
+        started = time.perf_counter()
+        (access, hidden_states), self._unforeseen = self._unforeseen, None
+        if hidden_states is not None and hinted:
+            access = access._replace(hints=self._hints(access, hidden_states))
+        self._follow(self._scheduler.look_ahead(access))
+        self.statistics.decide_s += time.perf_counter() - started
+
+    def _follow(self, foreseen: tuple[ExpertKey, ...]) -> None:
+        """Begin to prefetch."""
+        # Readers woken for nothing would take the interpreter's lock from whoever computes.
+        if foreseen:
+            self._transfers.prefetch(foreseen)
 
     def _settle_prefetches(self) -> None:
         """Tell the scheduler what became of prefetches, in order. Raises: what reading one of them has raised."""
@@ -76,6 +115,10 @@ class PrefetchedExperts:
     def _take_returned(self, wait: bool = False) -> None:
         for slot in self._transfers.take_returned(wait):
             self._pool.give_back(slot)
+
+    @property
+    def _wants_hints(self) -> bool:
+        raise NotImplementedError
 
     def _hold(self, load: Load) -> None:
         raise NotImplementedError

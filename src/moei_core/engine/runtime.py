@@ -43,7 +43,7 @@ from moei_core.store.base import ExpertStore
 from moei_core.trace.format import TraceEvent
 from moei_core.trace.hidden import HiddenSampler
 from moei_core.trace.writer import TraceWriter
-from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase, ScoredExpert
+from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase
 
 _AT_ONCE = 8
 """Experts of a prompt that one call computes while others arrive; of what arrives, at most half of the working set."""
@@ -169,23 +169,23 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
         self._settle_prefetches()
         single = top_k_index.shape[0] == 1
         named = _named(top_k_index, int(module.num_experts)) if single else ()
-        hints: tuple[ScoredExpert, ...] = ()
-        if self.hinter is not None and single and self._wants_hints:
-            clock.add_to("combine_s")
-            hints = self.hinter.hints(layer, hidden_states, named)
-            clock.add_to("decide_s")
         if self.recorder is not None:
-            self.recorder.record(layer, top_k_index.numpy(), hints)
+            self.recorder.record(layer, top_k_index.numpy())
         if self.sampler is not None and self.sampler.wants:
             self.sampler.record(layer, hidden_states[self.sampler.wants].to(torch.float32).numpy())
-        work, access = self._gather(module, layer, hidden_states, top_k_index, top_k_weights, hints, named)
+        work, access = self._gather(module, layer, hidden_states, top_k_index, top_k_weights, named)
         clock.add_to("combine_s")
-        plan = self._scheduler.access(access)
+        plan = self._scheduler.decide(access)
         clock.add_to("decide_s")
+        self._unforeseen = access, hidden_states
+        if self._hints_first:
+            self._unforeseen = access._replace(hints=self._hints(access, hidden_states)), None
         self._meanwhile = None if meanwhile is None else partial(self._compute_beside, meanwhile, clock)
         try:
             self._carry_out(plan, work)
         except BaseException:
+            # A replay knows of no failure: the brain learns from this layer all the same.
+            self._foresee(hinted=False)
             self._reconcile()
             raise
         clock.add_to("move_s")
@@ -214,7 +214,6 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
-        hints: tuple[ScoredExpert, ...],
         named: tuple[int, ...],
     ) -> tuple[LayerWork | TokenWork, LayerAccess]:
         """What is to be computed and what that needs. Each token's experts ascending: the order of summation."""
@@ -229,13 +228,13 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
             experts = tuple(weights)
             return (
                 TokenWork(module, hidden_states, weights, lambda expert: self._kernel(module, expert)),
-                LayerAccess(layer, experts, (1,) * width, self._phase, hints, named),
+                LayerAccess(layer, experts, (1,) * width, self._phase, (), named),
             )
         index, order = torch.sort(top_k_index, dim=-1)
         scale = torch.gather(top_k_weights, -1, order)
         work = self._work(module, hidden_states, index, scale)
         counts = tuple(len(positions) for positions in work.rows.values())
-        return work, LayerAccess(layer, tuple(work.rows), counts, self._phase, hints, named)
+        return work, LayerAccess(layer, tuple(work.rows), counts, self._phase, (), named)
 
     def resize(self, slots: int) -> None:
         """Hold at most ``slots`` experts from now on, at most as many as the pool was made for.
@@ -286,9 +285,8 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
             self._ask(absent)
             if not absent and not looking_ahead:
                 looking_ahead = True
+                self._foresee()
                 # Readers woken for nothing would take the interpreter's lock from whoever computes.
-                if plan.prefetch:
-                    self._transfers.prefetch(plan.prefetch)
                 if plan.stream:
                     self._transfers.stream(sorted(plan.stream, key=self._place_on_disk))
             if self._meanwhile is not None:

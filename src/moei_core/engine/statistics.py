@@ -63,14 +63,15 @@ class LayerClock:
     def add_to(self, part: str) -> None:
         """What passed since the last call belongs to ``part``, but for what is counted where it happens.
 
-        That is computing experts, waiting, and what was computed beside the experts (``beside_s``).
+        That is computing experts, waiting, looking ahead, and what was computed beside the experts (``beside_s``).
         """
         now, known = time.perf_counter(), self._counted()
         setattr(self._spent, part, getattr(self._spent, part) + (now - self._at) - (known - self._known))
-        self._at, self._known = now, known
+        self._at, self._known = now, self._counted()
 
     def _counted(self) -> float:
-        return self._spent.expert_compute_s + self._spent.waited_s + self.beside_s
+        spent = self._spent
+        return spent.expert_compute_s + spent.waited_s + spent.decide_s + self.beside_s
 
 
 def prefetch_shares(done: PrefetchStatistics, misses: int) -> dict[str, float]:

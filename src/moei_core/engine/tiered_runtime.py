@@ -43,6 +43,8 @@ class TieredRuntime(ExpertRuntime):
     """
 
     _short_tokens = False
+    # A router that is applied early on the device must not wait there for the experts.
+    _hints_first = True
 
     def __init__(
         self,
@@ -164,7 +166,6 @@ class TieredRuntime(ExpertRuntime):
     def _carry_out(self, plan: FetchPlan, work: LayerWork | TokenWork) -> None:
         assert plan.device is not None and isinstance(work, TieredWork)
         there = self._device_plan = plan.device
-        self._ahead.wish(there.prefetch)
         for key in there.cancel:
             if (unwanted := self._ahead.cancel(key)) is not None:
                 self._device_slots.give_back(unwanted.slot)
@@ -184,6 +185,10 @@ class TieredRuntime(ExpertRuntime):
                 self._device_slots.give_back(expert.slot)
         super()._carry_out(plan, work)
         self._ahead.advance()
+
+    def _follow(self, foreseen: tuple[ExpertKey, ...]) -> None:
+        self._ahead.wish(self._tiers.to_device)
+        super()._follow(foreseen)
 
     def _compute(self, work: LayerWork | TokenWork, keys: Iterable[ExpertKey]) -> None:
         """Experts that are complete in RAM: each goes to the device or is computed here."""

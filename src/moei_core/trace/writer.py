@@ -81,18 +81,17 @@ class TraceWriter:
                 self._hint_scores = np.concatenate([self._hint_scores, np.zeros_like(self._hint_scores)])
         self._rows = self._experts[self._tokens : self._end]
 
-    def record(self, layer: int, top_k_index: NDArray[Any], hints: tuple[ScoredExpert, ...] = ()) -> None:
-        """One MoE layer of the pass. top_k_index: [tokens, k] integers, as the router chose them.
-
-        hints: what was predicted for this pass before the router of its layer had run; kept for single-token
-        passes only.
-        """
+    def record(self, layer: int, top_k_index: NDArray[Any]) -> None:
+        """One MoE layer of the pass. top_k_index: [tokens, k] integers, as the router chose them."""
         none = self._num_experts[layer]
         if none != self._count:
             # A narrower layer's own sign for no expert is another number than the file's.
             top_k_index = np.where(top_k_index < none, top_k_index, self._count)
         self._rows[:, self._position[layer], : top_k_index.shape[1]] = top_k_index
         self._steps += 1
+
+    def record_hints(self, layer: int, hints: tuple[ScoredExpert, ...]) -> None:
+        """What was predicted at ``layer`` of this pass for later ones. Kept of single-token passes only."""
         if hints and self._hint_experts is not None and self._end == self._tokens + 1:
             self._keep_hints(layer, hints)
 

@@ -1,0 +1,34 @@
+"""The plans of a running model, whole: what its brain decides on a layer, and what it looks ahead to from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from moei_core.engine.loaded_model import LoadedModel
+from moei_core.tiers import TieredScheduler
+from moei_core.types import ExpertKey, FetchPlan, LayerAccess
+
+
+def watch_plans(model: LoadedModel, before: Callable[[], None] = lambda: None) -> list[FetchPlan]:
+    """A list that every plan from now on is added to. before: called before each decision."""
+    plans: list[FetchPlan] = []
+    scheduler = model.scheduler
+    own_decide, own_look_ahead = scheduler.decide, scheduler.look_ahead
+
+    def decide(event: LayerAccess) -> FetchPlan:
+        before()
+        plans.append(own_decide(event))
+        return plans[-1]
+
+    def look_ahead(event: LayerAccess) -> tuple[ExpertKey, ...]:
+        found = own_look_ahead(event)
+        plan = plans[-1]._replace(prefetch=found)
+        if isinstance(scheduler, TieredScheduler):
+            assert plan.device is not None
+            plan = plan._replace(device=plan.device._replace(prefetch=scheduler.to_device))
+        plans[-1] = plan
+        return found
+
+    scheduler.decide = decide  # type: ignore[assignment, method-assign]
+    scheduler.look_ahead = look_ahead  # type: ignore[method-assign]
+    return plans
