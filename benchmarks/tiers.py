@@ -4,10 +4,10 @@
     python benchmarks/tiers.py --trace TRACE.safetensors
 
 Every figure comes with its ceiling, measured or computed in the same run: the bandwidth with which the engine's
-readers read experts while nothing computes; for a decode, the time of its own computing or of its own bytes at
-that bandwidth, whichever is longer (perfect overlap; the mean of the bandwidth before and after), and what the best possible cache (Belady's) would make of it; for
-a prompt, its absent bytes at that bandwidth, or its computing if that is longer. The simulator's prediction, with the
-measured machine, stands beside the measured speed.
+readers read experts while nothing computes, before and after; for a decode, the time of its own computing or of its
+own missing bytes at that bandwidth, whichever is longer (perfect overlap), and what the best possible cache (Belady's)
+would make of it; for a prompt, its absent bytes at that bandwidth, or its computing if that is longer. The simulator's
+prediction, with the measured machine, stands beside the measured speed.
 """
 
 from __future__ import annotations
