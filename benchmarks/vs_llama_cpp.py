@@ -65,6 +65,11 @@ def main() -> None:
         "--skew", type=float, default=0.0, help="shared mean of the embedding, in its own deviations"
     )
     parser.add_argument(
+        "--prefetch",
+        action="store_true",
+        help="moei prefetches by its routers' hints from the first token on; a chat decides that within some hundred",
+    )
+    parser.add_argument(
         "--folder", type=Path, help="where the models are made and kept; a temporary one if left out"
     )
     parser.add_argument(
@@ -135,6 +140,7 @@ def pack(source: Path, form: str) -> Path:
 def compare(options: argparse.Namespace, model: Path, peer_file: Path, form: str) -> dict[str, Any]:
     row: dict[str, Any] = {
         "model": options.model, "layers": options.layers, "format": form, "skew": options.skew,
+        "prefetch": options.prefetch,
         "file_bytes": peer_file.stat().st_size, "threads": options.threads,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
@@ -159,13 +165,14 @@ def compare(options: argparse.Namespace, model: Path, peer_file: Path, form: str
 
 def _measure_moei(options: argparse.Namespace, model: Path, cap: int | None) -> dict[str, float]:
     figures: dict[str, float] = {}
+    prefetch = ["--predictor", "router", "--prefetch", "on"] if options.prefetch else []
     # Capped, prefill reads nearly all of the file: that figure is the disk's, and benchmarks/tiers.py has it.
     for prompt in options.prompt_tokens[:1] if cap else options.prompt_tokens:
         budget = ["--ram", f"{cap >> 20}MiB"] if cap else ["--experts", "100%"]
         report = json.loads(
             _run(
                 [*_MOEI, "bench", str(model), *budget, "--prompt-tokens", str(prompt), "--new-tokens",
-                 str(options.new_tokens), "--repeats", "2" if cap else "3", "--json"],
+                 str(options.new_tokens), "--repeats", "2" if cap else "3", "--json", *prefetch],
                 cap,
             )
         )  # fmt: skip

@@ -123,6 +123,13 @@ def test_the_better_of_with_and_without_norm_is_kept_for_each_layer() -> None:
         assert all(hint.score == float(np.float16(hint.score)) for hint in found)
 
 
+def test_a_stream_that_nobody_saw_leaves_the_hidden_state() -> None:
+    routers = _FakeRouters()
+    routers.route_residual = lambda layer, source: None  # type: ignore[method-assign, assignment, return-value]
+    found = RouterHints(routers).hints(0, torch.zeros(1, 4), (0, 1))  # type: ignore[arg-type]
+    assert [hint.key for hint in found] == [(1, 6), (1, 7)]
+
+
 def _learnable(tokens: int = 400, layers: int = 4, experts: int = 16) -> tuple[Trace, HiddenStates]:
     """The layer input says plainly what the layer two further on chooses."""
     random = np.random.default_rng(0)

@@ -108,7 +108,9 @@ class RouterHints:
             return ()
         found: tuple[ScoredExpert, ...] = ()
         best = self.with_norm(target)
-        for norm in (best, not best) if self._pass % self.SAMPLE == 1 else (best,):
+        for norm in (best, not best):
+            if found and self._pass % self.SAMPLE != 1:
+                break
             experts = (
                 self._routers.route_residual(target, layer)
                 if norm
@@ -117,7 +119,7 @@ class RouterHints:
             if experts is None:
                 continue
             self._pending.append((norm, experts))
-            if norm is best:
+            if not found:
                 record = self._records[target][norm]
                 found = tuple(
                     ScoredExpert(ExpertKey(target, expert), _score(record.score(rank)))
