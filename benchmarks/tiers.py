@@ -17,7 +17,10 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 
 import numpy as np
 
@@ -42,6 +45,8 @@ from moei_core.types import Phase
 MODEL = "synthetic:deepseek-v2-lite@26:q4_0"
 WARM_UP = 64
 """Tokens of the prompt that fills the cache before anything is measured."""
+TURN = 4
+"""Tokens of each reply before it is the next one's turn."""
 
 
 @dataclass(slots=True)
@@ -61,33 +66,56 @@ class Measured:
     tokens: int
 
 
+class Reply:
+    """The next rows of the trace: a prompt of any tokens (its routing is forced) and, in parts, a reply."""
+
+    def __init__(self, model: LoadedModel, prompt_tokens: int, new_tokens: int) -> None:
+        self._model, self._times = model, GenerationTimes()
+        self._before, self._misses = model.runtime.snapshot(), model.runtime.misses
+        self._useful = model.scheduler.prefetch_statistics.useful
+        generator = Generator(
+            model.adapter.model,
+            model.runtime,
+            ConversationCache(model.adapter.config),
+            lambda: False,
+            model.budget.prefill_chunk,
+        )
+        settings = GenerationSettings(max_new_tokens=new_tokens + 1, temperature=0.0)
+        prompt = list(np.random.default_rng(prompt_tokens).integers(0, 1000, prompt_tokens).tolist())
+        model.scheduler.request_start()
+        self._tokens = generator.tokens(prompt, settings, frozenset(), self._times, model.context)
+        next(self._tokens)
+
+    def advance(self, tokens: int) -> float:
+        """The next ``tokens`` tokens; the seconds that they took."""
+        begin = len(self._times.token_s)
+        for _ in islice(self._tokens, tokens):
+            pass
+        return sum(self._times.token_s[begin:])
+
+    def end(self) -> Measured:
+        """What all of it came to."""
+        for _ in self._tokens:
+            pass
+        model, times = self._model, self._times
+        model.scheduler.request_end()
+        work, first = model.runtime.statistics.minus(self._before), times.prefill_work
+        return Measured(
+            times.prefill_s,
+            first.stall_s,
+            first.bytes_read,
+            times.prefill_misses,
+            sum(times.token_s),
+            work.stall_s - first.stall_s,
+            work.expert_compute_s - first.expert_compute_s,
+            model.runtime.misses - self._misses - times.prefill_misses,
+            model.scheduler.prefetch_statistics.useful - self._useful,
+            len(times.token_s),
+        )
+
+
 def request(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> Measured:
-    """The next rows of the trace: a prompt of any tokens (its routing is forced), then a reply."""
-    times, cache = GenerationTimes(), ConversationCache(model.adapter.config)
-    generator = Generator(
-        model.adapter.model, model.runtime, cache, lambda: False, model.budget.prefill_chunk
-    )
-    settings = GenerationSettings(max_new_tokens=new_tokens + 1, temperature=0.0)
-    before, misses = model.runtime.snapshot(), model.runtime.misses
-    useful = model.scheduler.prefetch_statistics.useful
-    prompt = list(np.random.default_rng(prompt_tokens).integers(0, 1000, prompt_tokens).tolist())
-    model.scheduler.request_start()
-    for _ in generator.tokens(prompt, settings, frozenset(), times, model.context):
-        pass
-    model.scheduler.request_end()
-    work, first = model.runtime.statistics.minus(before), times.prefill_work
-    return Measured(
-        times.prefill_s,
-        first.stall_s,
-        first.bytes_read,
-        times.prefill_misses,
-        times.decode_s,
-        work.stall_s - first.stall_s,
-        work.expert_compute_s - first.expert_compute_s,
-        model.runtime.misses - misses - times.prefill_misses,
-        model.scheduler.prefetch_statistics.useful - useful,
-        len(times.token_s),
-    )
+    return Reply(model, prompt_tokens, new_tokens).end()
 
 
 def load(
@@ -168,19 +196,53 @@ def prompts(trace: Trace, share: float, rounds: int) -> list[dict[str, float | s
     return rows
 
 
-def decode(trace: Trace, share: float, policy: str, hints: float | None = None) -> dict[str, float | str]:
-    """One long reply on a warm cache, and everything it is compared with. hints: prefetch by hints, so many right."""
-    if hints is not None:
-        trace = with_made_hints(trace, hints)
-    with load(trace, share, policy, prefetch=hints is not None) as model:
-        check_direct(model)
-        disk = bandwidth(model)
-        request(model, WARM_UP, 1)
-        one = request(model, WARM_UP, ARGS.tokens)
-        disk = (disk + read_absent(model)) / 2
-        nbytes = max(model.spec.expert_nbytes.values())
-        layers, width = len(model.spec.num_experts), model.spec.num_experts_per_tok
-        slots, chunk = model.budget.resident, model.budget.prefill_chunk
+def decode(
+    trace: Trace, share: float, cases: Sequence[tuple[str, float | None]]
+) -> list[dict[str, float | str]]:
+    """A long reply on a warm cache by each case, in turns of a few tokens, so that all meet the same disk.
+
+    cases: policy, and how many hints to prefetch by are right; None: no prefetching.
+    """
+    with ExitStack() as stack:
+        traces = [trace if hints is None else with_made_hints(trace, hints) for _, hints in cases]
+        models = [
+            stack.enter_context(load(one, share, policy, prefetch=hints is not None))
+            for one, (policy, hints) in zip(traces, cases, strict=True)
+        ]
+        check_direct(models[0])
+        disk = [bandwidth(models[0])]
+        for model in models:
+            request(model, WARM_UP, 1)
+        replies = [Reply(model, WARM_UP, ARGS.tokens) for model in models]
+        turns: list[list[float]] = [[] for _ in cases]
+        for number in range(ARGS.tokens // TURN):
+            if 2 * number * TURN == ARGS.tokens:
+                disk.append(read_absent(models[0]))
+            for at in range(len(cases)):
+                at = (at + number) % len(cases)
+                turns[at].append(replies[at].advance(TURN))
+        done = [reply.end() for reply in replies]
+        disk.append(read_absent(models[0]))
+        return [
+            row(one, model, case, measured, statistics.fmean(disk), seconds, turns[0])
+            for one, model, case, measured, seconds in zip(traces, models, cases, done, turns, strict=True)
+        ]
+
+
+def row(
+    trace: Trace,
+    model: LoadedModel,
+    case: tuple[str, float | None],
+    one: Measured,
+    disk: float,
+    seconds: list[float],
+    base: list[float],
+) -> dict[str, float | str]:
+    """A reply and its ceilings. seconds: of its turns. base: of those of the first case."""
+    policy, hints = case
+    nbytes = max(model.spec.expert_nbytes.values())
+    layers, width = len(model.spec.num_experts), model.spec.num_experts_per_tok
+    slots, chunk = model.budget.resident, model.budget.prefill_chunk
     lookups = one.tokens * layers * width
     computing = one.decode_s - one.decode_stall_s
     bound = max(computing, (one.misses + one.useful) * nbytes / disk)
@@ -194,10 +256,13 @@ def decode(trace: Trace, share: float, policy: str, hints: float | None = None) 
     simulated = simulate(trace, policy, slots, machine, nbytes, chunk, hints is not None)
     best = simulate(trace, "global-belady-bypass", slots, machine, nbytes, chunk)
     belady = max(computing, best.disk_nbytes / disk)
+    ratios = [theirs / ours for theirs, ours in zip(base, seconds, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
     return {
-        "experts": share,
+        "experts": model.budget.slots / model.spec.total_experts,
         "policy": policy if hints is None else f"{policy}, hints {hints:g}",
         "tokens_per_s": one.tokens / one.decode_s,
+        "x_first": f"{middle:.2f} ({low:.2f}-{high:.2f})",
         "hit_rate": 1 - one.misses / lookups,
         "waiting": one.decode_stall_s / one.decode_s,
         "of_own_bound": bound / one.decode_s,
@@ -260,9 +325,9 @@ def main() -> None:
     report: dict[str, list[dict[str, float | str]]] = {"decode": [], "prompts": []}
     for share in ARGS.experts:
         if ARGS.tokens:
-            rows = [decode(trace, share, policy) for policy in (DEFAULT_POLICY, "layer-lru")]
-            if ARGS.hints is not None:
-                rows.append(decode(trace, share, DEFAULT_POLICY, ARGS.hints))
+            cases: list[tuple[str, float | None]] = [("layer-lru", None), (DEFAULT_POLICY, None)]
+            cases += [(DEFAULT_POLICY, right) for right in ARGS.hints]
+            rows = decode(trace, share, cases)
             show(rows)
             report["decode"] += rows
         if ARGS.rounds:
@@ -286,7 +351,12 @@ if __name__ == "__main__":
         "--prompts", type=lambda text: [int(part) for part in text.split(",")], default="32,512"
     )
     parser.add_argument("--rounds", type=int, default=3, help="of each prompt; 0: none")
-    parser.add_argument("--hints", type=float, help="also prefetch by hints of which this share is right")
+    parser.add_argument(
+        "--hints",
+        type=lambda text: [float(part) for part in text.split(",")],
+        default=[],
+        help="also prefetch by hints of which such a share is right: .8,1",
+    )
     parser.add_argument("--json", action="store_true")
     ARGS = parser.parse_args()
     main()
