@@ -91,7 +91,8 @@ class PrefetchController:
     ``CERTAINTY`` standard errors exceeds ``MARGIN``, and lost after ``MOST_PAIRS``. That is the hysteresis: what is
     kept stays unless something is clearly better. So a trial takes at most ``MOST_PAIRS`` windows of the challenger,
     and one that harms few. Who has lost waits twice as long before its next trial. What was kept must soon, and ever
-    again, beat no prefetching.
+    again, beat no prefetching. Predictors that must learn wait after the first trial of one that need not: the
+    model's own routers foresee best, whether that pays or not.
     """
 
     WARM_UP = 32
@@ -125,6 +126,8 @@ class PrefetchController:
         self._next_trial = dict.fromkeys(options, self.WARM_UP)
         self._wait = {option: self.RECHECK if option is None else self.WAIT for option in options}
         self._challenger: int | None = None
+        # Those that need not learn and had a trial.
+        self._tried: set[int] = set()
         # Passes that each has observed; how many the challenger must have before it prefetches, if it does not yet.
         self._observed = dict.fromkeys(range(predictors), 0)
         self._evidence: int | None = None
@@ -246,3 +249,9 @@ class PrefetchController:
         else:
             self._next_trial[challenger] = self._passes + self._wait[challenger]
             self._wait[challenger] = min(2 * self._wait[challenger], self.LONGEST_WAIT)
+        if challenger is not None and not self._learning[challenger] and challenger not in self._tried:
+            # It foresees best: the others have little to add to it, and less to save where it does not pay.
+            self._tried.add(challenger)
+            for option, learns in enumerate(self._learning):
+                if learns:
+                    self._next_trial[option] = self._passes + self._wait[option]

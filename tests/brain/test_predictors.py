@@ -443,6 +443,16 @@ def test_who_knows_without_observing_is_tried_first_and_soon() -> None:
     assert controller.kept == 1 and controller.trials == 1
 
 
+@pytest.mark.parametrize("cost", [0.8, 1.4])
+def test_who_must_learn_is_not_tried_soon_after_who_need_not(cost: float) -> None:
+    controller = PrefetchController(learning=(True, False, True))
+    costs = {None: 1.0, 0: 0.9, 1: cost, 2: 0.5}
+    early = _drive(controller, costs, controller.WAIT, np.random.default_rng(0))
+    assert set(early) == {None, 1} and controller.kept == (1 if cost < 1 else None)
+    assert 2 in _drive(controller, costs, 2 * controller.WAIT, np.random.default_rng(1))
+    assert controller.kept == 2, "it is tried in the end, and the best is kept"
+
+
 def test_only_who_is_tried_or_kept_observes() -> None:
     controller = PrefetchController(learning=(True, True, True))
     seen: set[tuple[int, ...]] = set()
