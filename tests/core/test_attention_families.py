@@ -96,6 +96,16 @@ def test_it_decodes_as_transformers_does(family: tuple[str, Path], monkeypatch: 
     assert len(natively) > steps and all(natively[-steps:])
 
 
+def test_its_routers_can_be_watched_while_it_decodes(family: tuple[str, Path]) -> None:
+    """They are applied early, or left alone; the answer is the same."""
+    _, folder = family
+    half = ExpertBudget(fraction=0.5)
+    expected, tokens, _ = ours(folder, "float32", half)
+    logits, found, loaded = ours(folder, "float32", half, tokens, "mixed")
+    assert found == tokens and torch.equal(logits, expected)
+    assert loaded.runtime.hinter is not None
+
+
 def test_bfloat16_is_near_float32(family: tuple[str, Path]) -> None:
     """As near as transformers in bfloat16, by the median over all logits of what is decoded."""
     _, folder = family

@@ -77,7 +77,9 @@ def chat(
     policy: Annotated[str | None, typer.Option(help="Cache policy.")] = None,
     predictor: Annotated[
         str | None,
-        typer.Option(help="What to prefetch by: a predictor's name, or a file of moei trace train."),
+        typer.Option(
+            help="What to prefetch by: default, none, a predictor's name, or a file of moei trace train."
+        ),
     ] = None,
     prefetch: Annotated[
         str | None, typer.Option(help="off, on, or auto: follow the predictor only while that is faster.")
@@ -200,7 +202,7 @@ def _open(
                     int(context) if context else None,
                     chosen["policy"].text or DEFAULT_POLICY,
                     dtype,
-                    parse_predictor(chosen["predictor"].text, live=True),
+                    parse_predictor(chosen["predictor"].text or "default", live=True),
                     parse_prefetch(chosen["prefetch"].text or "auto"),
                     **on_device,
                 ),

@@ -136,16 +136,20 @@ def _find(model: nn.Module, run_token: Callable[[], Mapping[int, torch.Tensor]])
     for layer, seen in calls.items():
         for module, given, output in seen:
             place = _place(output, chosen.get(layer))
-            if place is not None and not any(True for _ in experts_modules(module)):
+            if place is None or any(True for _ in experts_modules(module)):
+                continue
+            alone = _alone(module, given)
+            if isinstance(alone, tuple) and _place(alone, chosen[layer]) == place:
                 router = routers[layer] = _Router(module, place, given.dim(), blocks[layer])
                 router.norm = next(
                     (
                         norm
-                        for norm, _, normed in seen
+                        for norm, residual, normed in seen
                         if "norm" in type(norm).__name__.lower()
                         and isinstance(normed, torch.Tensor)
                         and normed.numel() == given.numel()
                         and torch.equal(normed.reshape(-1), given.reshape(-1))
+                        and isinstance(_alone(norm, residual), torch.Tensor)
                     ),
                     None,
                 )
@@ -154,6 +158,15 @@ def _find(model: nn.Module, run_token: Callable[[], Mapping[int, torch.Tensor]])
                     router.native = kernel, norm
                 break
     return routers
+
+
+def _alone(module: nn.Module, given: torch.Tensor) -> Any:
+    """What the module makes of this and nothing else, which is all that there is early; None: it wants more."""
+    try:
+        with torch.inference_mode():
+            return module(given)
+    except Exception:
+        return None
 
 
 def _noter(seen: list[tuple[nn.Module, torch.Tensor, Any]]) -> Callable[[nn.Module, Any, Any], None]:
