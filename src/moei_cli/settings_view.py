@@ -31,7 +31,7 @@ _WITHOUT_MODEL = {
     "experts": "as many as fit",
     "context": f"the model's, at most {DEFAULT_CONTEXT}",
     "policy": f"{DEFAULT_POLICY}, the best of docs/policies.md",
-    "predictor": "none, which on most machines is fastest",
+    "predictor": "default: what is followed must prove faster",
     "prefetch": "auto: a predictor is followed only while that is faster",
 }
 
@@ -91,8 +91,8 @@ def show_settings(model: str | None, chosen: Mapping[str, Setting], *, as_json: 
         ("context", f"{tokens} tokens", _origin(chosen["context"], "the model's, at most 4096")),
         ("policy", chosen["policy"].text or DEFAULT_POLICY,
          _origin(chosen["policy"], "the best of docs/policies.md")),
-        ("predictor", chosen["predictor"].text or "none",
-         _origin(chosen["predictor"], "on most machines prefetching gains less than it costs")),
+        ("predictor", chosen["predictor"].text or "default",
+         _origin(chosen["predictor"], "the model's own routers, applied early, are tried first")),
         ("prefetch", chosen["prefetch"].text or "auto",
          _origin(chosen["prefetch"], "a predictor is followed only while that is faster")),
         ("prompt chunk", f"{budget.prefill_chunk} tokens",
