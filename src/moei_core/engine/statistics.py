@@ -101,6 +101,7 @@ def prefetch_verdict(scheduler: ExpertScheduler) -> str:
         return "on, as asked"
     if not controller.trials:
         return "off: no trial has ended yet"
+    trials = "1 trial" if controller.trials == 1 else f"{controller.trials} trials"
     if controller.kept is None:
-        return f"off: not faster in {controller.trials} trials"
-    return f"on by {scheduler.prefetching_by}, which was faster; {controller.trials} trials"
+        return f"off: not faster in {trials}"
+    return f"on by {scheduler.prefetching_by}, which was faster; {trials}"
