@@ -9,8 +9,12 @@ from moei_core.tiers import TieredScheduler
 from moei_core.types import ExpertKey, FetchPlan, LayerAccess
 
 
-def watch_plans(model: LoadedModel, before: Callable[[], None] = lambda: None) -> list[FetchPlan]:
-    """A list that every plan from now on is added to. before: called before each decision."""
+def watch_plans(
+    model: LoadedModel,
+    before: Callable[[], None] = lambda: None,
+    after: Callable[[FetchPlan], None] = lambda plan: None,
+) -> list[FetchPlan]:
+    """A list that every plan from now on is added to. before, after: called around each decision."""
     plans: list[FetchPlan] = []
     scheduler = model.scheduler
     own_decide, own_look_ahead = scheduler.decide, scheduler.look_ahead
@@ -18,6 +22,7 @@ def watch_plans(model: LoadedModel, before: Callable[[], None] = lambda: None) -
     def decide(event: LayerAccess) -> FetchPlan:
         before()
         plans.append(own_decide(event))
+        after(plans[-1])
         return plans[-1]
 
     def look_ahead(event: LayerAccess) -> tuple[ExpertKey, ...]:

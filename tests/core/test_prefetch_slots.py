@@ -22,10 +22,7 @@ def reply(predictor: str | None, share: float) -> tuple[str, LoadedModel, list[F
         model.runtime.governor = None
         runtime, scheduler = model.runtime, model.scheduler
 
-        def check() -> None:
-            if plans:
-                resident = scheduler.resident_count
-                assert resident + plans[-1].prefetch_slots + model.budget.working <= model.budget.slots
+        def account() -> None:
             queue = runtime._transfers
             with queue._lock:
                 # What is abandoned is written to until its threads have noticed; what has arrived waits for its router.
@@ -34,7 +31,11 @@ def reply(predictor: str | None, share: float) -> tuple[str, LoadedModel, list[F
             slots += [*runtime._slots.values(), *runtime._pool._free]
             assert sorted(slots) == list(range(model.budget.slots))
 
-        plans = watch_plans(model, before=check)
+        def fit(plan: FetchPlan) -> None:
+            resident = scheduler.resident_count
+            assert resident + plan.prefetch_slots + model.budget.working <= model.budget.slots
+
+        plans = watch_plans(model, account, fit)
         session = ChatSession(model, GenerationSettings(max_new_tokens=40, temperature=0))
         text = "".join(piece.text for piece in session.reply("What does moei do?"))
     return text, model, plans
