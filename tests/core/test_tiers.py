@@ -261,8 +261,9 @@ def test_fused_kernels_in_the_engine(
     calls: list[int] = []
 
     class Counted:
-        FEW_TOKENS = 1
+        FEW_TOKENS, PAIR_STARTS, ALIGNED = 1, kernels.PAIR_STARTS, kernels.ALIGNED
         takes, decode = staticmethod(kernels.takes), staticmethod(kernels.decode)
+        sum_rows = staticmethod(kernels.sum_rows)
 
         @staticmethod
         def few_rows(*arguments: object) -> object:

@@ -59,44 +59,74 @@ def test_decoded_values_are_exact(name: str, layout: str, place: str) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("columns", [96, 512])
+@pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_products_of_many_experts_are_within_the_rounding_of_float32(
-    name: str, layout: str, place: str
+    name: str, layout: str, aligned: bool, columns: int, place: str
 ) -> None:
     """Against float64: the error of a sum of n float32 products is below n eps times the sum of magnitudes."""
-    shape, gap = (32, 96), 7  # bytes between matrices: they may begin anywhere
-    matrices = [stored(name, layout, shape, seed) for seed in range(3)]
+    shape = (32, columns)
+    gap = (
+        16 if aligned else 2 if name == "BF16" else 7
+    )  # bytes between matrices: they may begin nearly anywhere
+    matrices = [stored(name, layout, shape, seed) for seed in range(4)]
     pieces, offsets = [], []
     for raw, _ in matrices:
         offsets.append(sum(map(len, pieces)) + gap)
-        pieces += [np.full(gap, 0xFF, np.uint8), raw]
+        pieces += [np.full(gap, 0xFF, np.uint8), raw, np.full(-len(raw) % 16, 0xFF, np.uint8)]
+        if not aligned:
+            pieces.pop()
     memory = torch.from_numpy(np.concatenate(pieces)).to(place)
-    inputs = torch.randn((4, shape[1]), generator=torch.Generator().manual_seed(1))
-    pairs = [(0, 3), (0, 1), (2, 1), (1, 0), (2, 2)]
-    found = triton_kernels.few_rows(
-        name,
-        layout,
-        shape,
-        memory,
-        torch.tensor([offsets[expert] for expert, _ in pairs], device=place),
-        inputs.to(place),
-        torch.tensor([row for _, row in pairs], device=place),
-    ).cpu()
-    for got, (expert, row) in zip(found.double(), pairs, strict=True):
-        weights, x = torch.from_numpy(matrices[expert][1]).double(), inputs[row].double()
-        bound = shape[1] * 2**-23 * (weights.abs() @ x.abs())
-        assert ((got - weights @ x).abs() <= bound).all()
-    (expert, row), alone = pairs[2], torch.tensor([0], device=place)
-    single = triton_kernels.few_rows(
-        name,
-        layout,
-        shape,
-        memory,
-        torch.tensor([offsets[expert]], device=place),
-        inputs[row : row + 1].to(place),
-        alone,
+    inputs = torch.randn((4, columns), generator=torch.Generator().manual_seed(1))
+    # Experts have two matrices each, one behind the other.
+    chosen = [(0, 3), (0, 1), (2, 1), (1, 0), (2, 2)]
+    weights = np.linspace(-1, 1, len(chosen), dtype=np.float32)
+    pairs = torch.tensor(
+        [
+            [row for _, row in chosen],
+            [2, 0, 1, 6, 4],
+            weights.view(np.int32).tolist(),
+            [offsets[expert] for expert, _ in chosen],
+            [offsets[expert + 1] for expert, _ in chosen],
+        ],
+        device=place,
     )
+
+    def product(pairs: torch.Tensor, first: int, *more: object) -> torch.Tensor:
+        found = triton_kernels.few_rows(
+            name, layout, shape, memory, pairs, first, inputs.to(place), *more, aligned=aligned
+        )
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    found = product(pairs, 3, 2).cpu()
+    for got, (expert, row) in zip(found.double(), chosen, strict=True):
+        for half, matrix in zip(got.view(2, -1), (expert, expert + 1), strict=True):
+            exact, x = torch.from_numpy(matrices[matrix][1]).double(), inputs[row].double()
+            bound = columns * 2**-23 * (exact.abs() @ x.abs())
+            assert ((half - exact @ x).abs() <= bound).all()
+    single = product(pairs[:, 2:3].contiguous(), 3, 2)
     assert torch.equal(single[0].cpu(), found[2]), "a pair does not depend on its company"
+    # The second matrix alone; what a pair gives goes to its row, weighted, and other rows stay as they are.
+    by_pair = inputs[[row for _, row in chosen]].to(place)
+    rows = torch.full((7, shape[0]), 7.0, device=place)
+    triton_kernels.few_rows(name, layout, shape, memory, pairs, 4, by_pair, 1, rows, aligned)
+    expected = torch.full((7, shape[0]), 7.0)
+    expected[[2, 0, 1, 6, 4]] = found[:, shape[0] :] * torch.from_numpy(weights)[:, None]
+    assert torch.equal(rows.cpu(), expected)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_summed_in_their_order(dtype: torch.dtype, place: str) -> None:
+    rows = torch.randn((3 * 5, 300), generator=torch.Generator().manual_seed(2)) * 10
+    rows[0, 0] = torch.nan
+    found = triton_kernels.sum_rows(rows.to(place), 5, torch.empty((3, 300), dtype=dtype, device=place))
+    expected = rows.view(3, 5, 300)[:, 0].clone()
+    for column in range(1, 5):
+        expected += rows.view(3, 5, 300)[:, column]
+    assert torch.equal(found.cpu().nan_to_num(9), expected.to(dtype).nan_to_num(9))
 
 
 def test_kernels_compile_for_gpus_that_are_not_here() -> None:
@@ -106,19 +136,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from moei_core.quant import triton_kernels as kernels
+def build(capability, kernel, types, constants):
+    kinds = [*types.split(), *("constexpr" for _ in constants)]
+    signature = dict(zip(kernel.arg_names, kinds, strict=True))
+    source = ASTSource(kernel, signature, constexprs=constants)
+    assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+first = dict(FIRST=3, INTO=False, IS_ALIGNED=True, WIDTH=256)
+second = dict(FIRST=5, INTO=True, IS_ALIGNED=False, WIDTH=64)
 for capability in (80, 90):
     for form in kernels.FORMATS.values():
         for layout in (0, 1):
-            for kernel, types in (
-                (kernels._few_rows, "*u8 *i64 *fp32 *i64 *fp32 i32 i32"),
-                (kernels._decode, "*u8 *bf16 i32"),
-                (kernels._decode, "*u8 *fp32 i32"),
+            for kernel, types, more in (
+                (kernels._few_rows, "*u8 *i64 *fp32 *fp32 i32 i32", first),
+                (kernels._few_rows, "*u8 *i64 *fp32 *fp32 i32 i32", second),
+                (kernels._decode, "*u8 *bf16 i32", {}),
+                (kernels._decode, "*u8 *fp32 i32", {}),
             ):
-                constants = {"FORMAT": form, "LAYOUT": layout}
-                kinds = [*types.split(), "constexpr", "constexpr"]
-                signature = dict(zip(kernel.arg_names, kinds, strict=True))
-                source = ASTSource(kernel, signature, constexprs=constants)
-                assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+                build(capability, kernel, types, {"FORMAT": form, "LAYOUT": layout, **more})
+    for kind in ("bf16", "fp32", "fp16"):
+        build(capability, kernels._sum_rows, f"*fp32 *{kind} i32", {"COUNT": 6, "STEP": 256})
 """
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from moei_core.adapters.skeleton import TORCH_DTYPES
@@ -107,21 +109,25 @@ class DeviceBlocks:
 class DeviceExpert:
     """An expert in a device slot, or on its way there: ``ready`` is the end of its copy, None once that was seen.
 
-    kind: as of ``HeldExpert``. start: as of ``DeviceSlots``.
+    memory: the slot's bytes that it takes.
+
+    kind: as of ``HeldExpert``. starts: where its parts begin, in the order in which they are multiplied, in bytes from
+    the beginning of the slots' memory.
     """
 
-    __slots__ = ("_kernels", "_memory", "_weights", "key", "kind", "layout", "ready", "slot", "start")
+    __slots__ = ("_kernels", "_weights", "key", "kind", "layout", "memory", "ready", "slot", "starts")
 
-    def __init__(self, held: HeldExpert, slots: DeviceSlots, slot: int, ready: Event, kernels: Any) -> None:
+    def __init__(self, held: HeldExpert, slots: DeviceSlots, slot: int, kernels: Any) -> None:
         self.key, self.layout, self.kind = held.key, held.layout, held.kind
-        self.ready: Event | None = ready
+        self.ready: Event | None = None
         self._kernels = kernels
         self.move(slots, slot)
 
     def move(self, slots: DeviceSlots, slot: int) -> None:
         """Its bytes are in ``slot`` from now on."""
-        self.slot, self.start = slot, slots.start(slot)
-        self._memory = slots.bytes_of(slot, self.layout.slot_nbytes)
+        self.slot, start = slot, slots.start(slot)
+        self.starts = [start + part.slot_offset for part in _in_order(self.layout)]
+        self.memory = slots.bytes_of(slot, self.layout.slot_nbytes)
         self._weights: ExpertWeights | None = None
 
     @property
@@ -131,68 +137,101 @@ class DeviceExpert:
             self._weights = {}
             for part in sorted(self.layout.parts, key=lambda part: part.tensor.index):
                 tensor = part.tensor
-                raw = self._memory[part.slot_offset : part.slot_offset + tensor.nbytes]
+                raw = self.memory[part.slot_offset : part.slot_offset + tensor.nbytes]
                 self._weights.setdefault(tensor.param, []).append(_view(tensor, raw, self._kernels))
         return self._weights
 
 
 @dataclass(frozen=True, slots=True)
 class FewTokenExperts:
-    """Experts of one layer that are stored alike and have few tokens: a launch for each of their matrices.
+    """Experts of one layer with few tokens, whose matrices have the same shapes and formats: two launches for all.
 
-    first: what makes up the first parameter, its pieces in order. down: the second one.
+    first: what makes up the first parameter, one of its equal pieces; pieces: how many. down: the second one. Where
+    they lie in a slot is an expert's own matter. aligned: as of the kernels.
     """
 
     module: Any
     kernels: Any
-    first: tuple[Part, ...]
-    down: Part
+    first: StoredTensor
+    pieces: int
+    down: StoredTensor
+    aligned: bool
 
     def takes(self, tokens: int) -> bool:
         """Whether an expert with so many tokens is computed here; a matter of the access, never of residency."""
         return bool(tokens <= self.kernels.FEW_TOKENS)
 
-    def __call__(
-        self, memory: torch.Tensor, starts: torch.Tensor, inputs: torch.Tensor, rows: torch.Tensor
+    def pairs(
+        self,
+        experts: Sequence[DeviceExpert],
+        rows: Mapping[int, NDArray[np.int64]],
+        weights: NDArray[np.float32],
+        top_k: int,
     ) -> torch.Tensor:
-        """Outputs of pairs of an expert and a token, float32 [pairs, hidden].
+        """The kernels' ``pairs``, on the host. rows: of each expert, ``token * top_k + column``; weights: of all."""
+        places = [rows[expert.key.expert] for expert in experts]
+        row = np.concatenate(places)
+        starts = np.repeat(np.array([expert.starts for expert in experts]).T, [*map(len, places)], axis=1)
+        return torch.from_numpy(
+            np.stack((row // top_k, row, weights[row].view(np.int32), *starts), dtype=np.int64)
+        )
 
-        memory, starts: of ``DeviceSlots``; starts int64 [pairs], of each pair's expert. inputs: float32
-        [tokens, hidden], contiguous. rows: int64 [pairs], the token.
+    def __call__(
+        self, memory: torch.Tensor, pairs: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor
+    ) -> None:
+        """Write the weighted outputs of ``pairs`` to their rows of ``outputs``, float32 [rows, hidden].
+
+        memory: of ``DeviceSlots``. inputs: float32 [tokens, hidden], contiguous.
         """
-        outputs = [self._product(part, memory, starts, inputs, rows) for part in self.first]
-        hidden = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        begin = self.kernels.PAIR_STARTS
+        hidden = self._product(self.first, memory, pairs, begin, inputs, self.pieces, None)
         hidden = self.module._apply_gate(hidden) if self.module.has_gate else self.module.act_fn(hidden)
-        each = torch.arange(len(rows), device=rows.device)
-        return self._product(self.down, memory, starts, hidden.contiguous(), each)
+        self._product(self.down, memory, pairs, begin + self.pieces, hidden.contiguous(), 1, outputs)
 
-    def _product(self, part: Part, *arguments: torch.Tensor) -> torch.Tensor:
-        memory, starts, inputs, rows = arguments
-        tensor = part.tensor
+    def _product(
+        self,
+        tensor: StoredTensor,
+        memory: torch.Tensor,
+        pairs: torch.Tensor,
+        line: int,
+        inputs: torch.Tensor,
+        matrices: int,
+        outputs: torch.Tensor | None,
+    ) -> torch.Tensor:
+        form, layout, shape = tensor.format, tensor.layout, tensor.shape
         found: torch.Tensor = self.kernels.few_rows(
-            tensor.format, tensor.layout, tensor.shape, memory, starts + part.slot_offset, inputs, rows
+            form, layout, shape, memory, pairs, line, inputs, matrices, outputs, self.aligned
         )
         return found
 
 
 def few_token_experts(module: Any, layout: ExpertLayout, kernels: Any) -> FewTokenExperts | None:
     """How the fused kernels compute experts of ``module`` that are stored as ``layout`` says; None: they cannot."""
-    if kernels is None:
+    if kernels is None or getattr(module, "has_post_expert_norm", False):
         return None
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    pieces: dict[str, list[Part]] = {}
-    for part in sorted(layout.parts, key=lambda part: part.tensor.index):
-        tensor = part.tensor
+    parts = _in_order(layout)
+    *first, down = [part.tensor for part in parts]
+    params = ["gate_up_proj" if module.has_gate else "up_proj"] * len(first) + ["down_proj"]
+    if not first or [part.tensor.param for part in parts] != params:
+        return None
+    for tensor in (*first, down):
         # Floats may be stored as [in, out]; biases, and what else a family has, are left to torch.
         plain = not FORMATS[tensor.format].is_float or bool(module.is_transposed) == tensor.transposed
-        if tensor.param not in (first, "down_proj") or not plain:
+        if not plain or not kernels.takes(tensor.format, tensor.shape):
             return None
-        if not kernels.takes(tensor.format, tensor.shape):
-            return None
-        pieces.setdefault(tensor.param, []).append(part)
-    if getattr(module, "has_post_expert_norm", False) or len(pieces["down_proj"]) != 1:
+    if len({(tensor.format, tensor.layout, tensor.shape) for tensor in first}) > 1:
         return None
-    return FewTokenExperts(module, kernels, tuple(pieces[first]), pieces["down_proj"][0])
+    return FewTokenExperts(module, kernels, first[0], len(first), down, are_aligned(layout, kernels))
+
+
+def are_aligned(layout: ExpertLayout, kernels: Any) -> bool:
+    """Whether all parts of an expert that is stored so begin where the kernels read fastest."""
+    return all(part.slot_offset % kernels.ALIGNED == 0 for part in layout.parts)
+
+
+def _in_order(layout: ExpertLayout) -> list[Part]:
+    """The parts of an expert as they are multiplied: what makes up the first parameter, then ``down_proj``."""
+    return sorted(layout.parts, key=lambda part: (part.tensor.param == "down_proj", part.tensor.index))
 
 
 def _view(tensor: StoredTensor, raw: torch.Tensor, kernels: Any) -> torch.Tensor | DeviceBlocks:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -66,6 +66,9 @@ class Device(Protocol):
 
         Until the event is done ``source`` must not change, and ``target`` must not be read.
         """
+
+    def copy_together(self, copies: Sequence[tuple[memoryview, torch.Tensor, Event | None]]) -> Event:
+        """``copy_in`` of several, in order; the event is that of the last. At least one."""
 
     def compute(self, work: Callable[[], None]) -> None:
         """Queue ``work``, torch operations on tensors of the device. What it raises may surface in ``finish``."""
@@ -200,6 +203,9 @@ class CpuDevice:
 
         self._copies.put(work)
         return self._copies.mark()
+
+    def copy_together(self, copies: Sequence[tuple[memoryview, torch.Tensor, Event | None]]) -> Event:
+        return [self.copy_in(*copy) for copy in copies][-1]
 
     def compute(self, work: Callable[[], None]) -> None:
         def late() -> None:

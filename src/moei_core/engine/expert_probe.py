@@ -18,10 +18,10 @@ from torch import nn
 
 from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES
-from moei_core.engine.loaded_model import compute_threads, physical_cores
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.slots import SlotPool
 from moei_core.engine.statistics import RuntimeStatistics
+from moei_core.engine.threads import compute_threads, physical_cores
 from moei_core.errors import ExpertReadError, MoeiError
 from moei_core.hardware.probe.allowance import Allowance
 from moei_core.hardware.probe.bandwidth import FILLER

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 from transformers import DynamicCache
 
+from moei_core.adapters.device_norms import use_device_norms
 from moei_core.adapters.skeleton import experts_modules
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.cache.expert_cache import CacheStatistics, ExpertCache
@@ -28,6 +27,7 @@ from moei_core.engine.model_settings import context_length, float_type, load_tok
 from moei_core.engine.placement import device_governor, device_tier, measure_costs, open_device
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.slots import SlotPool
+from moei_core.engine.threads import compute_threads, physical_cores
 from moei_core.engine.tiered_runtime import TieredRuntime
 from moei_core.errors import DamagedFileError, DoesNotFitError, UsageError
 from moei_core.hardware.budget import (
@@ -55,9 +55,6 @@ from moei_core.types import ModelSpec
 
 PREFETCH_SLOTS = 2
 """One prefetch on its way while the one before waits for the next layer."""
-
-_WORTH_SHARING = 1 << 20
-"""Bytes of an expert from which a product is worth more than one thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +160,9 @@ class LoadedModel:
                 linked = LinkedSlotPool(self.budget.slots, slot_nbytes, device)
                 staying = self.device_budget.slots - RING_SLOTS
                 slots = DeviceSlots(device, staying, RING_SLOTS, slot_nbytes)
-                costs = costs or measure_costs(device, slots, linked, threads)
+                _, layer, module = next(experts_modules(self.adapter.model))
+                layout = next(store.layout(key) for key in store.experts() if key.layer == layer)
+                costs = costs or measure_costs(device, slots, linked, module, layout, self.spec.hidden_size)
                 front = make_policy(self.device_budget.resident, self.spec.num_experts)
                 tier = device_tier(self.device_budget, front, self.spec, options.misses, costs)
                 tiers = TieredScheduler(
@@ -229,6 +228,7 @@ class LoadedModel:
         if reason is not None:
             self._no_device = f"The GPU is not used: {reason.rstrip('.')}."
             return
+        use_device_norms(self.adapter.model)
         self.adapter.model.to(device.place)  # type: ignore[arg-type]
 
     def _hinter(self, predictor: str | None) -> Hinter | None:
@@ -351,24 +351,6 @@ class LoadedModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def compute_threads(spec: ModelSpec) -> int:
-    """How many threads torch computes with: a property of model and machine, never of a budget (other counts round
-    otherwise).
-
-    Products of small experts are over before a second thread has woken up. The native kernels decide that for each
-    call, and give the same bits with any number of threads.
-    """
-    return physical_cores() if max(spec.expert_nbytes.values()) >= _WORTH_SHARING else 1
-
-
-def physical_cores() -> int:
-    """Cores that this process may use."""
-    cores = psutil.cpu_count(logical=False) or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = min(cores, len(os.sched_getaffinity(0)))
-    return cores
 
 
 def _policy(name: str) -> Callable[[int, Mapping[int, int]], CachePolicy]:

@@ -5,22 +5,27 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
 
 from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies.base import CachePolicy
 from moei_core.engine.device_slots import DeviceSlots, LinkedSlotPool
 from moei_core.engine.devices import Device
+from moei_core.engine.expert_compute import HeldExpert
+from moei_core.engine.native_compute import native_experts
+from moei_core.engine.threads import physical_cores
 from moei_core.errors import UsageError
 from moei_core.hardware.budget import DEVICE_MARGIN, DeviceBudget
 from moei_core.hardware.pressure import MemoryGovernor
 from moei_core.hardware.probe.allowance import Allowance
 from moei_core.hardware.probe.bandwidth import make_buffer, read_bandwidth
-from moei_core.hardware.profile import load_profile
 from moei_core.hardware.system import MemoryFacts, Pressure
+from moei_core.store.base import ExpertLayout
 from moei_core.tiers import DeviceTier, LinkCosts
-from moei_core.types import ModelSpec
+from moei_core.types import ExpertKey, ModelSpec
 
 DEVICES = ("auto", "cpu", "cuda", "cuda:1")
 """What ``--device`` may say; any number. ``auto`` and ``cuda`` are the first GPU of torch."""
@@ -29,7 +34,9 @@ MISSES = ("auto", "copy")
 """What becomes of an expert that the device does not hold: what costs less, or always a copy."""
 
 _COPIES = 8
-_BUFFER = 64 << 20
+_CALLS, _TOGETHER = 9, 2
+_BUFFER, _MOST_SLOTS = 256 << 20, 32
+"""Bytes of RAM to go through, more than most caches hold, and slots at most: the system locks each by itself."""
 _LOOKS_S = 0.1
 """Asking a driver for free memory takes longer than asking the kernel."""
 
@@ -125,12 +132,17 @@ def device_governor(device: Device, budget: DeviceBudget, slots: DeviceSlots) ->
     )
 
 
-def measure_costs(device: Device, slots: DeviceSlots, pool: LinkedSlotPool, threads: int) -> LinkCosts:
-    """What the link and the processor can do, measured on this model's slots in a fraction of a second."""
+def measure_costs(
+    device: Device, slots: DeviceSlots, pool: LinkedSlotPool, module: Any, layout: ExpertLayout, hidden: int
+) -> LinkCosts:
+    """What the link can do, and the processor with experts in RAM; on this model's slots, in a fraction of a second.
+
+    module, layout: of one expert of the model. hidden: the model's width.
+    """
     slot = pool.take()
-    view, nbytes = pool.view(slot), pool.slot_nbytes
+    view, nbytes = pool.view(slot), layout.slot_nbytes
     target = slots.bytes_of(slots.take(stays=False), nbytes)
-    device.copy_in(view, target, None).wait()  # the first one pays for set-up
+    device.copy_in(view[:nbytes], target, None).wait()  # the first one pays for set-up
 
     def seconds(size: int) -> float:
         taken = []
@@ -142,7 +154,33 @@ def measure_costs(device: Device, slots: DeviceSlots, pool: LinkedSlotPool, thre
 
     latency, whole = seconds(1), seconds(nbytes)
     pool.give_back(slot)
-    profile = load_profile()
-    figure = None if profile is None else profile.memory_bandwidth.get(str(threads))
-    figure = figure or read_bandwidth(make_buffer(_BUFFER), threads, Allowance(0.1))
-    return LinkCosts(nbytes / max(whole - latency, 1e-9), latency, figure.value)
+    return LinkCosts(
+        nbytes / max(whole - latency, 1e-9), latency, _ram_bandwidth(pool, module, layout, hidden)
+    )
+
+
+def _ram_bandwidth(pool: LinkedSlotPool, module: Any, layout: ExpertLayout, hidden: int) -> float:
+    """Bytes a second of experts with one token each, computed in RAM some at a time, as a layer's absent ones are.
+
+    With the time to wake threads and to call them: for small experts that is most of it.
+    """
+    kernel = native_experts(module, layout)
+    count = min(pool.free, max(_TOGETHER, min(_MOST_SLOTS, _BUFFER // layout.slot_nbytes)))
+    if kernel is None or not kernel.takes(1) or count < _TOGETHER:
+        return read_bandwidth(make_buffer(_BUFFER), physical_cores(), Allowance(0.1)).value
+    slots = [pool.take() for _ in range(count)]
+    experts = [
+        HeldExpert(ExpertKey(0, i), layout, pool.view(slot), pool.address(slot), 0)
+        for i, slot in enumerate(slots)
+    ]
+    inputs, scale = torch.zeros((1, hidden)), torch.ones((_TOGETHER, 1))
+    outputs, positions = torch.empty((_TOGETHER, hidden)), [np.array([i]) for i in range(_TOGETHER)]
+    taken = []
+    for call in range(_CALLS + 1):
+        begin = call * _TOGETHER % (count - _TOGETHER + 1)
+        started = time.perf_counter()
+        kernel.place(experts[begin : begin + _TOGETHER], positions, _TOGETHER, inputs, scale, outputs)
+        taken.append(time.perf_counter() - started)
+    for slot in slots:
+        pool.give_back(slot)
+    return _TOGETHER * layout.nbytes / sorted(taken[1:])[_CALLS // 2]

@@ -9,7 +9,7 @@ predicted for later layers is copied behind all that, and computed on the device
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from moei_core.adapters.dense_clock import DENSE_CLOCK
 from moei_core.config import FULL_OVERLAP, Overlap
 from moei_core.engine.copies_ahead import CopiesAhead
-from moei_core.engine.device_compute import DeviceExpert, FewTokenExperts, few_token_experts
+from moei_core.engine.device_compute import DeviceExpert, FewTokenExperts, are_aligned, few_token_experts
 from moei_core.engine.device_slots import DeviceSlots, LinkedSlotPool
 from moei_core.engine.device_waits import DeviceWaits
 from moei_core.engine.devices import Device, Event
@@ -26,6 +26,7 @@ from moei_core.engine.layer_work import LayerWork, TokenWork
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.statistics import LayerClock
 from moei_core.engine.tiered_work import TieredWork
+from moei_core.hardware.budget import RING_SLOTS
 from moei_core.hardware.pressure import MemoryGovernor
 from moei_core.store.base import ExpertStore
 from moei_core.tiers import TieredScheduler
@@ -63,7 +64,9 @@ class TieredRuntime(ExpertRuntime):
         self._linked_pool, self._tiers, self._device_slots = pool, scheduler, slots
         self._on_device: dict[ExpertKey, DeviceExpert] = {}
         self._device_plan = DevicePlan(())
-        self._few: dict[tuple[int, int], FewTokenExperts | None] = {}
+        # What the device has been sent of the layer at hand before RAM's turn came.
+        self._sent: set[ExpertKey] = set()
+        self._few: dict[tuple[int, int, bool], FewTokenExperts | None] = {}
         self._inputs: torch.Tensor | None = None
         self._warm: set[tuple[object, ...]] = set()
         self._last_copy: Event | None = None
@@ -91,9 +94,8 @@ class TieredRuntime(ExpertRuntime):
         pool, slots = self._linked_pool, self._device_slots
         host, there = pool.take(), slots.take(stays=False)
         held = HeldExpert(key, layout, pool.view(host), pool.address(host), -1 - len(self._warm))
-        nbytes = layout.slot_nbytes
-        ready = self.device.copy_in(held.view[:nbytes], slots.bytes_of(there, nbytes), None)
-        expert = DeviceExpert(held, slots, there, ready, self.device.kernels)
+        expert = DeviceExpert(held, slots, there, self.device.kernels)
+        ready = expert.ready = self.device.copy_in(held.view[: layout.slot_nbytes], expert.memory, None)
         with torch.inference_mode():
             for tokens in (1, _MANY):
                 inputs = torch.zeros((tokens, hidden_size), dtype=dtype)
@@ -158,14 +160,19 @@ class TieredRuntime(ExpertRuntime):
         )
 
     def _few_tokens(self, module: Any, expert: DeviceExpert) -> FewTokenExperts | None:
-        name = expert.key.layer, expert.kind
+        kernels = self.device.kernels
+        if kernels is None:
+            return None
+        # Where they lie is no part of a kind, and how they are read depends on it.
+        name = expert.key.layer, expert.kind, are_aligned(expert.layout, kernels)
         if name not in self._few:
-            self._few[name] = few_token_experts(module, expert.layout, self.device.kernels)
+            self._few[name] = few_token_experts(module, expert.layout, kernels)
         return self._few[name]
 
     def _carry_out(self, plan: FetchPlan, work: LayerWork | TokenWork) -> None:
         assert plan.device is not None and isinstance(work, TieredWork)
         there = self._device_plan = plan.device
+        self._sent.clear()
         for key in there.cancel:
             if (unwanted := self._ahead.cancel(key)) is not None:
                 self._device_slots.give_back(unwanted.slot)
@@ -178,8 +185,13 @@ class TieredRuntime(ExpertRuntime):
             experts.append(expert)
             if key not in there.release:
                 self._on_device[key] = expert
+        foreseen = experts[len(there.hits) :]
+        if all(key in self._held for key in there.copy) and self._ring_takes(there.copy):
+            # Launching costs more than computing behind the copies instead of beside them: one launch for all.
+            experts += self._copy_for_now(there.copy)
+            self._sent.update(there.copy)
         self._compute_there(work, experts)
-        for expert in experts[len(there.hits) :]:
+        for expert in foreseen:
             if expert.key in there.release:
                 # Not before: it is filled again behind what is known to be computed from it.
                 self._device_slots.give_back(expert.slot)
@@ -194,51 +206,75 @@ class TieredRuntime(ExpertRuntime):
         """Experts that are complete in RAM: each goes to the device or is computed here."""
         assert isinstance(work, TieredWork)
         plan, here = self._device_plan, []
+        wanted: list[ExpertKey] = []
+        promoted: list[ExpertKey] = []
         for key in keys:
+            if key in self._sent:
+                continue
             if key in plan.copy:
-                stays = key not in plan.release
-                expert = self._copy(key, stays)
-                if stays:
-                    self._on_device[key] = expert
-                self._compute_there(work, [expert])
+                if not self._ring_takes([*wanted, key]):
+                    self._compute_there(work, self._copy_for_now(wanted))
+                    wanted = []
+                wanted.append(key)
                 continue
             if key in plan.promote:
-                self._on_device[key] = self._copy(key, stays=True)
-                self.statistics.promotions += 1
+                promoted.append(key)
             here.append(key)
+        self._compute_there(work, self._copy_for_now(wanted))
+        for expert in self._copy(promoted):
+            self._on_device[expert.key] = expert
+        self.statistics.promotions += len(promoted)
         if here:
             self._ahead.advance()
             super()._compute(work, here)
+
+    def _ring_takes(self, keys: Sequence[ExpertKey]) -> bool:
+        """Whether all ``keys`` can be copied before one is computed: what does not stay is in the ring till then."""
+        return sum(key in self._device_plan.release for key in keys) <= RING_SLOTS
+
+    def _copy_for_now(self, keys: Sequence[ExpertKey]) -> list[DeviceExpert]:
+        """Queue the copies of experts that the layer at hand wants."""
+        experts = self._copy(keys, self._device_plan.release)
+        self._on_device.update((one.key, one) for one in experts if one.key not in self._device_plan.release)
+        return experts
 
     def _compute_there(self, work: TieredWork, experts: Sequence[DeviceExpert]) -> None:
         if experts:
             started = time.perf_counter()
             work.compute_on_device(experts, self._device_slots.memory)
-            for expert in experts:
-                if expert.ready is not None:
-                    self._waits.needs(self._queued, expert.ready)
+            for ready in {id(one.ready): one.ready for one in experts if one.ready is not None}.values():
+                self._waits.needs(self._queued, ready)
             used = self._queued = self.device.mark()
             for expert in experts:
                 self._device_slots.last_use[expert.slot] = used
             self.statistics.expert_compute_s += time.perf_counter() - started
 
-    def _copy(self, key: ExpertKey, stays: bool) -> DeviceExpert:
-        """Queue the copy of an expert that is in RAM. Its host slot stays as it is until the copy is done."""
-        held, slots = self._held[key], self._device_slots
-        slot, nbytes = slots.take(stays), held.layout.slot_nbytes
-        memory = slots.bytes_of(slot, nbytes)
+    def _copy(self, keys: Sequence[ExpertKey], passing: Container[ExpertKey] = ()) -> list[DeviceExpert]:
+        """Queue the copies of experts that are in RAM. Their host slots stay as they are until the copies are done.
+
+        passing: those that do not stay on the device.
+        """
+        if not keys:
+            return []
+        slots, experts, copies = self._device_slots, [], []
         started = time.perf_counter()
-        ready = self.device.copy_in(held.view[:nbytes], memory, slots.last_use.get(slot))
+        for key in keys:
+            held, slot = self._held[key], slots.take(key not in passing)
+            expert, nbytes = DeviceExpert(held, slots, slot, self.device.kernels), held.layout.slot_nbytes
+            copies.append((held.view[:nbytes], expert.memory, slots.last_use.get(slot)))
+            experts.append(expert)
+            self.statistics.bytes_copied += nbytes
+        ready = self._last_copy = self.device.copy_together(copies)
+        for key, expert in zip(keys, experts, strict=True):
+            expert.ready = ready
+            self._linked_pool.read_until(self._slots[key], ready)
         self.statistics.link_s += time.perf_counter() - started
-        self._linked_pool.read_until(self._slots[key], ready)
-        self._last_copy = ready
-        self.statistics.copies += 1
-        self.statistics.bytes_copied += nbytes
-        return DeviceExpert(held, slots, slot, ready, self.device.kernels)
+        self.statistics.copies += len(keys)
+        return experts
 
     def _copy_ahead(self, key: ExpertKey) -> DeviceExpert:
         self.statistics.copies_ahead += 1
-        return self._copy(key, stays=True)
+        return self._copy([key])[0]
 
     def resize_device(self, slots: int) -> bool:
         """Hold at most ``slots`` experts on the device from now on. Returns whether that is fewer than before.

@@ -11,7 +11,7 @@ import torch
 
 from moei_core.engine.device_compute import DeviceExpert, FewTokenExperts
 from moei_core.engine.device_waits import DeviceWaits
-from moei_core.engine.devices import Device
+from moei_core.engine.devices import Device, Event
 from moei_core.engine.expert_compute import HeldExpert, expert_forward
 from moei_core.engine.layer_work import LayerWork
 from moei_core.engine.native_compute import NativeExperts
@@ -42,15 +42,12 @@ class TieredWork(LayerWork):
         self._device, self._inputs, self._few, self._waits = device, on_device, few, waits
         self._exact_inputs: torch.Tensor | None = None
         self._host_experts: list[int] = []
-        self._bounds: dict[int, tuple[int, int]] = {}
-        end = 0
-        for expert, rows in self.rows.items():
-            self._bounds[expert] = end, end + len(rows)
-            end += len(rows)
-        place = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *self.rows.values()]))
-        self._positions, self._device_scale = _bring_together(device, place, self._scale)
-        # Made on the model's own stream, like all that it is summed from.
-        self._sums = on_device.new_zeros((self.tokens * self.top_k, on_device.shape[-1]), dtype=torch.float32)
+        self._brought: tuple[dict[int, slice], torch.Tensor, torch.Tensor] | None = None
+        # Made on the model's own stream, like all that it is summed from. A row may have fewer experts than top_k.
+        make = (
+            on_device.new_empty if sum(map(len, self.rows.values())) == index.numel() else on_device.new_zeros
+        )
+        self._sums = make((self.tokens * self.top_k, on_device.shape[-1]), dtype=torch.float32)
 
     def compute(self, experts: Sequence[HeldExpert]) -> None:
         """On the host."""
@@ -60,35 +57,45 @@ class TieredWork(LayerWork):
     def compute_on_device(self, experts: Sequence[DeviceExpert], memory: torch.Tensor) -> None:
         """Queue the outputs of experts, each for all its tokens. memory: all device slots."""
         batches: dict[int, tuple[FewTokenExperts, list[DeviceExpert]]] = {}
+        waited: Event | None = None
         for expert in experts:
-            if expert.ready is not None:
-                self._device.compute_after(expert.ready)
-                if expert.ready.done():
+            if expert.ready is not None and expert.ready is not waited:
+                waited = expert.ready
+                if waited.done():
                     expert.ready = None
+                else:
+                    self._device.compute_after(waited)
             few = self._few(expert)
             if few is not None and few.takes(len(self.rows[expert.key.expert])):
                 batches.setdefault(id(few), (few, []))[1].append(expert)
             else:
-                self._device.compute(partial(self._with_many_tokens, expert))
+                rows, places, scale = self._bring_rows()
+                here = rows[expert.key.expert]
+                self._device.compute(partial(self._with_many_tokens, expert, places[here], scale[here]))
+        weights = self._scale.numpy().reshape(-1)
         for few, batch in batches.values():
-            pairs = [(expert.start, at) for expert in batch for at in self.rows[expert.key.expert]]
-            self._device.compute(
-                partial(self._with_few_tokens, few, memory, self._device.bring(torch.tensor(pairs).t()))
-            )
+            pairs = self._device.bring(few.pairs(batch, self.rows, weights, self.top_k))
+            self._device.compute(partial(self._with_few_tokens, few, memory, pairs))
 
-    def _with_many_tokens(self, expert: DeviceExpert) -> None:
-        start, stop = self._bounds[expert.key.expert]
-        place = self._positions[start:stop]
+    def _bring_rows(self) -> tuple[dict[int, slice], torch.Tensor, torch.Tensor]:
+        """(where each expert's rows are in the others, all rows, their weights), on the device."""
+        if self._brought is None:
+            end, slices = 0, {}
+            for expert, rows in self.rows.items():
+                slices[expert] = slice(end, end + len(rows))
+                end += len(rows)
+            places = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *self.rows.values()]))
+            self._brought = slices, *_bring_together(self._device, places, self._scale[places])
+        return self._brought
+
+    def _with_many_tokens(self, expert: DeviceExpert, place: torch.Tensor, scale: torch.Tensor) -> None:
         output = expert_forward(self.module, expert.weights, self._inputs[place // self.top_k])
-        self._sums[place] = output.to(torch.float32) * self._device_scale[place]
+        self._sums[place] = output.to(torch.float32) * scale
 
     def _with_few_tokens(self, few: FewTokenExperts, memory: torch.Tensor, pairs: torch.Tensor) -> None:
-        """pairs: int64 [2, pairs], where each expert's slot begins, and the position of its row."""
         if self._exact_inputs is None:
             self._exact_inputs = self._inputs.to(torch.float32).contiguous()
-        starts, place = pairs[0], pairs[1]
-        output = few(memory, starts.contiguous(), self._exact_inputs, place // self.top_k)
-        self._sums[place] = output * self._device_scale[place]
+        few(memory, pairs, self._exact_inputs, self._sums)
 
     def total(self) -> torch.Tensor:
         """[tokens, hidden] on the device, complete for what torch computes next."""
@@ -102,15 +109,22 @@ class TieredWork(LayerWork):
         def work() -> None:
             if there is not None and rows is not None:
                 self._sums[there] = rows
-            columns = self._sums.view(self.tokens, self.top_k, -1)
-            total = columns[:, 0].clone()
-            for column in range(1, self.top_k):
-                total += columns[:, column]
-            totals.append(total.to(self._inputs.dtype))
+            totals.append(self._summed())
 
         device.compute(work)
         self._waits.during(device.finish)
         return totals[0]
+
+    def _summed(self) -> torch.Tensor:
+        kernels = self._device.kernels
+        if kernels is not None:
+            total: torch.Tensor = kernels.sum_rows(self._sums, self.top_k, torch.empty_like(self._inputs))
+            return total
+        columns = self._sums.view(self.tokens, self.top_k, -1)
+        total = columns[:, 0].clone()
+        for column in range(1, self.top_k):
+            total += columns[:, column]
+        return total.to(self._inputs.dtype)
 
 
 def _bring_together(

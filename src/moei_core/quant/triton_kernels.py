@@ -1,7 +1,8 @@
 """GPU kernels on weights as they are stored: Q8_0, Q4_0 and MXFP4 in both layouts, and BF16. Needs ``triton``.
 
 ``few_rows``: many experts with few tokens each in one launch, decoding in registers: float32 products of the exact
-values of the blocks. ``decode``: a matrix of blocks as floats, for products with many tokens by the GPU's matrix units.
+values of the blocks. ``sum_rows``: what a token's experts gave, in their order. ``decode``: a matrix of blocks as
+floats, for products with many tokens by the GPU's matrix units.
 
 Triton comes with CUDA builds of torch; with TRITON_INTERPRET=1 in the environment, set before this module is
 imported, the kernels run on a processor, which is how they are tested. Tensors are torch's, as arguments only.
@@ -23,10 +24,20 @@ FORMATS = {"BF16": 0, "Q8_0": 1, "Q4_0": 2, "MXFP4": 3}
 FEW_TOKENS = 16
 """Tokens of an expert up to which reading its weights once for each is no slower than decoding them first."""
 
+PAIR_TOKEN, PAIR_ROW, PAIR_WEIGHT, PAIR_STARTS = 0, 1, 2, 3
+"""Lines of ``pairs``, int64 [3 + matrices, pairs], which says all of some pairs of an expert and a token: the token;
+the row that its result goes to; the bits of its float32 weight; then, for each matrix, where the expert's begins."""
+
+ALIGNED = 16
+"""Bytes at whose multiples a matrix must begin for the loads of several numbers at once."""
+
 _ROWS = 16
 """Rows that one program computes: a group of the layout ``rows16``."""
 _COLUMNS = 32
-"""Columns of one step: a block."""
+"""Columns of a block."""
+_WIDTHS = {"BF16": 256, "Q8_0": 256, "Q4_0": 512, "MXFP4": 512}
+"""Columns of one step, at most: enough to be read at once that the memory is kept busy."""
+_SUMMED = 256
 
 
 def usable(tensor: Any) -> bool:
@@ -37,6 +48,21 @@ def usable(tensor: Any) -> bool:
 def takes(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a matrix [out, in] of format ``name`` can be multiplied by ``few_rows``."""
     return name in FORMATS and len(shape) == 2 and shape[0] % _ROWS == 0 and shape[1] % _COLUMNS == 0
+
+
+@triton.jit
+def _mxfp4(nibble):  # type: ignore[no-untyped-def]
+    """Twice the values of FP4 codes, float32: exponent and fraction are a float's but for the exponent's bias."""
+    code = nibble.to(tl.uint32)
+    bits = ((code & 7) << 22) | ((code & 8) << 28)
+    return bits.to(tl.float32, bitcast=True) * 1.7014118346046923e38
+
+
+@triton.jit
+def _exponent_scale(exponent):  # type: ignore[no-untyped-def]
+    """2^(exponent - 128), for doubled values; the first two exponents make subnormal floats."""
+    bits = tl.where(exponent < 2, 0x200000 << (exponent & 1), (exponent - 1) << 23)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -67,10 +93,7 @@ def _weights(base, row, column, columns, FORMAT: tl.constexpr, LAYOUT: tl.conste
             at = tile + SCALE * ROWS + (k // 4 * 4 * ROWS + k % 4)[None, :] + (4 * i)[:, None]
         # Byte by byte: a file may place a matrix anywhere.
         if FORMAT == 3:
-            # 2^(exponent - 128), for doubled values; the first two exponents make subnormal floats.
-            exponent = tl.load(base + scale_at).to(tl.int32)
-            bits = tl.where(exponent < 2, 0x200000 << (exponent & 1), (exponent - 1) << 23)
-            scale = bits.to(tl.float32, bitcast=True)
+            scale = _exponent_scale(tl.load(base + scale_at).to(tl.int32))
         else:
             low = tl.load(base + scale_at).to(tl.uint16)
             high = tl.load(base + scale_at + 1).to(tl.uint16)
@@ -80,31 +103,141 @@ def _weights(base, row, column, columns, FORMAT: tl.constexpr, LAYOUT: tl.conste
             quants = raw.to(tl.int8, bitcast=True).to(tl.float32)
         else:
             nibble = tl.where((j < 16)[None, :], raw & 15, raw >> 4)
-            if FORMAT == 3:
-                code = (nibble & 7).to(tl.int32)
-                size = tl.where(code < 5, code, tl.where(code < 7, 2 * code - 4, 12)).to(tl.float32)
-                quants = tl.where(nibble > 7, -size, size)
-            else:
-                quants = nibble.to(tl.float32) - 8.0
+            quants = _mxfp4(nibble) if FORMAT == 3 else nibble.to(tl.float32) - 8.0
         weights = quants * scale[:, None]
     return weights
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _floats(base, group, given, columns, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Products of 16 rows of BF16, float32 [16]."""
+    numbers = base.to(tl.pointer_type(tl.uint16))
+    j = tl.arange(0, WIDTH)
+    at = (group * 16 + tl.arange(0, 16))[:, None] * columns + j[None, :]
+    total = tl.zeros((16, WIDTH), tl.float32)
+    for column in range(0, columns, WIDTH):
+        raw = tl.load(numbers + column + at).to(tl.uint32)
+        total += (raw << 16).to(tl.float32, bitcast=True) * tl.load(given + column + j)[None, :]
+    return tl.sum(total, axis=1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tiles(base, group, given, columns, FORMAT: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Products of a group of the layout ``rows16``, float32 [16]: pieces of four bytes at once."""
+    SCALE: tl.constexpr = 1 if FORMAT == 3 else 2
+    # Of a tile, in words: all of it, its scales, its pieces.
+    TILE: tl.constexpr = 4 * (SCALE + (32 if FORMAT == 1 else 16))
+    SCALES: tl.constexpr = 4 * SCALE
+    PIECES: tl.constexpr = 8 if FORMAT == 1 else 4
+    COUNT: tl.constexpr = WIDTH // 32 * PIECES
+    i = tl.arange(0, 16)
+    piece = tl.arange(0, COUNT)
+    tile, within = piece // PIECES, piece % PIECES
+    first = group * (columns // 32)
+    words = base.to(tl.pointer_type(tl.uint32))
+    word_at = (tile * TILE + within * 16)[:, None] + (SCALES + i)[None, :]
+    scale_at = (tile * (TILE * 4 // SCALE))[:, None] + i[None, :]
+    given_at = tile * 32 + within * 4
+    total = tl.zeros((COUNT, 16), tl.float32)
+    for column in range(0, columns, WIDTH):
+        block = first + column // 32
+        word = tl.load(words + block * TILE + word_at)
+        x = given + column + given_at
+        if FORMAT == 3:
+            scale = _exponent_scale(tl.load(base + block * (TILE * 4) + scale_at).to(tl.int32))
+        else:
+            halves = base.to(tl.pointer_type(tl.float16))
+            scale = tl.load(halves + block * (TILE * 2) + scale_at).to(tl.float32)
+        part = tl.zeros((COUNT, 16), tl.float32)
+        for byte in tl.static_range(4):
+            quant = (word >> (8 * byte)) & 0xFF
+            if FORMAT == 1:
+                # As the last bits of a float whose unit is 1: cheaper than a conversion.
+                value = ((quant ^ 0x80) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+                part += value * tl.load(x + byte)[:, None]
+            else:
+                low, high = quant & 15, quant >> 4
+                if FORMAT == 3:
+                    low_value, high_value = _mxfp4(low), _mxfp4(high)
+                else:
+                    low_value = (low | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+                    high_value = (high | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+                part += low_value * tl.load(x + byte)[:, None]
+                part += high_value * tl.load(x + byte + 16)[:, None]
+        total += part * scale
+    return tl.sum(total, axis=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rounded(values, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 as ``TYPE``: to nearest, ties to even, which a GPU does by itself and the interpreter does not."""
+    if tl.bfloat16 == TYPE:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits = tl.where(values == values, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+        found = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        found = values.to(TYPE)
+    return found
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _few_rows(  # type: ignore[no-untyped-def]
-    memory, offsets, inputs, rows, outputs, columns, height, FORMAT: tl.constexpr, LAYOUT: tl.constexpr
+    memory,
+    pairs,
+    inputs,
+    outputs,
+    columns,
+    height,
+    FORMAT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    FIRST: tl.constexpr,
+    INTO: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Program (pair, group): 16 outputs of one expert for one token, summed over columns in ascending order."""
-    pair = tl.program_id(0)
-    group = tl.program_id(1)
-    base = memory + tl.load(offsets + pair)
-    given = inputs + tl.load(rows + pair) * columns
-    total = tl.zeros((16,), tl.float32)
-    for column in range(0, columns, 32):
-        weights = _weights(base, group * 16, column, columns, FORMAT, LAYOUT)
-        x = tl.load(given + column + tl.arange(0, 32))
-        total += tl.sum(weights * x[None, :], axis=1)
-    tl.store(outputs + pair * height + group * 16 + tl.arange(0, 16), total)
+    """Program (pair, group, matrix): 16 outputs of one expert's matrix for one token.
+
+    The order of the sum follows from the constants alone. FIRST: the line of ``pairs`` with the first matrix. INTO:
+    whether inputs are by pair, and outputs weighted and by row.
+    """
+    pair, group, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    count, matrices = tl.num_programs(0), tl.num_programs(2)
+    start = tl.load(pairs + (FIRST + matrix) * count + pair)
+    if IS_ALIGNED:
+        start = tl.multiple_of(start, 16)
+    base = memory + start
+    token = pair.to(tl.int64) if INTO else tl.load(pairs + pair)
+    given = inputs + token * columns
+    if FORMAT == 0:
+        total = _floats(base, group, given, columns, WIDTH)
+    elif LAYOUT == 1 and IS_ALIGNED:
+        total = _tiles(base, group, given, columns, FORMAT, WIDTH)
+    else:
+        total = tl.zeros((16,), tl.float32)
+        for column in range(0, columns, 32):
+            weights = _weights(base, group * 16, column, columns, FORMAT, LAYOUT)
+            x = tl.load(given + column + tl.arange(0, 32))
+            total += tl.sum(weights * x[None, :], axis=1)
+    if INTO:
+        row = tl.load(pairs + count + pair)
+        weight = tl.load(pairs + 2 * count + pair).to(tl.int32).to(tl.float32, bitcast=True)
+        total = total * weight
+        place = row * height
+    else:
+        place = (pair.to(tl.int64) * matrices + matrix) * height
+    tl.store(outputs + place + group * 16 + tl.arange(0, 16), total)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _sum_rows(rows, totals, width, COUNT: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Program (token, step): ``STEP`` columns of a token's ``COUNT`` rows, added one after the other."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * STEP + tl.arange(0, STEP)
+    inside = at < width
+    total = tl.load(rows + token * COUNT * width + at, mask=inside)
+    for row in tl.static_range(1, COUNT):
+        total += tl.load(rows + (token * COUNT + row) * width + at, mask=inside)
+    tl.store(totals + token * width + at, _rounded(total, totals.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -114,29 +247,62 @@ def _decode(memory, outputs, columns, FORMAT: tl.constexpr, LAYOUT: tl.constexpr
     column = tl.program_id(1) * 32
     weights = _weights(memory, row, column, columns, FORMAT, LAYOUT)
     at = (row + tl.arange(0, 16))[:, None] * columns + (column + tl.arange(0, 32))[None, :]
-    if outputs.dtype.element_ty == tl.bfloat16:
-        # To nearest, ties to even: what a GPU does by itself, and the interpreter does not.
-        bits = weights.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        tl.store(outputs + at, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True))
-    else:
-        tl.store(outputs + at, weights.to(outputs.dtype.element_ty))
+    tl.store(outputs + at, _rounded(weights, outputs.dtype.element_ty))
 
 
 def few_rows(
-    name: str, layout: str, shape: tuple[int, ...], memory: Any, offsets: Any, inputs: Any, rows: Any
+    name: str,
+    layout: str,
+    shape: tuple[int, ...],
+    memory: Any,
+    pairs: Any,
+    first: int,
+    inputs: Any,
+    matrices: int = 1,
+    outputs: Any = None,
+    aligned: bool = False,
 ) -> Any:
-    """The products of pairs of an expert's matrix and a token, float32 [pairs, out].
+    """Products of experts' matrices and tokens, one for each of ``pairs``.
 
-    name, layout, shape [out, in]: of all matrices, which ``takes``. memory: uint8, in which matrix ``p`` begins at
-    ``offsets[p]`` (int64 [pairs]). inputs: float32 [tokens, in], contiguous; rows: int64 [pairs], the token of each.
-    A pair's result depends on nothing but its own matrix and token.
+    name, layout, shape [out, in]: of all matrices, which ``takes``. memory: uint8, in which they begin; BF16 at even
+    places. first, matrices: which of each expert's, by line of ``pairs``; all multiplied by the same. aligned: all
+    begin at multiples of ``ALIGNED``, as ``memory`` does.
+
+    Without outputs: inputs float32 [tokens, in], contiguous; returns float32 [pairs, matrices * out]. With outputs,
+    float32 [rows, out]: inputs [pairs, in]; the products, times their weights, are written to their rows. A pair's
+    result depends on nothing but its own matrix and token, and ``aligned``.
     """
-    outputs = inputs.new_empty((len(rows), shape[0]))
-    _few_rows[len(rows), shape[0] // _ROWS](
-        memory, offsets, inputs, rows, outputs, shape[1], shape[0], FORMATS[name], int(layout == ROWS16)
+    count, into = pairs.shape[1], outputs is not None
+    if outputs is None:
+        outputs = inputs.new_empty((count, matrices * shape[0]))
+    width = _WIDTHS[name]
+    while shape[1] % width:
+        width //= 2
+    _few_rows[count, shape[0] // _ROWS, matrices](
+        memory,
+        pairs,
+        inputs,
+        outputs,
+        shape[1],
+        shape[0],
+        FORMATS[name],
+        int(layout == ROWS16),
+        first,
+        into,
+        aligned,
+        width,
     )
     return outputs
+
+
+def sum_rows(rows: Any, per_token: int, totals: Any) -> Any:
+    """Write the sums of each token's ``per_token`` rows, in their order, to ``totals`` [tokens, width] and return it.
+
+    rows: float32 [tokens * per_token, width], contiguous.
+    """
+    tokens, width = totals.shape
+    _sum_rows[tokens, triton.cdiv(width, _SUMMED)](rows, totals, width, per_token, _SUMMED)
+    return totals
 
 
 def decode(name: str, layout: str, shape: tuple[int, ...], raw: Any, outputs: Any) -> Any:
