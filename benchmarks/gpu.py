@@ -68,6 +68,7 @@ CASES = [
     *((1.0, "copies"), (0.25, "copies"), (0.25, "by cost"), (0.5, "copies"), (0.5, "by cost")),
     *((0.25, "on-demand"), (0.25, "copies ahead"), (0.25, "ahead"), (0.5, "ahead")),
 ]
+_PARTS = ("framework", "experts", "gpu", "link", "moving", "combining", "decisions", "disk", "sampling")
 _FIRST = 6
 """Cases before the rival's."""
 
@@ -324,9 +325,7 @@ def _short(found: Any) -> str:
     if not isinstance(found, dict) or "changing" not in found:
         return str(found)[:600]
     changing = found["changing"]
-    split = {
-        name: changing[f"{name}_s"]["median"] for name in ("dense", "experts", "gpu", "link", "decisions")
-    }
+    split = {name: changing[f"{name}_s"]["median"] for name in _PARTS}
     return (
         f"{changing['decode_tokens_per_s']['median']:.2f} tokens/s, bound {found.get('bound', 0):.2f}, "
         f"{changing['gpu_hit_rate']['median']:.1%} hits, ttft {changing['ttft_s']['median']:.2f} s, {split}, "
