@@ -9,9 +9,9 @@ bfloat16, in --models, which should be as large and fast as memory); moei-demo i
 - copies, of each model's experts: from the engine's own slots, queued as the engine queues them, beside copies from
   memory that torch has pinned. Medians of seven rounds; the engine should reach 90% of torch.
 - decode: tokens a second with GPU memory for all experts, half and a quarter of them: by cost, with copies only, by
-  cost with prefetches to the GPU by the routers' hints, and with neither cache nor choice (on-demand). *bound* is what
-  perfect overlap would give: of all the time a token takes with everything in GPU memory, of its copies at the link's
-  bandwidth and of its experts in RAM at RAM's, the longest.
+  cost and with copies with prefetches to the GPU by the routers' hints, and with no expert staying there. *bound* is
+  what perfect overlap would give: of all the time a token takes with everything in GPU memory, of its copies at the
+  link's bandwidth and of its experts in RAM at RAM's, the longest.
 - accelerate, if it is installed: the same model, prompt and GPU memory through ``device_map="auto"``.
 - with --out, a profiler trace of three tokens at a half with copies only (``NAME.json.gz``, for chrome://tracing) and
   a picture of it (``NAME.png``, with matplotlib). Figures go to ``gpu.json`` after each step, so that a broken run
@@ -56,17 +56,16 @@ from moei_core.hub.synthetic_models import SYNTHETIC_MODELS
 from moei_core.prefetch import PrefetchMode
 from moei_core.quant.formats import FORMATS
 
-ROUNDS, COPIED, PROMPT, RIVAL_TOKENS = 7, 1 << 30, 64, 4
+ROUNDS, COPIED, PROMPT, REPEATS, RIVAL_TOKENS = 7, 1 << 30, 64, 2, 4
 WAYS: dict[str, dict[str, Any]] = {
     "by cost": {"misses": "auto"},
     "copies": {"misses": "copy"},
     "ahead": {"misses": "auto", "predictor": "router", "prefetch": PrefetchMode.ON},
     "copies ahead": {"misses": "copy", "predictor": "router", "prefetch": PrefetchMode.ON},
-    "on-demand": {"misses": "copy", "policy": "on-demand"},
 }
 CASES = [
     *((1.0, "copies"), (0.25, "copies"), (0.25, "by cost"), (0.5, "copies"), (0.5, "by cost")),
-    *((0.25, "on-demand"), (0.25, "copies ahead"), (0.25, "ahead"), (0.5, "ahead")),
+    *((0.0, "copies"), (0.25, "copies ahead"), (0.25, "ahead"), (0.5, "ahead")),
 ]
 _PARTS = ("framework", "experts", "gpu", "link", "moving", "combining", "decisions", "disk", "sampling")
 _FIRST = 6
@@ -201,18 +200,19 @@ def draw(trace: dict[str, Any], file: Path, title: str) -> None:
 
 
 def vram_for(folder: Path, ram: int | None, share: float, stand_in: bool) -> int:
-    """Bytes of GPU memory that hold ``share`` of all experts beside the dense model."""
+    """Bytes of GPU memory with slots for ``share`` of all experts beside the dense model; some only pass through."""
     with LoadedModel(folder, LoadOptions(ram=ram), open_device(stand_in)) as model:
         budget = model.device_budget
         assert budget is not None, model.notes
         others = sum(line.nbytes for line in budget.lines[:-1])
-        ring = budget.slots - budget.resident
-        return others + (int(share * model.spec.total_experts) + ring) * budget.slot_nbytes
+        slots = max(2, int(share * model.spec.total_experts)) if share < 1 else model.spec.total_experts + 2
+        return others + slots * budget.slot_nbytes
 
 
 def decode(options: LoadOptions, folder: Path, stand_in: bool, new_tokens: int) -> dict[str, Any]:
     with LoadedModel(folder, options, open_device(stand_in)) as model:
-        found = measure_requests(model, PROMPT, new_tokens, 2)
+        moved = _MovedBytes(model)
+        found = measure_requests(model, PROMPT, new_tokens, REPEATS)
         assert model.device_budget is not None, model.notes
         return {
             "vram_bytes": options.vram,
@@ -223,32 +223,35 @@ def decode(options: LoadOptions, folder: Path, stand_in: bool, new_tokens: int) 
             "ahead": asdict(model.device_prefetch_statistics),
             "copies_late": model.runtime.statistics.copies_late,
             "changing": summarise(found["changing"]),
-            # Without the prompt's, whose copies are many.
-            "link_bytes_per_token": _per_token(model, new_tokens),
+            "moved_per_token": moved.per_token(REPEATS, new_tokens),
         }
 
 
-def _per_token(model: LoadedModel, new_tokens: int) -> dict[str, float]:
-    """Bytes that a token copies, and computes in RAM, measured over one more reply."""
-    times: list[tuple[int, int]] = []
-    runtime, nbytes = model.runtime, max(model.spec.expert_nbytes.values())
-    end_pass = runtime.end_pass
+class _MovedBytes:
+    """Bytes that each token copies, and computes in RAM."""
 
-    def noted() -> None:
-        end_pass()
-        work, device = runtime.statistics, model.device_statistics
+    def __init__(self, model: LoadedModel) -> None:
+        self._model, self._end_pass = model, model.runtime.end_pass
+        self._passes: list[tuple[int, int]] = []
+        model.runtime.end_pass = self._noted  # type: ignore[method-assign]
+
+    def _noted(self) -> None:
+        self._end_pass()
+        work, device = self._model.runtime.statistics, self._model.device_statistics
         assert device is not None
         demanded = work.copies - work.promotions - work.copies_ahead
-        times.append((work.bytes_copied, device.misses - demanded))
+        self._passes.append((work.bytes_copied, device.misses - demanded))
 
-    runtime.end_pass = noted  # type: ignore[method-assign]
-    try:
-        measure_requests(model, PROMPT, new_tokens, 0)
-    finally:
-        runtime.end_pass = end_pass  # type: ignore[method-assign]
-    (copied, in_ram), (copied_last, in_ram_last) = times[-new_tokens], times[-1]
-    tokens = new_tokens - 1
-    return {"copied": (copied_last - copied) / tokens, "in_ram": (in_ram_last - in_ram) * nbytes / tokens}
+    def per_token(self, requests: int, new_tokens: int) -> dict[str, float]:
+        """Of the last requests, without their prompts, whose copies are many."""
+        totals = [0, 0]
+        for last in range(requests):
+            end = len(self._passes) - 1 - last * new_tokens
+            for i in range(2):
+                totals[i] += self._passes[end][i] - self._passes[end - new_tokens + 1][i]
+        tokens = requests * (new_tokens - 1)
+        nbytes = max(self._model.spec.expert_nbytes.values())
+        return {"copied": totals[0] / tokens, "in_ram": totals[1] * nbytes / tokens}
 
 
 def rival(folder: Path, vram: int) -> dict[str, Any]:
@@ -329,7 +332,7 @@ def _short(found: Any) -> str:
     return (
         f"{changing['decode_tokens_per_s']['median']:.2f} tokens/s, bound {found.get('bound', 0):.2f}, "
         f"{changing['gpu_hit_rate']['median']:.1%} hits, ttft {changing['ttft_s']['median']:.2f} s, {split}, "
-        f"{found['link_bytes_per_token']}"
+        f"{found['moved_per_token']}"
     )
 
 
@@ -353,7 +356,7 @@ def measure(report: Report, given: argparse.Namespace, name: str, folder: Path) 
         one = decode(
             LoadOptions(ram=ram, vram=vram[share], **WAYS[way]), folder, given.stand_in, given.new_tokens
         )
-        speed, moved = one["changing"]["decode_tokens_per_s"]["median"], one["link_bytes_per_token"]
+        speed, moved = one["changing"]["decode_tokens_per_s"]["median"], one["moved_per_token"]
         resident_s = resident_s or 1 / speed
         link_s, ram_s = moved["copied"] / copies["engine"], moved["in_ram"] / report.found["ram_bandwidth"]
         one["bound"] = 1 / max(resident_s, link_s, ram_s)
@@ -361,14 +364,14 @@ def measure(report: Report, given: argparse.Namespace, name: str, folder: Path) 
 
     for share, way in CASES[:_FIRST]:
         report.step(f"{name}, {share:.0%}, {way}", found, f"{share:.0%} {way}", case, share, way)
-    if importlib.util.find_spec("accelerate") and not given.stand_in:
-        for share in (0.25, 0.5):
-            place = f"{share:.0%} accelerate"
-            report.step(f"{name}, {place}", found, place, rival, folder, vram[share])
     if given.out is not None:
         options = LoadOptions(ram=ram, vram=vram[0.5], misses="copy")
         file, title = given.out / f"{name}.json", f"{name}, half of the experts on the GPU"
         report.step(f"{name}, trace", {}, "", write_trace, options, folder, given.stand_in, file, title)
+    if importlib.util.find_spec("accelerate") and not given.stand_in:
+        for share in (0.25, 0.5):
+            place = f"{share:.0%} accelerate"
+            report.step(f"{name}, {place}", found, place, rival, folder, vram[share])
     for share, way in CASES[_FIRST:]:
         report.step(f"{name}, {share:.0%}, {way}", found, f"{share:.0%} {way}", case, share, way)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moei_core.config import ExpertBudget, GenerationSettings, format_size, parse_size
 from moei_core.errors import DoesNotFitError, UsageError
 from moei_core.hardware.budget import (
-    RING_SLOTS,
+    LEAST_RING,
     MemoryUse,
     plan_device_slots,
     plan_slots,
@@ -171,12 +171,24 @@ def test_a_device_budget_accounts_for_every_byte_of_the_limit() -> None:
     budget = plan_device_slots(128, SLOT, 500 * MIB, 100 * MIB, 50 * MIB, free=8000 * MIB, vram=1000 * MIB)
     used = sum(line.nbytes for line in budget.lines)
     assert used <= 1000 * MIB < used + SLOT
-    assert budget.slots == budget.resident + RING_SLOTS and budget.nbytes == budget.slots * SLOT
+    assert budget.slots == budget.resident + LEAST_RING and budget.nbytes == budget.slots * SLOT
     assert "--vram 1000 MiB" in budget.reason
     free = plan_device_slots(128, SLOT, 500 * MIB, 100 * MIB, 50 * MIB, free=1000 * MIB)
     assert free.slots == budget.slots and "free GPU memory" in free.reason
     everything = plan_device_slots(128, SLOT, 500 * MIB, 100 * MIB, 50 * MIB, free=8000 * MIB)
     assert everything.resident == 128 and everything.reason == "all 128 routed experts fit"
+
+
+@pytest.mark.parametrize(
+    ("slots", "ring"), [(2, 2), (9, 2), (40, 5), (64, 8), (129, 8), (130, 2), (134, 6), (200, 8)]
+)
+def test_a_token_s_experts_pass_through_a_ring_that_leaves_most_slots_to_residents(
+    slots: int, ring: int
+) -> None:
+    margin = (256 << 20) + 500 * MIB // 50
+    budget = plan_device_slots(128, SLOT, 500 * MIB, 0, 0, free=500 * MIB + margin + slots * SLOT, top_k=8)
+    assert budget.slots == min(slots, 136) and budget.slots - budget.resident == ring
+    assert f"{ring} for those in passing" in budget.lines[-1].reason
 
 
 def test_a_device_that_is_too_small_names_the_smallest_that_works() -> None:
@@ -186,7 +198,7 @@ def test_a_device_that_is_too_small_names_the_smallest_that_works() -> None:
     assert named is not None
     smallest = parse_size(named.group(1))
     assert (
-        plan_device_slots(128, SLOT, 500 * MIB, 100 * MIB, 50 * MIB, 8000 * MIB, smallest).slots >= RING_SLOTS
+        plan_device_slots(128, SLOT, 500 * MIB, 100 * MIB, 50 * MIB, 8000 * MIB, smallest).slots >= LEAST_RING
     )
     with pytest.raises(DoesNotFitError, match="Free GPU memory"):
         plan_device_slots(128, SLOT, 500 * MIB, 100 * MIB, 50 * MIB, free=600 * MIB)

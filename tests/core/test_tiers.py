@@ -19,7 +19,7 @@ from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.engine.tiered_runtime import TieredRuntime
 from moei_core.errors import DoesNotFitError, ExpertReadError, UsageError
-from moei_core.hardware.budget import RING_SLOTS
+from moei_core.hardware.budget import LEAST_RING
 from moei_core.hub.resolve import resolve_model
 from moei_core.prefetch import PrefetchMode
 from moei_core.quant.formats import FORMATS, decode
@@ -72,7 +72,7 @@ def vram_for(folder: Path, share: float, dtype: str | None) -> int:
         assert loaded.device_budget is not None
         budget = loaded.device_budget
         others = sum(line.nbytes for line in budget.lines[:-1])
-        return others + (int(share * loaded.spec.total_experts) + RING_SLOTS) * budget.slot_nbytes
+        return others + (int(share * loaded.spec.total_experts) + LEAST_RING) * budget.slot_nbytes
 
 
 def ours(

@@ -113,6 +113,11 @@ class DeviceSlots:
         self.grow(slots)
 
     @property
+    def ring(self) -> int:
+        """Slots for what passes."""
+        return self._first
+
+    @property
     def nbytes(self) -> int:
         """What all slots take now."""
         return (self._first + self.usable) * self.slot_nbytes

@@ -31,7 +31,6 @@ from moei_core.engine.threads import compute_threads, physical_cores
 from moei_core.engine.tiered_runtime import TieredRuntime
 from moei_core.errors import DamagedFileError, DoesNotFitError, UsageError
 from moei_core.hardware.budget import (
-    RING_SLOTS,
     DeviceBudget,
     MemoryUse,
     SlotBudget,
@@ -158,8 +157,8 @@ class LoadedModel:
                 self.runtime = ExpertRuntime(store, pool, self.scheduler, threads, options.overlap)
             else:
                 linked = LinkedSlotPool(self.budget.slots, slot_nbytes, device)
-                staying = self.device_budget.slots - RING_SLOTS
-                slots = DeviceSlots(device, staying, RING_SLOTS, slot_nbytes)
+                staying = self.device_budget.resident
+                slots = DeviceSlots(device, staying, self.device_budget.slots - staying, slot_nbytes)
                 _, layer, module = next(experts_modules(self.adapter.model))
                 layout = next(store.layout(key) for key in store.experts() if key.layer == layer)
                 costs = costs or measure_costs(device, slots, linked, module, layout, self.spec.hidden_size)
@@ -220,6 +219,7 @@ class LoadedModel:
                     device.free_nbytes(),
                     options.vram,
                     2 * self.spec.num_experts_per_tok if options.predictor is not None else 0,
+                    self.spec.num_experts_per_tok,
                 )
             except DoesNotFitError as error:
                 if insists:

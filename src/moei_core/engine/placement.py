@@ -34,7 +34,7 @@ MISSES = ("auto", "copy")
 """What becomes of an expert that the device does not hold: what costs less, or always a copy."""
 
 _COPIES = 8
-_CALLS, _TOGETHER = 9, 2
+_CALLS, _TOGETHER, _PAUSE_S = 9, 2, 1e-3
 _BUFFER, _MOST_SLOTS = 256 << 20, 32
 """Bytes of RAM to go through, more than most caches hold, and slots at most: the system locks each by itself."""
 _LOOKS_S = 0.1
@@ -162,7 +162,7 @@ def measure_costs(
 def _ram_bandwidth(pool: LinkedSlotPool, module: Any, layout: ExpertLayout, hidden: int) -> float:
     """Bytes a second of experts with one token each, computed in RAM some at a time, as a layer's absent ones are.
 
-    With the time to wake threads and to call them: for small experts that is most of it.
+    Between two layers the threads have gone to sleep: waking them is most of what small experts take.
     """
     kernel = native_experts(module, layout)
     count = min(pool.free, max(_TOGETHER, min(_MOST_SLOTS, _BUFFER // layout.slot_nbytes)))
@@ -178,6 +178,7 @@ def _ram_bandwidth(pool: LinkedSlotPool, module: Any, layout: ExpertLayout, hidd
     taken = []
     for call in range(_CALLS + 1):
         begin = call * _TOGETHER % (count - _TOGETHER + 1)
+        time.sleep(_PAUSE_S)
         started = time.perf_counter()
         kernel.place(experts[begin : begin + _TOGETHER], positions, _TOGETHER, inputs, scale, outputs)
         taken.append(time.perf_counter() - started)

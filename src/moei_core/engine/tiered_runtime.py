@@ -26,7 +26,6 @@ from moei_core.engine.layer_work import LayerWork, TokenWork
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.statistics import LayerClock
 from moei_core.engine.tiered_work import TieredWork
-from moei_core.hardware.budget import RING_SLOTS
 from moei_core.hardware.pressure import MemoryGovernor
 from moei_core.store.base import ExpertStore
 from moei_core.tiers import TieredScheduler
@@ -230,7 +229,7 @@ class TieredRuntime(ExpertRuntime):
 
     def _ring_takes(self, keys: Sequence[ExpertKey]) -> bool:
         """Whether all ``keys`` can be copied before one is computed: what does not stay is in the ring till then."""
-        return sum(key in self._device_plan.release for key in keys) <= RING_SLOTS
+        return sum(key in self._device_plan.release for key in keys) <= self._device_slots.ring
 
     def _copy_for_now(self, keys: Sequence[ExpertKey]) -> list[DeviceExpert]:
         """Queue the copies of experts that the layer at hand wants."""

@@ -123,6 +123,7 @@ def plan_gpu(
         workspace_nbytes(shape.config, shape.top_k, context, 2, slot, shape.eager_attention) + decoded,
         gpu.free,
         vram,
+        top_k=shape.top_k,
     )
     return GpuPlan(gpu, budget, speeds.memory_bandwidth)
 

@@ -233,8 +233,10 @@ def plan_slots(
     return SlotBudget(slots, working, stay, slot_nbytes, reason, spare, limit, (*lines, count), use.chunk)
 
 
-RING_SLOTS = 2
-"""Device slots that experts pass through: one is computed while the next one arrives."""
+LEAST_RING = 2
+"""Device slots that experts pass through, at least: one is computed while the next one arrives."""
+_RING_SHARE = 8
+"""One in so many slots may be the ring's: with a token's experts in it a layer takes one launch, not several."""
 
 DEVICE_MARGIN = 256 << 20
 """Of a device's memory, for what cannot be foreseen: libraries' own memory, rounding."""
@@ -242,8 +244,9 @@ DEVICE_MARGIN = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class DeviceBudget:
-    """How the memory of a device is shared out, and why so. slots: of residents and of the ring. prefetch: of the
-    residents' slots, those that experts copied ahead take while a predictor is followed."""
+    """How the memory of a device is shared out, and why so. slots: of residents, and of the ring through which those pass
+    that do not stay. prefetch: of the residents' slots, those that experts copied ahead take while a predictor is
+    followed."""
 
     slots: int
     resident: int
@@ -266,28 +269,31 @@ def plan_device_slots(
     free: int,
     vram: int | None = None,
     prefetch: int = 0,
+    top_k: int = LEAST_RING,
 ) -> DeviceBudget:
     """How many of ``total`` experts a device holds beside the dense model and its keys and values, all in bytes.
 
     free: what can be allocated there. vram: bound on all that is allocated; a larger one than ``free`` counts as
-    that. prefetch: slots wanted for experts copied ahead; at most a quarter of all.
+    that. prefetch: slots wanted for experts copied ahead; at most a quarter of all. top_k: experts of a token.
     Raises: DoesNotFitError, naming the smallest ``vram``, if the dense model and the ring do not fit.
     """
     margin = DEVICE_MARGIN + (dense + kv + workspace) // 50
     use = dense + kv + workspace + margin
     limit = free if vram is None else min(vram, free)
-    slots = min((limit - use) // slot_nbytes, total + RING_SLOTS)
-    if slots < RING_SLOTS:
+    most = max(LEAST_RING, top_k)
+    slots = min((limit - use) // slot_nbytes, total + most)
+    if slots < LEAST_RING:
         asked = f"--vram {format_size(vram)}" if vram is not None and vram <= free else "Free GPU memory"
         raise DoesNotFitError(
             f"{asked}{'' if asked.startswith('--') else f' ({format_size(free)})'} is too small for this model.",
             f"On the GPU it needs {format_size(dense)} dense weights, {format_size(kv)} context, "
             f"{format_size(workspace)} workspace and {format_size(margin)} margin.",
-            f"The smallest that works is --vram {_up(use + RING_SLOTS * slot_nbytes)}; "
+            f"The smallest that works is --vram {_up(use + LEAST_RING * slot_nbytes)}; "
             "or run without the GPU: --device cpu.",
         )
     source = f"{format_size(free)} free GPU memory" if limit == free else f"--vram {format_size(limit)}"
-    room = slots - RING_SLOTS
+    ring = slots - total if slots >= total + LEAST_RING else max(LEAST_RING, min(slots // _RING_SHARE, most))
+    room = slots - ring
     prefetch = 0 if room == total else min(prefetch, room // 4)
     reason = (
         f"all {total} routed experts fit"
@@ -303,7 +309,7 @@ def plan_device_slots(
             "GPU expert slots",
             slots * slot_nbytes,
             f"{room} of {total} stay{f', {prefetch} fewer while others are copied ahead' if prefetch else ''}, "
-            f"{RING_SLOTS} for those in passing: {reason}",
+            f"{ring} for those in passing: {reason}",
         ),
     )
     return DeviceBudget(slots, room, slot_nbytes, reason, lines, prefetch)
