@@ -7,6 +7,7 @@ the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,10 +41,12 @@ class LayerWork:
         self.tokens, self.top_k = index.shape
         self.rows = _rows_by_expert(index, int(module.num_experts))
         self._scale = weights.to(torch.float32).reshape(-1, 1)
+
+    @cached_property
+    def _outputs(self) -> torch.Tensor:
         # Zeros, since a row may have fewer experts than top_k.
-        self._outputs = hidden_states.new_zeros(
-            (self.tokens * self.top_k, hidden_states.shape[-1]), dtype=torch.float32
-        )
+        shape = self.tokens * self.top_k, self.hidden_states.shape[-1]
+        return self.hidden_states.new_zeros(shape, dtype=torch.float32)
 
     def compute(self, experts: Sequence[HeldExpert]) -> None:
         """The outputs of some experts, each for all its tokens. How depends on the access alone."""
@@ -164,6 +167,11 @@ class TokenWork:
 
 def _rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, NDArray[np.int64]]:
     """Flat positions [token * top_k + column] of each chosen expert, experts and positions ascending."""
+    if len(index) == 1:
+        named = index[0].tolist()
+        if len(set(named)) == len(named):
+            places = np.arange(len(named))
+            return {expert: places[i : i + 1] for i, expert in enumerate(named) if expert < num_experts}
     chosen = index.reshape(-1).numpy()
     order = np.argsort(chosen, kind="stable")
     experts, starts = np.unique(chosen[order], return_index=True)

@@ -244,9 +244,9 @@ DEVICE_MARGIN = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class DeviceBudget:
-    """How the memory of a device is shared out, and why so. slots: of residents, and of the ring through which those pass
-    that do not stay. prefetch: of the residents' slots, those that experts copied ahead take while a predictor is
-    followed."""
+    """How the memory of a device is shared out, and why so. slots: of residents, and of the ring, through which pass
+    those that do not stay. prefetch: of the residents' slots, those that experts copied ahead take while a predictor
+    is followed."""
 
     slots: int
     resident: int
