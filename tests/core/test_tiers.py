@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from moei_core.adapters.skeleton import experts_modules
 from moei_core.config import ExpertBudget, GenerationSettings
 from moei_core.engine.chat_session import ChatSession
 from moei_core.engine.device_compute import DeviceBlocks
@@ -17,6 +18,7 @@ from moei_core.engine.device_slots import LinkedSlotPool
 from moei_core.engine.devices import CpuDevice, Device
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
+from moei_core.engine.placement import measure_costs
 from moei_core.engine.tiered_runtime import TieredRuntime
 from moei_core.errors import DoesNotFitError, ExpertReadError, UsageError
 from moei_core.hardware.budget import LEAST_RING
@@ -277,6 +279,30 @@ def test_fused_kernels_in_the_engine(
     assert len(calls) > 12, "more than warming up takes"
     assert torch.equal(*runs)
     assert (runs[0] - plain).abs().max() < 1e-4 * plain.std()
+
+
+@pytest.mark.parametrize("form", [None, "Q4_0"])
+def test_costs_are_measured_on_the_models_own_slots(
+    form: str | None, tmp_path: Path, chat_folder: Callable[..., Path]
+) -> None:
+    """A device whose every copy is late has a slow link; the slots that were measured on are free again."""
+    folder = chat_folder("mixtral", "bfloat16")
+    if form is not None:
+        pack_folder(folder, tmp_path / "packed", form, "rows16")
+        folder = tmp_path / "packed"
+    found = []
+    for delay in (0.0, 0.02):
+        with LoadedModel(folder, LoadOptions(), CpuDevice(copy_delay=lambda: delay)) as loaded:  # noqa: B023
+            runtime = loaded.runtime
+            assert isinstance(runtime, TieredRuntime)
+            pool, free = runtime._linked_pool, runtime._linked_pool.free
+            _, layer, module = next(experts_modules(loaded.adapter.model))
+            layout = runtime._store.layout(ExpertKey(layer, 0))
+            costs = measure_costs(runtime.device, runtime._device_slots, pool, module, layout, loaded.spec)
+            assert pool.free == free == loaded.budget.slots
+            assert 0 < costs.ram_bandwidth < 1e12
+            found.append(costs.copy_seconds(layout.nbytes))
+    assert found[1] > 0.02 > found[0]
 
 
 def test_a_device_that_is_too_small() -> None:

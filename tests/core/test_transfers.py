@@ -283,6 +283,17 @@ def test_a_turn_that_failed_has_paid_for_its_prefetches(bench: Bench) -> None:
     assert [(step, load.excused) for step, load in _until_finished(bench)][1] == (Step.FAILED, False)
 
 
+def test_what_failed_in_a_turn_that_failed_is_read_anew(bench: Bench) -> None:
+    bench.store.failures[KEYS[3]] = 2
+    bench.queue.add_spare(0)
+    bench.queue.prefetch([KEYS[3]])
+    bench.wait_until(lambda: len(bench.queue._events) == 2)
+    bench.queue.abandon_demand()
+    assert bench.queue.promote(KEYS[3]) is None and bench.queue._spares == [0]
+    bench.queue.demand(KEYS[3], 1)
+    assert bench.queue.next_ready().failure is None
+
+
 def test_abandoned_loads_give_their_slots_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moei_core.engine.transfers._CLOSING_S", 60.0)
     bench.store.gate.clear()

@@ -161,7 +161,7 @@ class LoadedModel:
                 slots = DeviceSlots(device, staying, self.device_budget.slots - staying, slot_nbytes)
                 _, layer, module = next(experts_modules(self.adapter.model))
                 layout = next(store.layout(key) for key in store.experts() if key.layer == layer)
-                costs = costs or measure_costs(device, slots, linked, module, layout, self.spec.hidden_size)
+                costs = costs or measure_costs(device, slots, linked, module, layout, self.spec)
                 front = make_policy(self.device_budget.resident, self.spec.num_experts)
                 tier = device_tier(self.device_budget, front, self.spec, options.misses, costs)
                 tiers = TieredScheduler(

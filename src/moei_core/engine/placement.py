@@ -34,7 +34,7 @@ MISSES = ("auto", "copy")
 """What becomes of an expert that the device does not hold: what costs less, or always a copy."""
 
 _COPIES = 8
-_CALLS, _TOGETHER, _PAUSE_S = 9, 2, 1e-3
+_CALLS, _PAUSE_S = 9, 1e-3
 _BUFFER, _MOST_SLOTS = 256 << 20, 32
 """Bytes of RAM to go through, more than most caches hold, and slots at most: the system locks each by itself."""
 _LOOKS_S = 0.1
@@ -133,11 +133,16 @@ def device_governor(device: Device, budget: DeviceBudget, slots: DeviceSlots) ->
 
 
 def measure_costs(
-    device: Device, slots: DeviceSlots, pool: LinkedSlotPool, module: Any, layout: ExpertLayout, hidden: int
+    device: Device,
+    slots: DeviceSlots,
+    pool: LinkedSlotPool,
+    module: Any,
+    layout: ExpertLayout,
+    spec: ModelSpec,
 ) -> LinkCosts:
     """What the link can do, and the processor with experts in RAM; on this model's slots, in a fraction of a second.
 
-    module, layout: of one expert of the model. hidden: the model's width.
+    module, layout: of one expert of the model.
     """
     slot = pool.take()
     view, nbytes = pool.view(slot), layout.slot_nbytes
@@ -154,34 +159,31 @@ def measure_costs(
 
     latency, whole = seconds(1), seconds(nbytes)
     pool.give_back(slot)
-    return LinkCosts(
-        nbytes / max(whole - latency, 1e-9), latency, _ram_bandwidth(pool, module, layout, hidden)
-    )
+    return LinkCosts(nbytes / max(whole - latency, 1e-9), latency, _ram_bandwidth(pool, module, layout, spec))
 
 
-def _ram_bandwidth(pool: LinkedSlotPool, module: Any, layout: ExpertLayout, hidden: int) -> float:
-    """Bytes a second of experts with one token each, computed in RAM some at a time, as a layer's absent ones are.
+def _ram_bandwidth(pool: LinkedSlotPool, module: Any, layout: ExpertLayout, spec: ModelSpec) -> float:
+    """Bytes a second of experts with one token each, computed in RAM, half a token's in one call.
 
     Between two layers the threads have gone to sleep: waking them is most of what small experts take.
     """
-    kernel = native_experts(module, layout)
-    count = min(pool.free, max(_TOGETHER, min(_MOST_SLOTS, _BUFFER // layout.slot_nbytes)))
-    if kernel is None or not kernel.takes(1) or count < _TOGETHER:
+    kernel, together = native_experts(module, layout), max(1, spec.num_experts_per_tok // 2)
+    count = min(pool.free, max(together, min(_MOST_SLOTS, _BUFFER // layout.slot_nbytes)))
+    if kernel is None or not kernel.takes(1) or count < together:
         return read_bandwidth(make_buffer(_BUFFER), physical_cores(), Allowance(0.1)).value
     slots = [pool.take() for _ in range(count)]
     experts = [
-        HeldExpert(ExpertKey(0, i), layout, pool.view(slot), pool.address(slot), 0)
-        for i, slot in enumerate(slots)
+        HeldExpert(ExpertKey(0, slot), layout, pool.view(slot), pool.address(slot), 0) for slot in slots
     ]
-    inputs, scale = torch.zeros((1, hidden)), torch.ones((_TOGETHER, 1))
-    outputs, positions = torch.empty((_TOGETHER, hidden)), [np.array([i]) for i in range(_TOGETHER)]
+    inputs, scale = torch.zeros((1, spec.hidden_size)), torch.ones((together, 1))
+    outputs, positions = torch.empty((together, spec.hidden_size)), [np.array([i]) for i in range(together)]
     taken = []
     for call in range(_CALLS + 1):
-        begin = call * _TOGETHER % (count - _TOGETHER + 1)
+        begin = call * together % (count - together + 1)
         time.sleep(_PAUSE_S)
         started = time.perf_counter()
-        kernel.place(experts[begin : begin + _TOGETHER], positions, _TOGETHER, inputs, scale, outputs)
+        kernel.place(experts[begin : begin + together], positions, together, inputs, scale, outputs)
         taken.append(time.perf_counter() - started)
     for slot in slots:
         pool.give_back(slot)
-    return _TOGETHER * layout.nbytes / sorted(taken[1:])[_CALLS // 2]
+    return together * layout.nbytes / sorted(taken[1:])[_CALLS // 2]

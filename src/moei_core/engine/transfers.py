@@ -1,10 +1,10 @@
 """``TransferQueue``: experts on their way from the store to slots, while the model computes.
 
-Demand loads come first, in the order they were asked for. Then what a long prompt streams: it is all but certain
-to be demanded, so it keeps the link as busy as demand does. Prefetches use the link only while nothing else is
-read, and have one chunk in flight at most, so a demand load never waits for more than that chunk (early
-preemption: ProMoE, arXiv 2410.22134, section 4). Reader threads do the work; what the brain must know is
-handed over as events, in order, when the engine asks for them.
+Demand loads come first, in the order they were asked for. Then what a long prompt streams: it is all but certain to be
+demanded, so it keeps the link as busy as demand does. Prefetches use the link only while nothing else is read, and have
+one chunk in flight at most, so a demand load never waits for more than that chunk (early preemption: ProMoE, arXiv
+2410.22134, section 4). Reader threads do the work; what the brain must know is handed over as events, in order, when
+the engine asks for them.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Step(Enum):
 class Load:
     """One expert on its way to ``slot``. waiting: chunks that no thread has begun. missing: not read yet.
 
-    borrowed: into a slot that goes back when it is not demanded. So are streamed ones, of which neither the start nor
-        the end is an event. excused: if it fails, that is not to be raised any more.
+    borrowed: into a slot that goes back when it is not demanded. So are streamed ones, whose start and end are no
+        events. excused: begun in a turn that failed; if it fails too, that is not to be raised any more.
     """
 
     key: ExpertKey
@@ -124,8 +124,7 @@ class TransferQueue:
         with self._lock:
             self._wishes = deque(keys)
             # A thread woken for nothing would still take the interpreter's lock from whoever computes.
-            if self._wishes:
-                self._work.notify()
+            self._work.notify(bool(self._wishes))
 
     def stream(self, keys: Iterable[ExpertKey]) -> None:
         """Read these in this order into lent slots, as fast as the link is, while no demand waits for a reader."""
@@ -182,10 +181,13 @@ class TransferQueue:
             return events
 
     def promote(self, key: ExpertKey) -> Load | None:
-        """Make the prefetch of ``key``, if there is one, a demand load; its slot is then the caller's."""
+        """Make the prefetch of ``key``, unless there is none or a turn that failed began it, a demand load."""
         with self._lock:
             load = self._withdraw(key)
             if load is None:
+                return None
+            if load.excused:
+                self._abandon(load)
                 return None
             load.demand = True
             self._progress = time.monotonic()
@@ -211,8 +213,7 @@ class TransferQueue:
         """Forget all demand loads and what is streamed, and wait, but not for a read that hangs, until no thread
         writes to their slots.
 
-        ``take_returned`` gives the slots, also those that come back later. Prefetches that have begun go on; the turn
-        that ends here has paid for what becomes of them.
+        ``take_returned`` gives the slots, also those that come back later. Prefetches that have begun go on, excused.
         """
         with self._lock:
             self._wishes.clear()
@@ -233,9 +234,8 @@ class TransferQueue:
                 self._news.wait(until - time.monotonic())
 
     def take_returned(self, wait: bool = False) -> list[int]:
-        """The slots of abandoned demand loads and of ended streams that are free by now.
-
-        wait: until there is one. Raises: ExpertReadError when no read has made progress for a long time.
+        """The slots of abandoned demand loads and of ended streams that are free by now; wait: until there is one.
+        Raises: ExpertReadError when no read has made progress for a long time.
         """
         with self._lock:
             if wait:
