@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from moei_core.adapters.skeleton import experts_modules
+from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.config import ExpertBudget, GenerationSettings
 from moei_core.engine.chat_session import ChatSession
 from moei_core.engine.device_compute import DeviceBlocks
@@ -279,6 +284,39 @@ def test_fused_kernels_in_the_engine(
     assert len(calls) > 12, "more than warming up takes"
     assert torch.equal(*runs)
     assert (runs[0] - plain).abs().max() < 1e-4 * plain.std()
+
+
+def test_experts_that_begin_at_other_places_in_their_slots(
+    tmp_path: Path, chat_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stored alike but in files with headers of other lengths, some at odd multiples of eight bytes."""
+    kernels = pytest.importorskip("moei_core.quant.triton_kernels", reason="triton is not installed")
+    if not kernels.usable(torch.zeros(1)):
+        pytest.skip("triton compiles here, and interprets only where there is no GPU")
+    source, folder = chat_folder("mixtral", "bfloat16"), tmp_path / "three-files"
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    files: list[dict[str, torch.Tensor]] = [{} for _ in range(3)]
+    for file in source.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            expert = re.search(r"experts\.(\d+)\.", name)
+            files[int(expert[1]) % 3 if expert else 0][name] = tensor
+    names = {name: f"{number}.safetensors" for number, tensors in enumerate(files) for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    for number, tensors in enumerate(files):
+        save_file(tensors, folder / f"{number}.safetensors", {"pad": "x" * 8 * number})
+    store = TransformersAdapter(folder).open_store()
+    places = {store.layout(key).parts[0].slot_offset for key in store.experts()}
+    store.close()
+    assert len(places) > len({place % 16 for place in places}) == 2, "the case that is meant"
+    monkeypatch.setattr(test_exactness, "STEPS", 2)
+    half = ExpertBudget(fraction=0.5)
+    plain, tokens, _ = ours(cpu_device, source, "float32", 1, "copy", half)
+    fused = [
+        ours(lambda: CpuDevice(kernels=kernels), folder, "float32", share, "copy", half, tokens)[0]
+        for share in (1, 0.3)
+    ]
+    assert torch.equal(*fused)
+    assert (fused[0] - plain).abs().max() < 1e-4 * plain.std()
 
 
 @pytest.mark.parametrize("form", [None, "Q4_0"])
