@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import random
-import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from moei_core.adapters.skeleton import experts_modules
-from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.config import ExpertBudget, GenerationSettings
 from moei_core.engine.chat_session import ChatSession
 from moei_core.engine.device_compute import DeviceBlocks
@@ -35,7 +30,6 @@ from moei_core.store.base import Extent, StoredTensor
 from moei_core.store.safetensors_store import SafetensorsStore
 from moei_core.tiers import LinkCosts, TieredScheduler
 from moei_core.types import ExpertKey, Phase
-from tests.core import test_exactness
 from tests.core.test_exactness import prompt_tokens, reference, smallest, stepwise
 from tests.mxfp4_checkpoint import save_mxfp4
 from tests.packed import pack_folder
@@ -247,76 +241,6 @@ def test_e1_holds_for_published_mxfp4(tmp_path: Path) -> None:
     logits, _, loaded = ours(cpu_device, folder, "float32", 0.1, "copy", ExpertBudget(fraction=0.3), tokens)
     assert loaded.runtime.statistics.copies > 0
     assert torch.equal(logits, everything)
-
-
-@pytest.mark.parametrize("form", ["BF16", "Q4_0"])
-def test_fused_kernels_in_the_engine(
-    form: str, tmp_path: Path, chat_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Interpreted, which is slow, so for a few steps and single tokens. They give what torch gives, and E1 holds:
-    the kernel is chosen by the access alone."""
-    kernels = pytest.importorskip("moei_core.quant.triton_kernels", reason="triton is not installed")
-    if not kernels.usable(torch.zeros(1)):
-        pytest.skip("triton compiles here, and interprets only where there is no GPU")
-    folder = chat_folder("mixtral", "bfloat16")
-    if form != "BF16":
-        pack_folder(folder, tmp_path / "packed", form, "rows16")
-        folder = tmp_path / "packed"
-    monkeypatch.setattr(test_exactness, "STEPS", 2)
-    half = ExpertBudget(fraction=0.5)
-    plain, tokens, _ = ours(cpu_device, folder, "float32", 1, "copy", half)
-    calls: list[int] = []
-
-    class Counted:
-        FEW_TOKENS, PAIR_STARTS, ALIGNED = 1, kernels.PAIR_STARTS, kernels.ALIGNED
-        takes, decode = staticmethod(kernels.takes), staticmethod(kernels.decode)
-        sum_rows = staticmethod(kernels.sum_rows)
-
-        @staticmethod
-        def few_rows(*arguments: object) -> object:
-            calls.append(1)
-            return kernels.few_rows(*arguments)
-
-    runs = [
-        ours(lambda: CpuDevice(kernels=Counted), folder, "float32", share, "copy", half, tokens)[0]
-        for share in (1, 0.3)
-    ]
-    assert len(calls) > 12, "more than warming up takes"
-    assert torch.equal(*runs)
-    assert (runs[0] - plain).abs().max() < 1e-4 * plain.std()
-
-
-def test_experts_that_begin_at_other_places_in_their_slots(
-    tmp_path: Path, chat_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stored alike but in files with headers of other lengths, some at odd multiples of eight bytes."""
-    kernels = pytest.importorskip("moei_core.quant.triton_kernels", reason="triton is not installed")
-    if not kernels.usable(torch.zeros(1)):
-        pytest.skip("triton compiles here, and interprets only where there is no GPU")
-    source, folder = chat_folder("mixtral", "bfloat16"), tmp_path / "three-files"
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    files: list[dict[str, torch.Tensor]] = [{} for _ in range(3)]
-    for file in source.glob("*.safetensors"):
-        for name, tensor in load_file(file).items():
-            expert = re.search(r"experts\.(\d+)\.", name)
-            files[int(expert[1]) % 3 if expert else 0][name] = tensor
-    names = {name: f"{number}.safetensors" for number, tensors in enumerate(files) for name in tensors}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    for number, tensors in enumerate(files):
-        save_file(tensors, folder / f"{number}.safetensors", {"pad": "x" * 8 * number})
-    store = TransformersAdapter(folder).open_store()
-    places = {store.layout(key).parts[0].slot_offset for key in store.experts()}
-    store.close()
-    assert len(places) > len({place % 16 for place in places}) == 2, "the case that is meant"
-    monkeypatch.setattr(test_exactness, "STEPS", 2)
-    half = ExpertBudget(fraction=0.5)
-    plain, tokens, _ = ours(cpu_device, source, "float32", 1, "copy", half)
-    fused = [
-        ours(lambda: CpuDevice(kernels=kernels), folder, "float32", share, "copy", half, tokens)[0]
-        for share in (1, 0.3)
-    ]
-    assert torch.equal(*fused)
-    assert (fused[0] - plain).abs().max() < 1e-4 * plain.std()
 
 
 @pytest.mark.parametrize("form", [None, "Q4_0"])

@@ -109,8 +109,8 @@ class DeviceBlocks:
 class DeviceExpert:
     """An expert in a device slot, or on its way there: ``ready`` is the end of its copy, None once that was seen.
 
-    memory: the bytes of the slot that it takes. kind: as of ``HeldExpert``. starts: where its parts begin, in the order in which they are multiplied, in bytes from
-    the beginning of the slots' memory.
+    memory: the bytes of the slot that it takes. kind: as of ``HeldExpert``. starts: where its parts begin, in the order
+    in which they are multiplied, in bytes from the beginning of the slots' memory.
     """
 
     __slots__ = ("_kernels", "_weights", "key", "kind", "layout", "memory", "ready", "slot", "starts")

@@ -178,7 +178,13 @@ class LoadedModel:
                 tiered = TieredRuntime(store, linked, tiers, device, slots, threads, options.overlap, at_once)
                 tiered.device_governor = device_governor(device, self.device_budget, slots)
                 for _, layer, module in experts_modules(self.adapter.model):
-                    tiered.warm_up(module, layer, self.spec.hidden_size, self.adapter.dtype)
+                    tiered.warm_up(
+                        module,
+                        layer,
+                        self.spec.hidden_size,
+                        self.spec.num_experts_per_tok,
+                        self.adapter.dtype,
+                    )
                 self.runtime = tiered
             least = self.budget.working + self.budget.spare
             self.runtime.governor = MemoryGovernor(self.budget.slots, least, slot_nbytes)

@@ -27,7 +27,7 @@ from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.statistics import LayerClock
 from moei_core.engine.tiered_work import TieredWork
 from moei_core.hardware.pressure import MemoryGovernor
-from moei_core.store.base import ExpertStore
+from moei_core.store.base import ExpertLayout, ExpertStore
 from moei_core.tiers import TieredScheduler
 from moei_core.trace.format import TraceEvent
 from moei_core.types import DevicePlan, ExpertKey, FetchPlan, Phase
@@ -79,17 +79,28 @@ class TieredRuntime(ExpertRuntime):
         self.device.make_current()
         super().forward_pass(phase, tokens)
 
-    def warm_up(self, module: Any, layer: int, hidden_size: int, dtype: torch.dtype) -> None:
-        """Compute an expert of ``layer`` with one token and with many, unless one of its kind has been.
+    def warm_up(self, module: Any, layer: int, hidden_size: int, top_k: int, dtype: torch.dtype) -> None:
+        """Compute an expert of ``layer`` of each kind that has not been, with one token and with many.
 
         Compiling kernels and starting libraries takes seconds: here, not in the middle of the first answer.
         """
-        key = next(key for key in self._store.experts() if key.layer == layer)
-        layout = self._store.layout(key)
-        alike = type(module), stored_alike(layout)
-        if alike in self._warm:
-            return
-        self._warm.add(alike)
+        kernels = self.device.kernels
+        for key in (key for key in self._store.experts() if key.layer == layer):
+            layout = self._store.layout(key)
+            alike = type(module), stored_alike(layout), kernels is None or are_aligned(layout, kernels)
+            if alike not in self._warm:
+                self._warm.add(alike)
+                self._try(module, key, layout, hidden_size, top_k, dtype)
+
+    def _try(
+        self,
+        module: Any,
+        key: ExpertKey,
+        layout: ExpertLayout,
+        hidden_size: int,
+        top_k: int,
+        dtype: torch.dtype,
+    ) -> None:
         pool, slots = self._linked_pool, self._device_slots
         host, there = pool.take(), slots.take(stays=False)
         held = HeldExpert(key, layout, pool.view(host), pool.address(host), -1 - len(self._warm))
@@ -99,8 +110,10 @@ class TieredRuntime(ExpertRuntime):
             for tokens in (1, _MANY):
                 inputs = torch.zeros((tokens, hidden_size), dtype=dtype)
                 self._inputs = self.device.bring(inputs)
-                index = torch.full((tokens, 1), key.expert)
-                work = self._work(module, inputs, index, torch.ones((tokens, 1)))
+                # As wide as a router's choice, of which only this expert exists: sums are compiled for a width.
+                index = torch.full((tokens, top_k), int(module.num_experts))
+                index[:, 0] = key.expert
+                work = self._work(module, inputs, index, torch.ones((tokens, top_k)))
                 assert isinstance(work, TieredWork)
                 self._compute_there(work, [expert])
                 self.device.read_back(work.total())
