@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm
 
+from moei_core.adapters.norm_trial import try_norm
+
 
 class DeviceNorm:
     """The forward of a norm that rounds to its input's type before it multiplies by its weight."""
@@ -34,25 +36,10 @@ def use_device_norms(model: nn.Module) -> None:
 
 
 def _norm(module: nn.Module) -> DeviceNorm | None:
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    parameters = dict(module.named_parameters())
-    weight = parameters.get("weight")
-    if "norm" not in type(module).__name__.lower() or not isinstance(eps, float) or weight is None:
+    trial = try_norm(module)
+    if trial is None:
         return None
-    if len(parameters) > 1 or weight.dim() != 1 or not weight.is_floating_point() or any(module.buffers()):
-        return None
-    generator = torch.Generator().manual_seed(0)
-    given = (torch.randn((3, len(weight)), generator=generator) * 2 + 0.5).to(weight.dtype)
-    try:
-        with torch.inference_mode():
-            expected = module(given)
-            found = DeviceNorm(module, eps)
-            mine = found(given)
-    except Exception:
-        # It wants more than the hidden states.
-        return None
-    if not isinstance(expected, torch.Tensor) or expected.dtype != given.dtype:
-        return None
-    # A sum in another order moves a rounded value by one place at most.
-    tolerance = 1e-5 if weight.dtype == torch.float32 else torch.finfo(weight.dtype).eps
-    return found if torch.allclose(mine.float(), expected.float(), rtol=tolerance, atol=1e-6) else None
+    found = DeviceNorm(module, trial.eps)
+    with torch.inference_mode():
+        # A sum in another order moves a rounded value by one place at most.
+        return found if trial.agrees(found(trial.given), places=1) else None

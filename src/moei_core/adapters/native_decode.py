@@ -20,6 +20,7 @@ from transformers import Cache, PreTrainedModel
 from moei_core.adapters.dense_clock import DENSE_CLOCK
 from moei_core.adapters.dense_linear import TYPES, BlockLinear, NativeLinear
 from moei_core.adapters.growing_layer import GrowingLayer
+from moei_core.adapters.norm_trial import try_norm
 from moei_core.quant import native
 from moei_core.quant.formats import FORMATS
 from moei_core.quant.native_latent import LatentAttention
@@ -78,27 +79,13 @@ def use_native_norms(model: nn.Module) -> None:
 
 def _norm(module: nn.Module) -> NativeNorm | None:
     """The native forward of ``module``, or None if it is no norm of this kind."""
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    parameters = dict(module.named_parameters())
-    weight = parameters.get("weight")
-    if "norm" not in type(module).__name__.lower() or not isinstance(eps, float) or weight is None:
-        return None
-    if len(parameters) > 1 or weight.dim() != 1 or weight.dtype not in TYPES or any(module.buffers()):
-        return None
-    generator = torch.Generator().manual_seed(0)
-    given = (torch.randn((3, len(weight)), generator=generator) * 2 + 0.5).to(weight.dtype)
-    try:
-        expected = module(given)
-    except Exception:
-        # It wants more than the hidden states.
+    trial = try_norm(module)
+    if trial is None or trial.weight.dtype not in TYPES:
         return None
     # Gemma's norms, and some after them, store what is added to 1.
-    for values in (weight.float(), weight.float() + 1):
-        found = NativeNorm(module, values.tolist(), eps, weight.dtype)
-        tolerance = 1e-5 if weight.dtype == torch.float32 else 3 * torch.finfo(weight.dtype).eps
-        if not isinstance(expected, torch.Tensor) or expected.dtype != given.dtype:
-            return None
-        if torch.allclose(found(given).float(), expected.float(), rtol=tolerance, atol=1e-6):
+    for values in (trial.weight.float(), trial.weight.float() + 1):
+        found = NativeNorm(module, values.tolist(), trial.eps, trial.weight.dtype)
+        if trial.agrees(found(trial.given), places=3):
             return found
     return None
 

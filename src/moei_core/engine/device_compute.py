@@ -110,15 +110,27 @@ class DeviceExpert:
     """An expert in a device slot, or on its way there: ``ready`` is the end of its copy, None once that was seen.
 
     memory: the bytes of the slot that it takes. kind: as of ``HeldExpert``. starts: where its parts begin, in the order
-    in which they are multiplied, in bytes from the beginning of the slots' memory.
+    in which they are multiplied, in bytes from the beginning of the slots' memory. aligned: as of the kernels.
     """
 
-    __slots__ = ("_kernels", "_weights", "key", "kind", "layout", "memory", "ready", "slot", "starts")
+    __slots__ = (
+        "_kernels",
+        "_weights",
+        "aligned",
+        "key",
+        "kind",
+        "layout",
+        "memory",
+        "ready",
+        "slot",
+        "starts",
+    )
 
     def __init__(self, held: HeldExpert, slots: DeviceSlots, slot: int, kernels: Any) -> None:
         self.key, self.layout, self.kind = held.key, held.layout, held.kind
         self.ready: Event | None = None
         self._kernels = kernels
+        self.aligned = kernels is not None and are_aligned(self.layout, kernels)
         self.move(slots, slot)
 
     def move(self, slots: DeviceSlots, slot: int) -> None:

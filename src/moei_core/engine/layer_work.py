@@ -89,11 +89,7 @@ class LayerWork:
 
     def total(self) -> torch.Tensor:
         """[tokens, hidden]: the weighted outputs of each token's experts, summed in ascending expert order."""
-        columns = self._outputs.view(self.tokens, self.top_k, -1)
-        total = columns[:, 0].clone()
-        for column in range(1, self.top_k):
-            total += columns[:, column]
-        return total.to(self.hidden_states.dtype)
+        return sum_rows(self._outputs, self.top_k).to(self.hidden_states.dtype)
 
 
 class TokenWork:
@@ -163,6 +159,15 @@ class TokenWork:
             if self._outputs is not None:
                 self._general.take_over(self._done, self._outputs)
         return self._general
+
+
+def sum_rows(rows: torch.Tensor, per_token: int) -> torch.Tensor:
+    """[tokens * per_token, width] -> [tokens, width]: each token's rows, added one after the other."""
+    columns = rows.view(-1, per_token, rows.shape[-1])
+    total = columns[:, 0].clone()
+    for column in range(1, per_token):
+        total += columns[:, column]
+    return total
 
 
 def _rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, NDArray[np.int64]]:

@@ -159,8 +159,9 @@ class LoadedModel:
                 linked = LinkedSlotPool(self.budget.slots, slot_nbytes, device)
                 staying = self.device_budget.resident
                 slots = DeviceSlots(device, staying, self.device_budget.slots - staying, slot_nbytes)
-                _, layer, module = next(experts_modules(self.adapter.model))
-                layout = next(store.layout(key) for key in store.experts() if key.layer == layer)
+                modules = {layer: module for _, layer, module in experts_modules(self.adapter.model)}
+                first = next(iter(store.experts()))
+                module, layout = modules[first.layer], store.layout(first)
                 costs = costs or measure_costs(device, slots, linked, module, layout, self.spec)
                 front = make_policy(self.device_budget.resident, self.spec.num_experts)
                 tier = device_tier(self.device_budget, front, self.spec, options.misses, costs)
@@ -177,14 +178,7 @@ class LoadedModel:
                 at_once = max(1, int(AHEAD_S / costs.copy_seconds(slot_nbytes)))
                 tiered = TieredRuntime(store, linked, tiers, device, slots, threads, options.overlap, at_once)
                 tiered.device_governor = device_governor(device, self.device_budget, slots)
-                for _, layer, module in experts_modules(self.adapter.model):
-                    tiered.warm_up(
-                        module,
-                        layer,
-                        self.spec.hidden_size,
-                        self.spec.num_experts_per_tok,
-                        self.adapter.dtype,
-                    )
+                tiered.warm_up(modules, self.spec, self.adapter.dtype)
                 self.runtime = tiered
             least = self.budget.working + self.budget.spare
             self.runtime.governor = MemoryGovernor(self.budget.slots, least, slot_nbytes)

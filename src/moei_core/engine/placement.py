@@ -35,8 +35,9 @@ MISSES = ("auto", "copy")
 
 _COPIES = 8
 _CALLS, _PAUSE_S = 9, 1e-3
-_BUFFER, _MOST_SLOTS = 256 << 20, 32
-"""Bytes of RAM to go through, more than most caches hold, and slots at most: the system locks each by itself."""
+_THROUGH, _MOST_SLOTS = 256 << 20, 32
+"""Bytes of slots to go through, more than most caches hold, and slots at most: the system locks each by itself."""
+_BUFFER = 64 << 20
 _LOOKS_S = 0.1
 """Asking a driver for free memory takes longer than asking the kernel."""
 
@@ -172,7 +173,7 @@ def _ram_bandwidth(pool: LinkedSlotPool, module: Any, layout: ExpertLayout, spec
     Between two layers the threads have gone to sleep: waking them is most of what small experts take.
     """
     kernel, together = native_experts(module, layout), max(1, spec.num_experts_per_tok // 2)
-    count = min(pool.free, max(together, min(_MOST_SLOTS, _BUFFER // layout.slot_nbytes)))
+    count = min(pool.free, max(together, min(_MOST_SLOTS, _THROUGH // layout.slot_nbytes)))
     if kernel is None or not kernel.takes(1) or count < together:
         return read_bandwidth(make_buffer(_BUFFER), physical_cores(), Allowance(0.1)).value
     slots = [pool.take() for _ in range(count)]

@@ -9,7 +9,7 @@ predicted for later layers is copied behind all that, and computed on the device
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from moei_core.hardware.pressure import MemoryGovernor
 from moei_core.store.base import ExpertLayout, ExpertStore
 from moei_core.tiers import TieredScheduler
 from moei_core.trace.format import TraceEvent
-from moei_core.types import DevicePlan, ExpertKey, FetchPlan, Phase
+from moei_core.types import DevicePlan, ExpertKey, FetchPlan, ModelSpec, Phase
 
 _MANY = 32
 """Tokens that no kernel for few takes."""
@@ -67,7 +67,6 @@ class TieredRuntime(ExpertRuntime):
         self._sent: set[ExpertKey] = set()
         self._few: dict[tuple[int, int, bool], FewTokenExperts | None] = {}
         self._inputs: torch.Tensor | None = None
-        self._warm: set[tuple[object, ...]] = set()
         self._last_copy: Event | None = None
         self._waits = DeviceWaits(self.statistics)
         self._queued: Event | None = None
@@ -79,41 +78,42 @@ class TieredRuntime(ExpertRuntime):
         self.device.make_current()
         super().forward_pass(phase, tokens)
 
-    def warm_up(self, module: Any, layer: int, hidden_size: int, top_k: int, dtype: torch.dtype) -> None:
-        """Compute an expert of ``layer`` of each kind that has not been, with one token and with many.
+    def warm_up(self, modules: Mapping[int, Any], spec: ModelSpec, dtype: torch.dtype) -> None:
+        """Compute an expert of each kind, with one token and with many. modules: by layer.
 
         Compiling kernels and starting libraries takes seconds: here, not in the middle of the first answer.
         """
         kernels = self.device.kernels
-        for key in (key for key in self._store.experts() if key.layer == layer):
-            layout = self._store.layout(key)
+        warm: set[tuple[object, ...]] = set()
+        for key in self._store.experts():
+            module, layout = modules[key.layer], self._store.layout(key)
             alike = type(module), stored_alike(layout), kernels is None or are_aligned(layout, kernels)
-            if alike not in self._warm:
-                self._warm.add(alike)
-                self._try(module, key, layout, hidden_size, top_k, dtype)
+            if alike not in warm:
+                warm.add(alike)
+                self._try(module, key, layout, -len(warm), spec, dtype)
 
     def _try(
         self,
         module: Any,
         key: ExpertKey,
         layout: ExpertLayout,
-        hidden_size: int,
-        top_k: int,
+        kind: int,
+        spec: ModelSpec,
         dtype: torch.dtype,
     ) -> None:
         pool, slots = self._linked_pool, self._device_slots
         host, there = pool.take(), slots.take(stays=False)
-        held = HeldExpert(key, layout, pool.view(host), pool.address(host), -1 - len(self._warm))
+        held = HeldExpert(key, layout, pool.view(host), pool.address(host), kind)
         expert = DeviceExpert(held, slots, there, self.device.kernels)
         ready = expert.ready = self.device.copy_in(held.view[: layout.slot_nbytes], expert.memory, None)
         with torch.inference_mode():
             for tokens in (1, _MANY):
-                inputs = torch.zeros((tokens, hidden_size), dtype=dtype)
+                inputs = torch.zeros((tokens, spec.hidden_size), dtype=dtype)
                 self._inputs = self.device.bring(inputs)
                 # As wide as a router's choice, of which only this expert exists: sums are compiled for a width.
-                index = torch.full((tokens, top_k), int(module.num_experts))
+                index = torch.full((tokens, spec.num_experts_per_tok), int(module.num_experts))
                 index[:, 0] = key.expert
-                work = self._work(module, inputs, index, torch.ones((tokens, top_k)))
+                work = self._work(module, inputs, index, torch.ones(index.shape))
                 assert isinstance(work, TieredWork)
                 self._compute_there(work, [expert])
                 self.device.read_back(work.total())
@@ -172,13 +172,10 @@ class TieredRuntime(ExpertRuntime):
         )
 
     def _few_tokens(self, module: Any, expert: DeviceExpert) -> FewTokenExperts | None:
-        kernels = self.device.kernels
-        if kernels is None:
-            return None
         # Where they lie is no part of a kind, and how they are read depends on it.
-        name = expert.key.layer, expert.kind, are_aligned(expert.layout, kernels)
+        name = expert.key.layer, expert.kind, expert.aligned
         if name not in self._few:
-            self._few[name] = few_token_experts(module, expert.layout, kernels)
+            self._few[name] = few_token_experts(module, expert.layout, self.device.kernels)
         return self._few[name]
 
     def _carry_out(self, plan: FetchPlan, work: LayerWork | TokenWork) -> None:

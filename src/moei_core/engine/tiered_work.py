@@ -13,7 +13,7 @@ from moei_core.engine.device_compute import DeviceExpert, FewTokenExperts
 from moei_core.engine.device_waits import DeviceWaits
 from moei_core.engine.devices import Device, Event
 from moei_core.engine.expert_compute import HeldExpert, expert_forward
-from moei_core.engine.layer_work import LayerWork
+from moei_core.engine.layer_work import LayerWork, sum_rows
 from moei_core.engine.native_compute import NativeExperts
 
 
@@ -120,11 +120,7 @@ class TieredWork(LayerWork):
         if kernels is not None:
             total: torch.Tensor = kernels.sum_rows(self._sums, self.top_k, torch.empty_like(self._inputs))
             return total
-        columns = self._sums.view(self.tokens, self.top_k, -1)
-        total = columns[:, 0].clone()
-        for column in range(1, self.top_k):
-            total += columns[:, column]
-        return total.to(self._inputs.dtype)
+        return sum_rows(self._sums, self.top_k).to(self._inputs.dtype)
 
 
 def _bring_together(

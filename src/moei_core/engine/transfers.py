@@ -3,8 +3,7 @@
 Demand loads come first, in the order they were asked for. Then what a long prompt streams: it is all but certain to be
 demanded, so it keeps the link as busy as demand does. Prefetches use the link only while nothing else is read, and have
 one chunk in flight at most, so a demand load never waits for more than that chunk (early preemption: ProMoE, arXiv
-2410.22134, section 4). Reader threads do the work; what the brain must know is handed over as events, in order, when
-the engine asks for them.
+2410.22134, section 4). Reader threads do the work; what the brain must know is handed over as events, in order.
 """
 
 from __future__ import annotations
@@ -124,7 +123,8 @@ class TransferQueue:
         with self._lock:
             self._wishes = deque(keys)
             # A thread woken for nothing would still take the interpreter's lock from whoever computes.
-            self._work.notify(bool(self._wishes))
+            if self._wishes:
+                self._work.notify()
 
     def stream(self, keys: Iterable[ExpertKey]) -> None:
         """Read these in this order into lent slots, as fast as the link is, while no demand waits for a reader."""

@@ -24,9 +24,9 @@ FORMATS = {"BF16": 0, "Q8_0": 1, "Q4_0": 2, "MXFP4": 3}
 FEW_TOKENS = 16
 """Tokens of an expert up to which reading its weights once for each is no slower than decoding them first."""
 
-PAIR_TOKEN, PAIR_ROW, PAIR_WEIGHT, PAIR_STARTS = 0, 1, 2, 3
-"""Lines of ``pairs``, int64 [3 + matrices, pairs], which says all of some pairs of an expert and a token: the token;
-the row that its result goes to; the bits of its float32 weight; then, for each matrix, where the expert's begins."""
+PAIR_STARTS = 3
+"""``pairs``, int64 [3 + matrices, pairs], says all of some pairs of an expert and a token: the token; the row that its
+result goes to; the bits of its float32 weight; then, from this line on, where each of the expert's matrices begins."""
 
 ALIGNED = 16
 """Bytes at whose multiples a matrix must begin for the loads of several numbers at once."""
