@@ -44,7 +44,7 @@ class ExpertScheduler:
 
     Prefetching (ProMoE, arXiv 2410.22134): after each access ``FetchPlan.prefetch`` lists absent experts of
     the next layers, most certain first and nearer layers first, at most as much as the budget. Whoever
-    moves bytes takes from that list only while no demand load waits, one chunk at a time, and reports
+    moves bytes takes from that list only while no demand load waits, a chunk at a time, and reports
     ``start_load`` and ``finish_load``. A prefetch in flight when its gate speaks is finished first if it was
     right and is in ``FetchPlan.cancel`` if it was wrong.
 

@@ -178,6 +178,32 @@ def test_slots_that_are_not_needed_are_no_memory() -> None:
     assert pool.free == 0
 
 
+@pytest.mark.skipif(not Path("/proc/vmstat").exists(), reason="no huge pages here")
+def test_scattered_slots_that_share_huge_pages_are_given_back_too() -> None:
+    """A slot is no multiple of a huge page, so each that goes shares some with one that stays."""
+    pool, got = SlotPool(40, 3 * MIB), _kernel_count("thp_fault_alloc")
+    for slot in [pool.take() for _ in range(40)]:
+        pool.view(slot)[:] = b"x" * pool.slot_nbytes
+    got = _kernel_count("thp_fault_alloc") - got
+    split = _kernel_count("thp_split_page")
+    for slot in range(0, 40, 2):
+        pool.give_back(slot)
+    full = psutil.Process().memory_info().rss
+    pool.resize(20)
+    assert full - psutil.Process().memory_info().rss > 55 * MIB
+    assert all(bytes(pool.view(slot)) == b"x" * pool.slot_nbytes for slot in range(1, 40, 2))
+    if got < 50:
+        pytest.skip("the system had no huge pages for all of the pool")
+    # A page that is not split stays with the process, however little of it is mapped.
+    assert _kernel_count("thp_split_page") - split >= 15
+
+
+def _kernel_count(name: str) -> int:
+    """What the kernel has counted so far, for all processes."""
+    counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(counts.get(name, 0))
+
+
 Plan = dict[int, int]
 
 

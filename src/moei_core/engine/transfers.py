@@ -1,9 +1,10 @@
 """``TransferQueue``: experts on their way from the store to slots, while the model computes.
 
 Demand loads come first, in the order they were asked for. Then what a long prompt streams: it is all but certain to be
-demanded, so it keeps the link as busy as demand does. Prefetches use the link only while nothing else is read, and have
-one chunk in flight at most, so a demand load never waits for more than that chunk (early preemption: ProMoE, arXiv
-2410.22134, section 4). Reader threads do the work; what the brain must know is handed over as events, in order.
+demanded, so it keeps the link as busy as demand does. Prefetches use what demand leaves of the link: a chunk of theirs
+is begun only while no demand waits for a reader and fewer than ``_PREFETCH_DEPTH`` chunks are being read, so a demand
+load never waits for more than these (early preemption: ProMoE, arXiv 2410.22134, section 4). Readers do the work; what
+the brain must know is handed over as events, in order.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from dataclasses import dataclass
 from enum import Enum
 
 from moei_core.config import CHUNK_NBYTES, READERS
+from moei_core.engine.second_tries import complete, read_chunk
 from moei_core.errors import ExpertReadError
-from moei_core.store.base import ExpertStore, Extent, chunks, read_expert
+from moei_core.store.base import ExpertStore, Extent, chunks
 from moei_core.types import ExpertKey
 
 PATIENCE_S = 60.0
 """Seconds without any progress after which a read counts as hanging."""
 
 _CLOSING_S = 5.0
+_PREFETCH_DEPTH = 2
+"""Chunks under way, of demand too, below which a prefetch may begin one: a disk is not busy with a single one."""
 
 
 class Step(Enum):
@@ -89,6 +93,7 @@ class TransferQueue:
         self._events: deque[tuple[Step, Load]] = deque()
         self._returned: list[int] = []
         self._progress = 0.0
+        self._reading = 0
         self._closing = False
         self._threads = [
             threading.Thread(target=self._serve, name=f"moei-reader-{i}", daemon=True) for i in range(readers)
@@ -119,12 +124,12 @@ class TransferQueue:
         return bool(self._ready)
 
     def prefetch(self, keys: Iterable[ExpertKey]) -> None:
-        """Replace what is wished for: taken in this order while the link is idle and there is a spare slot."""
+        """Replace what is wished for: taken in this order while the link can take them and there is a spare slot."""
         with self._lock:
             self._wishes = deque(keys)
             # A thread woken for nothing would still take the interpreter's lock from whoever computes.
             if self._wishes:
-                self._work.notify()
+                self._work.notify(_PREFETCH_DEPTH)
 
     def stream(self, keys: Iterable[ExpertKey]) -> None:
         """Read these in this order into lent slots, as fast as the link is, while no demand waits for a reader."""
@@ -149,7 +154,7 @@ class TransferQueue:
         """Give the queue a slot to prefetch into."""
         with self._lock:
             self._spares.append(slot)
-            self._work.notify()
+            self._work.notify(_PREFETCH_DEPTH)
 
     def end_prefetching(self) -> None:
         """Take back the slots to prefetch into, after every prefetch has been cancelled.
@@ -327,7 +332,7 @@ class TransferQueue:
 
     def _begin_chunk(self) -> tuple[Load, Extent] | None:
         """What is to be read now, which the caller must do; None: nothing."""
-        load = self._demand[0] if self._demand else self._stream_task() or self._idle_link_task()
+        load = self._demand[0] if self._demand else self._stream_task() or self._spare_link_task()
         if not self._preempt and self._current is not None and self._current.waiting:
             load = self._current
         if load is None:
@@ -338,15 +343,20 @@ class TransferQueue:
         if not load.waiting and load is self._streamed:
             self._streamed = None
         load.readers += 1
+        self._reading += 1
         return load, chunk
 
     def _read(self, load: Load, chunk: Extent) -> None:
-        failure = self._attempt(load, chunk)
+        failure = read_chunk(self._store, load.key, chunk, load.view)
         with self._lock:
             load.missing -= 1
+            self._reading -= 1
             whole = failure is None and load.missing == 0 and not load.abandoned and load.failure is None
+            if whole:
+                # Somebody else has the link while this thread compares.
+                self._work.notify()
         if whole:
-            failure = self._check(load)
+            failure = complete(self._store, load.key, load.view)
         with self._lock:
             load.readers -= 1
             self._progress = time.monotonic()
@@ -367,34 +377,14 @@ class TransferQueue:
             self._streamed = self._prefetches[load.key] = load
         return self._streamed
 
-    def _idle_link_task(self) -> Load | None:
-        """A prefetch that may use the link now: only while nothing at all is being read."""
-        if any(load.readers for load in self._active):
+    def _spare_link_task(self) -> Load | None:
+        """A prefetch with a chunk left to read, if the link can take one."""
+        if self._reading >= _PREFETCH_DEPTH:
             return None
-        if self._current is None and self._wishes and self._spares:
+        if self._current is None or not self._current.waiting:
+            if not self._wishes or not self._spares:
+                return None
             load = self._new(self._wishes.popleft(), self._spares.pop(), demand=False)
             self._current = self._prefetches[load.key] = load
             self._events.append((Step.STARTED, load))
         return self._current
-
-    def _attempt(self, load: Load, chunk: Extent) -> Exception | None:
-        """Read, with one retry: a disk may fail once and answer the second time."""
-        for last in (False, True):
-            try:
-                self._store.read_extent(load.key, chunk, load.view)
-                break
-            except Exception as failure:
-                if last:
-                    return failure
-        return None
-
-    def _check(self, load: Load) -> Exception | None:
-        """Compare with the checksum; a second reading may heal what the first one spoilt on the way."""
-        try:
-            self._store.complete(load.key, load.view)
-        except ExpertReadError:
-            try:
-                read_expert(self._store, load.key, load.view)
-            except Exception as failure:
-                return failure
-        return None

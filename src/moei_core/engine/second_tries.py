@@ -1,0 +1,32 @@
+"""Reading with one retry: a disk may fail once and answer the second time. What failed is returned, not raised."""
+
+from __future__ import annotations
+
+from moei_core.errors import ExpertReadError
+from moei_core.store.base import ExpertStore, Extent, read_expert
+from moei_core.types import ExpertKey
+
+
+def read_chunk(store: ExpertStore, key: ExpertKey, chunk: Extent, slot: memoryview) -> Exception | None:
+    """Read a part of an expert. Returns what the second try raised."""
+    for last in (False, True):
+        try:
+            store.read_extent(key, chunk, slot)
+            break
+        except Exception as failure:
+            if last:
+                return failure
+    return None
+
+
+def complete(store: ExpertStore, key: ExpertKey, slot: memoryview) -> Exception | None:
+    """Compare with the checksum; a second reading may heal what the first one spoilt on the way. Returns what that
+    raised."""
+    try:
+        store.complete(key, slot)
+    except ExpertReadError:
+        try:
+            read_expert(store, key, slot)
+        except Exception as failure:
+            return failure
+    return None
