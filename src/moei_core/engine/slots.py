@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap as mmap_module
-import sys
 from collections.abc import Iterable, Iterator
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import numpy as np
 
-_MADV_DONTNEED: int | None = getattr(mmap_module, "MADV_DONTNEED", None)
-_MADV_HUGEPAGE: int | None = getattr(mmap_module, "MADV_HUGEPAGE", None)
-_MADV_NOHUGEPAGE: int | None = getattr(mmap_module, "MADV_NOHUGEPAGE", None)
-_MADV_COLD: int | None = 20 if sys.platform == "linux" else None
-"""Of Linux 5.4; Python has no name for it."""
+from moei_core.store.slot_memory import COLD, DONTNEED, HUGEPAGE, NOHUGEPAGE, advise, slot_memory
 
 
 class SlotPool:
@@ -27,9 +19,7 @@ class SlotPool:
     def __init__(self, count: int, slot_nbytes: int) -> None:
         self.count = count
         self.slot_nbytes = slot_nbytes
-        # Private, so that pages can be given back: what is shared stays until the mapping goes.
-        self._memory = mmap(-1, count * slot_nbytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
-        self._advise(_MADV_HUGEPAGE)
+        self._memory = slot_memory(count * slot_nbytes)
         self._view = memoryview(self._memory)
         self._address = np.frombuffer(self._view, np.uint8).ctypes.data
         self._free = list(range(count - 1, -1, -1))
@@ -65,18 +55,12 @@ class SlotPool:
         usable = max(0, slots - (self.count - len(idle)))
         self._free, self._retired = idle[:usable], idle[usable:]
         # While something is retired nobody else may fill up the huge pages that it has left.
-        self._advise(_MADV_NOHUGEPAGE if self._retired else _MADV_HUGEPAGE)
+        advise(self._memory, NOHUGEPAGE if self._retired else HUGEPAGE)
         for first, count in _runs(idle):
             where = first * self.slot_nbytes, count * self.slot_nbytes
             # Splits the huge pages at both ends: they would be given back as a whole or not at all.
-            self._advise(_MADV_COLD, *where)
-            self._advise(_MADV_DONTNEED, *where)
-
-    def _advise(self, advice: int | None, *where: int) -> None:
-        """Tell the kernel something of ``where``: offset and bytes, or all. What it does not know is no error."""
-        if advice is not None:
-            with contextlib.suppress(OSError):
-                self._memory.madvise(advice, *where)
+            advise(self._memory, COLD, *where)
+            advise(self._memory, DONTNEED, *where)
 
 
 def _runs(slots: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from mmap import mmap
 from pathlib import Path
 
 from moei_core.config import CHUNK_NBYTES, READERS
@@ -18,6 +18,7 @@ from moei_core.hardware.probe.allowance import Allowance
 from moei_core.hardware.profile import Figure, ReadSpeed
 from moei_core.store.base import PAGE, align_down
 from moei_core.store.checksums import checksum
+from moei_core.store.slot_memory import slot_memory
 
 TARGET_NBYTES = 128 << 20
 FRESH_NBYTES = 16 << 20
@@ -67,7 +68,7 @@ def try_direct(descriptor: int) -> bool:
 @contextmanager
 def read_target(nbytes: int) -> Iterator[memoryview]:
     """Page-aligned memory that is there already: the first touch of a page costs more than reading into it."""
-    with mmap(-1, nbytes) as memory, memoryview(memory) as view:
+    with slot_memory(nbytes) as memory, memoryview(memory) as view:
         view[::PAGE] = bytes(len(range(0, nbytes, PAGE)))
         yield view
 
@@ -133,10 +134,7 @@ class ExpertReads:
         together = self._together(nbytes)
         places = self._random.sample(range(self._source.nbytes // nbytes), together)
         with (
-            # Private, as slots are: the kernel finds and clears other pages for shared memory.
-            mmap(-1, together * nbytes, MAP_PRIVATE | MAP_ANONYMOUS)
-            if fresh
-            else nullcontext(self._target) as room,
+            slot_memory(together * nbytes) if fresh else nullcontext(self._target) as room,
             memoryview(room) as into,
         ):
             started = clock()
