@@ -264,18 +264,19 @@ def test_a_prefetch_that_fails_is_an_event(bench: Bench) -> None:
     assert [step for step, _ in _until_finished(bench)] == [Step.STARTED, Step.FINISHED]
 
 
-def _fail_in_a_turn_that_fails(bench: Bench, times: int) -> None:
-    """A prefetch of ``KEYS[3]``, whose reads fail so often."""
-    bench.store.failures[KEYS[3]] = times
+def _fail_in_a_turn_that_fails(bench: Bench) -> None:
+    """A prefetch of ``KEYS[3]``, whose reads fail from now on."""
+    bench.store.failures[KEYS[3]] = 100
     bench.queue.add_spare(0)
     bench.queue.prefetch([KEYS[3]])
     bench.wait_until(lambda: len(bench.queue._events) == 2)
+    assert bench.queue._events[1][0] is Step.FAILED
     bench.queue.abandon_demand()
 
 
 def test_a_turn_that_failed_has_paid_for_its_prefetches(bench: Bench) -> None:
     """For one that failed before it ended and for one that fails behind it; not for one of the next turn."""
-    _fail_in_a_turn_that_fails(bench, 100)
+    _fail_in_a_turn_that_fails(bench)
     assert [load.excused for _, load in _until_finished(bench)] == [True, True]
     bench.store.gate.clear()
     bench.queue.prefetch([KEYS[3]])
@@ -288,7 +289,8 @@ def test_a_turn_that_failed_has_paid_for_its_prefetches(bench: Bench) -> None:
 
 
 def test_what_failed_in_a_turn_that_failed_is_read_anew(bench: Bench) -> None:
-    _fail_in_a_turn_that_fails(bench, 2)
+    _fail_in_a_turn_that_fails(bench)
+    bench.store.failures.clear()
     assert bench.queue.promote(KEYS[3]) is None and bench.queue._spares == [0]
     bench.queue.demand(KEYS[3], 1)
     assert bench.queue.next_ready().failure is None
