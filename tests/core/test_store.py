@@ -6,8 +6,10 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from mmap import mmap
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ from moei_core.adapters.checkpoint import read_tensors
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.engine.expert_compute import weights_in_slot
 from moei_core.errors import DamagedFileError, ExpertReadError, ModelNotFoundError
-from moei_core.store.base import PAGE, StoredTensor, lay_out, read_expert
+from moei_core.store.base import PAGE, Extent, StoredTensor, lay_out, read_expert
+from moei_core.store.checksums import RunningChecksum, checksum
 from moei_core.store.file_reader import FileReader
 from moei_core.store.memory_store import MemoryStore
 from moei_core.store.safetensors_header import read_header
@@ -245,3 +248,33 @@ def test_the_memory_store_holds_the_same_bytes(chat_folder: Callable[..., Path])
         for extent in store.layout(key).extents:
             place = slice(extent.slot_offset, extent.slot_offset + extent.nbytes)
             assert ours[place] == theirs[place]
+
+
+def test_a_running_checksum_is_that_of_the_whole_in_whatever_order_chunks_arrive() -> None:
+    content = bytes(range(256)) * (5 * PAGE // 256)
+    file = Path("any")
+    chunks = [Extent(file, at * PAGE, PAGE, at * PAGE) for at in range(5)]
+    random = Random(0)
+    for _ in range(20):
+        running, slot, order = RunningChecksum(chunks), bytearray(5 * PAGE), list(chunks)
+        random.shuffle(order)
+
+        def bring(chunk: Extent, running: RunningChecksum = running, slot: bytearray = slot) -> None:
+            slot[chunk.offset : chunk.offset + PAGE] = content[chunk.offset : chunk.offset + PAGE]
+            running.arrived(chunk, memoryview(slot))
+
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(bring, order))
+        assert running.hexdigest() == checksum([content])
+
+
+def test_a_running_checksum_takes_chunks_in_before_the_last_is_there() -> None:
+    chunks = [Extent(Path("any"), at * PAGE, PAGE, at * PAGE) for at in range(3)]
+    slot = memoryview(bytearray(3 * PAGE))
+    running = RunningChecksum(chunks)
+    for chunk in (chunks[1], chunks[0]):
+        running.arrived(chunk, slot)
+    # What was taken in may change: nobody looks at it again.
+    slot[: 2 * PAGE] = b"\1" * 2 * PAGE
+    running.arrived(chunks[2], slot)
+    assert running.hexdigest() == checksum([bytes(3 * PAGE)])

@@ -14,6 +14,7 @@ import pytest
 from moei_core.engine.transfers import Load, Step, TransferQueue
 from moei_core.errors import ExpertReadError
 from moei_core.store.base import PAGE, ExpertLayout, Extent, StoredTensor, chunks, lay_out
+from moei_core.store.checksums import RunningChecksum, checksum
 from moei_core.types import ExpertKey
 
 NBYTES = 10 * PAGE
@@ -55,7 +56,11 @@ class ScriptedStore:
             bytes([key.expert + 1]) * extent.nbytes
         )
 
-    def complete(self, key: ExpertKey, slot: memoryview) -> None:
+    def complete(self, key: ExpertKey, slot: memoryview, running: RunningChecksum | None = None) -> None:
+        extents = self.layouts[key].extents
+        if running is not None:
+            pieces = (slot[e.slot_offset : e.slot_offset + e.nbytes] for e in extents)
+            assert running.hexdigest() == checksum(pieces)
         if self.bad_sums.get(key, 0) > 0:
             self.bad_sums[key] -= 1
             raise ExpertReadError(f"The bytes of {key} are not those read before.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moei_core.errors import ExpertReadError
 from moei_core.store.base import ExpertStore, Extent, read_expert
+from moei_core.store.checksums import RunningChecksum
 from moei_core.types import ExpertKey
 
 
@@ -19,11 +20,13 @@ def read_chunk(store: ExpertStore, key: ExpertKey, chunk: Extent, slot: memoryvi
     return None
 
 
-def complete(store: ExpertStore, key: ExpertKey, slot: memoryview) -> Exception | None:
+def complete(
+    store: ExpertStore, key: ExpertKey, slot: memoryview, running: RunningChecksum
+) -> Exception | None:
     """Compare with the checksum; a second reading may heal what the first one spoilt on the way. Returns what that
     raised."""
     try:
-        store.complete(key, slot)
+        store.complete(key, slot, running)
     except ExpertReadError:
         try:
             read_expert(store, key, slot)

@@ -20,6 +20,7 @@ from moei_core.config import CHUNK_NBYTES, READERS
 from moei_core.engine.second_tries import complete, read_chunk
 from moei_core.errors import ExpertReadError
 from moei_core.store.base import ExpertStore, Extent, chunks
+from moei_core.store.checksums import RunningChecksum
 from moei_core.types import ExpertKey
 
 PATIENCE_S = 60.0
@@ -53,6 +54,7 @@ class Load:
     demand: bool
     waiting: deque[Extent]
     missing: int
+    running: RunningChecksum
     borrowed: bool = False
     readers: int = 0
     abandoned: bool = False
@@ -270,7 +272,8 @@ class TransferQueue:
     def _new(self, key: ExpertKey, slot: int, demand: bool) -> Load:
         layout = self._store.layout(key)
         pieces = deque(chunks(layout, self._chunk_nbytes))
-        load = Load(key, slot, self._view(slot), layout.nbytes, demand, pieces, len(pieces))
+        running = RunningChecksum(pieces)
+        load = Load(key, slot, self._view(slot), layout.nbytes, demand, pieces, len(pieces), running)
         self._active.add(load)
         return load
 
@@ -349,25 +352,32 @@ class TransferQueue:
     def _read(self, load: Load, chunk: Extent) -> None:
         failure = read_chunk(self._store, load.key, chunk, load.view)
         with self._lock:
-            load.missing -= 1
             self._reading -= 1
-            whole = failure is None and load.missing == 0 and not load.abandoned and load.failure is None
-            if whole:
-                # Somebody else has the link while this thread compares.
-                self._work.notify()
-        if whole:
-            failure = complete(self._store, load.key, load.view)
+            # Somebody else has the link while this thread computes.
+            self._work.notify()
+        if failure is None and not load.abandoned:
+            load.running.arrived(chunk, load.view)
         with self._lock:
-            load.readers -= 1
-            self._progress = time.monotonic()
-            if failure is not None and load.failure is None:
-                load.failure = failure
-                load.waiting.clear()
-                self._leave_link(load)
-                if load in self._demand:
-                    self._demand.remove(load)
-            if load.readers == 0 and not load.waiting:
-                self._settle(load)
+            load.missing -= 1
+            if failure or load.failure or load.missing or load.readers > 1 or load.abandoned:
+                self._leave(load, failure)
+                return
+        failure = complete(self._store, load.key, load.view, load.running)
+        with self._lock:
+            self._leave(load, failure)
+
+    def _leave(self, load: Load, failure: Exception | None) -> None:
+        """A reader is done with ``load``."""
+        load.readers -= 1
+        self._progress = time.monotonic()
+        if failure is not None and load.failure is None:
+            load.failure = failure
+            load.waiting.clear()
+            self._leave_link(load)
+            if load in self._demand:
+                self._demand.remove(load)
+        if load.readers == 0 and not load.waiting:
+            self._settle(load)
 
     def _stream_task(self) -> Load | None:
         """A streamed expert with a chunk left to read."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from moei_core.errors import ExpertReadError
 from moei_core.quant import mxfp4
 from moei_core.quant.layouts import PLAIN
 from moei_core.types import ExpertKey
+
+if TYPE_CHECKING:
+    from moei_core.store.checksums import RunningChecksum
 
 PAGE = 4096
 """Alignment of slots, and of file offsets and lengths in direct reads, in bytes."""
@@ -169,10 +172,11 @@ class ExpertStore(Protocol):
         expert and the file.
         """
 
-    def complete(self, key: ExpertKey, slot: memoryview) -> None:
+    def complete(self, key: ExpertKey, slot: memoryview, running: RunningChecksum | None = None) -> None:
         """Compare what all extents brought into ``slot`` with what ``key`` should be, then ``join_parts``.
 
-        Raises: ExpertReadError, naming the expert and the file.
+        running: the checksum of all of it, if it has been computed. Raises: ExpertReadError, naming the expert and
+        the file.
         """
 
     def close(self) -> None:

@@ -12,12 +12,14 @@ import json
 import os
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import xxhash
 
 from moei_core.paths import cache_dir
+from moei_core.store.base import Extent
 from moei_core.types import ExpertKey
 
 _VERSION = 1
@@ -30,6 +32,46 @@ def checksum(pieces: Iterable[memoryview | bytes]) -> str:
     for piece in pieces:
         digest.update(piece)
     return digest.hexdigest()
+
+
+class RunningChecksum:
+    """The checksum of an expert while its chunks arrive, in any order and from several threads.
+
+    A chunk is taken in as soon as all before it are there, while others are read: after the last one little is left.
+    """
+
+    def __init__(self, chunks: Iterable[Extent]) -> None:
+        """chunks: in the order in which ``checksum`` would take them."""
+        self._left = deque(chunks)
+        # Places in the slot.
+        self._there: set[int] = set()
+        self._taking = False
+        self._lock = threading.Lock()
+        self._digest = xxhash.xxh3_64()
+
+    def arrived(self, chunk: Extent, slot: memoryview) -> None:
+        """``chunk`` is in ``slot``. Complete once this has returned for every one."""
+        with self._lock:
+            self._there.add(chunk.slot_offset)
+            if self._taking:
+                # Who takes in what was there before looks again.
+                return
+            self._taking = True
+        while (next_one := self._next()) is not None:
+            start = next_one.slot_offset
+            self._digest.update(slot[start : start + next_one.nbytes])
+
+    def _next(self) -> Extent | None:
+        with self._lock:
+            if self._left and self._left[0].slot_offset in self._there:
+                return self._left.popleft()
+            self._taking = False
+            return None
+
+    def hexdigest(self) -> str:
+        """As ``checksum`` gives it."""
+        assert not self._left
+        return self._digest.hexdigest()
 
 
 class ChecksumLedger:
@@ -45,9 +87,9 @@ class ChecksumLedger:
         self._known = self._load()
         self._dirty = False
 
-    def check(self, key: ExpertKey, pieces: Iterable[memoryview]) -> bool:
-        """Whether the bytes of ``key`` are those of its first read. The first read itself always is."""
-        found, name = checksum(pieces), f"{key.layer}.{key.expert}"
+    def check(self, key: ExpertKey, found: str) -> bool:
+        """Whether this is the checksum of the first read of ``key``. That of the first read itself always is."""
+        name = f"{key.layer}.{key.expert}"
         with self._lock:
             known = self._known.setdefault(name, found)
             self._dirty |= len(self._known) != self._saved

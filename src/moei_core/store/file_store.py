@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moei_core.errors import DamagedFileError, ExpertReadError
 from moei_core.store.base import ExpertLayout, Extent, join_parts
+from moei_core.store.checksums import RunningChecksum, checksum
 from moei_core.store.file_reader import FileReader
 from moei_core.types import ExpertKey
 
@@ -52,13 +53,18 @@ class FileStore(ABC):
                 "The conversation is as it was before this turn. Check the disk, then ask again.",
             ) from error
 
-    def complete(self, key: ExpertKey, slot: memoryview) -> None:
-        self._check(key, slot)
-        join_parts(key, self._layouts[key], slot)
+    def complete(self, key: ExpertKey, slot: memoryview, running: RunningChecksum | None = None) -> None:
+        layout = self._layouts[key]
+        if running is None:
+            found = checksum(slot[e.slot_offset : e.slot_offset + e.nbytes] for e in layout.extents)
+        else:
+            found = running.hexdigest()
+        self._check(key, found)
+        join_parts(key, layout, slot)
 
     @abstractmethod
-    def _check(self, key: ExpertKey, slot: memoryview) -> None:
-        """Raises: ExpertReadError if the bytes in ``slot`` are not those of ``key``."""
+    def _check(self, key: ExpertKey, found: str) -> None:
+        """found: the checksum of what was read. Raises: ExpertReadError if it is not that of ``key``."""
 
     def close(self) -> None:
         self._close_files()

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from mmap import mmap
 
 from moei_core.store.base import ExpertLayout, ExpertStore, Extent, join_parts
+from moei_core.store.checksums import RunningChecksum
 from moei_core.types import ExpertKey
 
 
@@ -39,7 +40,7 @@ class MemoryStore:
         start, stop = extent.slot_offset, extent.slot_offset + extent.nbytes
         slot[start:stop] = self._contents[key][start:stop]
 
-    def complete(self, key: ExpertKey, slot: memoryview) -> None:
+    def complete(self, key: ExpertKey, slot: memoryview, running: RunningChecksum | None = None) -> None:
         join_parts(key, self._layouts[key], slot)  # nothing to compare: memory does not rot
 
     def close(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from moei_core.errors import ExpertReadError
-from moei_core.store.checksums import checksum
 from moei_core.store.file_store import FileStore
 from moei_core.store.packed_manifest import Manifest
 from moei_core.types import ExpertKey
@@ -19,9 +18,9 @@ class PackedStore(FileStore):
         super().__init__({key: manifest.layout(folder, key) for key in manifest.experts}, direct)
         self._checksums = {key: expert.checksum for key, expert in manifest.experts.items()}
 
-    def _check(self, key: ExpertKey, slot: memoryview) -> None:
-        (extent,) = self._layouts[key].extents
-        if checksum([slot[: extent.nbytes]]) != self._checksums[key]:
+    def _check(self, key: ExpertKey, found: str) -> None:
+        if found != self._checksums[key]:
+            (extent,) = self._layouts[key].extents
             raise ExpertReadError(
                 f"The bytes of {key} in {extent.file.name} are damaged.",
                 f"{extent.file}: at byte {extent.offset:,} the checksum is not the one of packing.",

@@ -18,26 +18,19 @@ class SafetensorsStore(FileStore):
         self,
         experts: Mapping[ExpertKey, Sequence[StoredTensor]],
         direct: bool = True,
-        checksums: bool = True,
     ) -> None:
         """experts: the stored tensors of each expert. direct: past the page cache where possible.
 
         Raises: DamagedFileError if a file cannot be opened.
         """
         super().__init__({key: lay_out(experts[key]) for key in sorted(experts)}, direct)
-        self._ledger = (
-            ChecksumLedger({file.resolve(): reader.identity() for file, reader in self._readers.items()})
-            if checksums
-            else None
+        self._ledger = ChecksumLedger(
+            {file.resolve(): reader.identity() for file, reader in self._readers.items()}
         )
 
-    def _check(self, key: ExpertKey, slot: memoryview) -> None:
-        if self._ledger is None:
-            return
-        layout = self._layouts[key]
-        pieces = (slot[e.slot_offset : e.slot_offset + e.nbytes] for e in layout.extents)
-        if not self._ledger.check(key, pieces):
-            names = ", ".join(sorted({extent.file.name for extent in layout.extents}))
+    def _check(self, key: ExpertKey, found: str) -> None:
+        if not self._ledger.check(key, found):
+            names = ", ".join(sorted({extent.file.name for extent in self._layouts[key].extents}))
             raise ExpertReadError(
                 f"The bytes of {key} are not those read before.",
                 f"Its checksum differs though {names} seems unchanged: a failing disk or damaged file.",
@@ -46,8 +39,7 @@ class SafetensorsStore(FileStore):
 
     def save_checksums(self) -> None:
         """Keep what first reads have taught for the next run."""
-        if self._ledger is not None:
-            self._ledger.save()
+        self._ledger.save()
 
     def close(self) -> None:
         self.save_checksums()

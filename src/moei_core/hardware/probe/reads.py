@@ -183,11 +183,10 @@ def read_again(file: Path, nbytes: int, seconds: float) -> tuple[ReadSpeed, Read
 
 
 def _read_chunk(source: Source, offset: int, into: memoryview, base: int, start: int, nbytes: int) -> None:
-    """A chunk of the expert of ``nbytes`` that goes to ``base``, and if it is the last one, the expert's hash."""
-    stop = min(start + CHUNK_NBYTES, nbytes)
-    read_fully(source, into[base + start : base + stop], offset)
-    if stop == nbytes:
-        checksum([into[base : base + nbytes]])
+    """A chunk of the expert of ``nbytes`` that goes to ``base``, and its hash."""
+    chunk = into[base + start : base + min(start + CHUNK_NBYTES, nbytes)]
+    read_fully(source, chunk, offset)
+    checksum([chunk])
 
 
 def read_fully(source: Source, view: memoryview, offset: int) -> None:
