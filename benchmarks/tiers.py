@@ -45,6 +45,8 @@ from moei_core.types import Phase
 MODEL = "synthetic:deepseek-v2-lite@26:q4_0"
 WARM_UP = 64
 """Tokens of the prompt that fills the cache before anything is measured."""
+BEFORE = 256
+"""Tokens of its reply, in which policies learn, as they do in the first reply of a chat."""
 TURN = 4
 """Tokens of each reply before it is the next one's turn."""
 
@@ -199,7 +201,7 @@ def prompts(trace: Trace, share: float, rounds: int) -> list[dict[str, float | s
 def decode(
     trace: Trace, share: float, cases: Sequence[tuple[str, float | None]]
 ) -> list[dict[str, float | str]]:
-    """A long reply on a warm cache by each case, in turns of a few tokens, so that all meet the same disk.
+    """A long reply on a warm cache, after another one, by each case: in turns of a few tokens, that meet the same disk.
 
     cases: policy, and how many hints to prefetch by are right; None: no prefetching.
     """
@@ -212,7 +214,7 @@ def decode(
         check_direct(models[0])
         disk = [bandwidth(models[0])]
         for model in models:
-            request(model, WARM_UP, 1)
+            request(model, WARM_UP, ARGS.before)
         replies = [Reply(model, WARM_UP, ARGS.tokens) for model in models]
         turns: list[list[float]] = [[] for _ in cases]
         for number in range(ARGS.tokens // TURN):
@@ -292,7 +294,7 @@ def simulate(
     trace: Trace, policy: str, slots: int, machine: Hardware, nbytes: int, chunk: int, prefetch: bool = False
 ) -> Costs:
     """What the clock says of the same two requests: costs of the second reply."""
-    part = trace.as_requests([(WARM_UP, 1), (WARM_UP, ARGS.tokens)], chunk=chunk)
+    part = trace.as_requests([(WARM_UP, ARGS.before), (WARM_UP, ARGS.tokens)], chunk=chunk)
     made = POLICIES[policy](slots, part.experts_by_layer)
     brain = ExpertScheduler(
         ExpertCache(slots, made),
@@ -347,6 +349,9 @@ if __name__ == "__main__":
         "--experts", type=lambda text: [float(part) for part in text.split(",")], default="0.25,0.5"
     )
     parser.add_argument("--tokens", type=int, default=96, help="of the reply that is measured; 0: none")
+    parser.add_argument(
+        "--before", type=int, default=BEFORE, help="tokens of a reply before it, in which policies learn"
+    )
     parser.add_argument(
         "--prompts", type=lambda text: [int(part) for part in text.split(",")], default="32,512"
     )

@@ -167,7 +167,7 @@ class Clock(Observer):
                 may_load = self._now
         self._queue = list(plan.prefetch)
         if self._queue or self._flight is not None:
-            self._prefetch(self._scheduler, self._now + self.hardware.dense_seconds)
+            self._prefetch(self._scheduler, gate, self._now + self.hardware.dense_seconds)
         self._dense()
         self._read_ahead(stream, free, may_load)
 
@@ -193,10 +193,11 @@ class Clock(Observer):
         self.costs.demand_nbytes += nbytes
         return self.links.load(nbytes, start, from_disk=not in_ram)
 
-    def _prefetch(self, scheduler: ExpertScheduler, until: float) -> None:
-        """Use the idle link until the next gate speaks, a chunk at a time."""
-        links, now = self.links, self._now
-        while max(links.free, now) < until:
+    def _prefetch(self, scheduler: ExpertScheduler, gate: float, until: float) -> None:
+        """Use what demand left of the link between two gates, a chunk at a time; the experts of the first are computed
+        meanwhile."""
+        links = self.links
+        while max(links.free, gate) < until:
             if self._flight is None:
                 if not self._queue:
                     return
@@ -207,7 +208,7 @@ class Clock(Observer):
             key, left, from_disk = self._flight
             whole = self._nbytes[key.layer]
             chunk = min(left, self.hardware.chunk_nbytes)
-            done = links.load(chunk, max(links.free, now), from_disk=from_disk, first=left == whole)
+            done = links.load(chunk, max(links.free, gate), from_disk=from_disk, first=left == whole)
             self.costs.prefetch_nbytes += chunk
             left -= chunk
             self._flight = (key, left, from_disk)
