@@ -229,7 +229,9 @@ def test_experts_are_measured_on_the_fastest_disk_with_room(tmp_path: Path) -> N
     assert _expert_places(machine, {}) == [slow, fast, full]
 
 
-def test_experts_are_read_in_chunks_and_each_is_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_are_read_in_chunks_and_each_is_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = bytes(range(256)) * (16 * MIB // 256)
     file = tmp_path / "m.safetensors"
     file.write_bytes(content)
