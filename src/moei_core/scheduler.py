@@ -343,7 +343,7 @@ class ExpertScheduler:
         offered: dict[ExpertKey, float] = {}
         predicted: dict[ExpertKey, int] = {}
         for ahead, layer in enumerate(predictor.layers_after(access.layer, self._look_ahead), 1):
-            size = cache.size_of(layer)
+            size, absent = cache.size_of(layer), dict[ExpertKey, float]()
             for key, score in predictor.predict(layer):
                 if score < self._least_score:
                     break
@@ -354,8 +354,10 @@ class ExpertScheduler:
                     and key not in self._in_flight
                     and key not in self._nearer
                 ):
-                    offered[key] = score
+                    absent[key] = score
                     left -= size
+            # What the policy expects of an expert is further evidence, and all there is where scores are equal.
+            offered |= sorted(absent.items(), key=lambda item: -item[1] - self._worth(item[0]))
         self._offered, self._predicted = offered, predicted
         return tuple(offered)
 
@@ -368,6 +370,6 @@ class ExpertScheduler:
             if key not in self._cache and key not in self._in_flight and key not in self._nearer
         )
 
-    def _worth(self, victim: ExpertKey) -> float:
-        """What evicting ``victim`` for a prediction costs; policies without values count only recency."""
-        return 0.0 if self._value is None else float(self._value(victim))
+    def _worth(self, key: ExpertKey) -> float:
+        """The uses that the policy expects of ``key``; 0 of all where it values none."""
+        return 0.0 if self._value is None else float(self._value(key))

@@ -242,6 +242,23 @@ def test_no_prefetch_evicts_what_is_worth_more() -> None:
     assert not stays and evicted == ()
 
 
+def test_of_equal_hints_what_the_policy_expects_is_prefetched_first() -> None:
+    shape = {0: 8, 1: 8}
+    policy = POLICIES["learned"](2, shape)
+    scheduler = ExpertScheduler(ExpertCache(2, policy), 2, PREDICTORS["router"](shape), PrefetchMode.ON)
+    for number in range(60):
+        scheduler.forward_pass(Phase.DECODE)
+        scheduler.access(access(0, 0))
+        # Now and then number 6; number 3 never.
+        scheduler.access(access(1, 6 if number % 4 == 0 else 1))
+    scheduler.forward_pass(Phase.DECODE)
+    plan = scheduler.access(_hinted(0, 0, hints=((1, 3, 0.8), (1, 6, 0.8))))
+    assert plan.prefetch == (ExpertKey(1, 6), ExpertKey(1, 3))
+    scheduler.access(access(1, 1))
+    plan = scheduler.access(_hinted(0, 0, hints=((1, 3, 1.0), (1, 6, 0.4))))
+    assert plan.prefetch == (ExpertKey(1, 3), ExpertKey(1, 6)), "evidence, no rule"
+
+
 def test_no_prefetch_evicts_what_is_predicted_to_run_first() -> None:
     shape = {0: 8, 1: 8, 2: 8}
     policy = POLICIES["global-lru"](2, shape)
