@@ -35,11 +35,13 @@ class PrefillStream:
     A token chooses an expert with a probability p: the share of tokens that did so in earlier passes over many
     tokens, beside the uniform share with the weight of ``PRIOR`` tokens. A pass over n tokens then needs it with
     1 - (1 - p)^n. The link would be idle otherwise, but what it reads in vain is in the way for a moment; so
-    only experts of at least ``CERTAIN`` are named, and a few tokens have none.
+    only experts of at least ``CERTAIN`` are named, and a few tokens have none. In a pass over ``LONG`` tokens attention
+    takes so long that residents lend slots to what can be read meanwhile.
     """
 
     CERTAIN = 0.75
     PRIOR = 32.0
+    LONG = 128
 
     def __init__(self, num_experts: Mapping[int, int], num_experts_per_tok: int) -> None:
         """num_experts: routed experts by layer, in the order in which the layers run."""
@@ -49,6 +51,13 @@ class PrefillStream:
             for layer, count in num_experts.items()
         }
         self._tokens = dict.fromkeys(num_experts, self.PRIOR)
+
+    @classmethod
+    def lent(cls, tokens: int, capacity: int, whole: int, layers: int) -> int:
+        """Of ``capacity``, where all experts of ``layers`` would take ``whole``: half of what a layer lacks on average,
+        at most an eighth. In the unit of these."""
+        lacking = max(0, whole - capacity) // max(1, layers)
+        return min(lacking // 2, capacity // 8) if tokens >= cls.LONG else 0
 
     def after(self, access: LayerAccess, tokens: int) -> tuple[int, NDArray[np.intp]]:
         """Learn from ``access``, of a pass over ``tokens`` tokens. (next layer, its expected experts, ascending);

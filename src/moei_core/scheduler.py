@@ -53,7 +53,8 @@ class ExpertScheduler:
     hit. What is in flight then is cancelled.
 
     Streaming: in a pass over many tokens ``FetchPlan.stream`` lists the absent experts of the next layer that it
-    is all but certain to need. They use slots that are free then, and change nothing about what is resident.
+    is all but certain to need. They use slots that are free then, and in a long pass those that the policy's victims
+    leave for them (``PrefillStream.lent``), which later experts get again.
     """
 
     def __init__(
@@ -80,7 +81,8 @@ class ExpertScheduler:
         assert working_slots >= 1
         self._cache = cache
         self._capacity, self._prefetch_slots = cache.capacity, prefetch_slots
-        self._slots_taken, self._taken = False, 0
+        # Whether residents have given slots to prefetches, and to a long prompt's stream; how many.
+        self._shared, self._taken, self._lent = (False, False), 0, 0
         self._working_slots = working_slots
         self._predictor = predictor
         self._look_ahead, self._least_score = look_ahead, least_score
@@ -104,6 +106,8 @@ class ExpertScheduler:
         self._keys: dict[int, tuple[ExpertKey, ...]] = {}
         self._phase, self._tokens = Phase.DECODE, 1
         self._stream = None if num_experts is None else PrefillStream(num_experts, working_slots)
+        self._layers = len(num_experts or ())
+        self._whole = sum(count * cache.size_of(layer) for layer, count in (num_experts or {}).items())
         # What the latest plan streams.
         self._streamed: tuple[ExpertKey, ...] = ()
         self._value = getattr(cache.policy, "value", None)
@@ -135,8 +139,8 @@ class ExpertScheduler:
 
     @property
     def free_slots(self) -> int:
-        """Slots that no resident has: the working set, and what has not been filled yet."""
-        return self._working_slots + self._cache.room
+        """Slots that no resident has: the working set, what a stream has, and what has not been filled yet."""
+        return self._working_slots + self._lent + self._cache.room
 
     def residents(self) -> list[ExpertKey]:
         """All resident experts, ascending."""
@@ -192,8 +196,9 @@ class ExpertScheduler:
         cache = self._cache
         left: tuple[ExpertKey, ...] = ()
         cancel: tuple[ExpertKey, ...] = ()
-        if self._slots_taken is (self._followed is None):
-            left, cancel = self._share_slots()
+        sharing = self._followed is not None, self._stream is not None and self._tokens >= PrefillStream.LONG
+        if sharing != self._shared:
+            left, cancel = self._share_slots(sharing)
         hits, misses = cache.touch(access, self._layer_keys(access))
         if self._in_flight or self._waiting:
             cancel += self._gate_spoke(access, misses)
@@ -272,30 +277,34 @@ class ExpertScheduler:
             self._cache.drop(key)
 
     def resize(self, capacity: int) -> tuple[ExpertKey, ...]:
-        """The residents may now take ``capacity``, less what prefetches arrive in. Returns who must go before anything
-        else is loaded."""
+        """The residents may now take ``capacity``, less what prefetches and streams arrive in. Returns who must go
+        before anything else is loaded."""
         self._capacity = capacity
         return self._fit()
 
     def _fit(self) -> tuple[ExpertKey, ...]:
-        self._taken = min(self._prefetch_slots, self._capacity) if self._slots_taken else 0
-        gone = tuple(self._cache.resize(self._capacity - self._taken))
+        prefetching, streaming = self._shared
+        self._taken = min(self._prefetch_slots, self._capacity) if prefetching else 0
+        self._lent = (
+            PrefillStream.lent(self._tokens, self._capacity, self._whole, self._layers) if streaming else 0
+        )
+        gone = tuple(self._cache.resize(self._capacity - self._taken - self._lent))
         for key in gone:
             if self._waiting.pop(key, None) is not None:
                 self.prefetch_statistics.wasted += 1
         return gone
 
-    def _share_slots(self) -> tuple[tuple[ExpertKey, ...], tuple[ExpertKey, ...]]:
-        """Take slots for prefetches, or give them back: (residents that go, prefetches in flight that end).
+    def _share_slots(self, sharing: tuple[bool, bool]) -> tuple[tuple[ExpertKey, ...], tuple[ExpertKey, ...]]:
+        """Take slots for prefetches and streams, or give them back: (residents that go, prefetches in flight that end).
 
         Before the access is looked at: none of its experts is spared yet, so all slots can be had at once.
         """
-        self._slots_taken = not self._slots_taken
-        ended = () if self._slots_taken else tuple(self._in_flight)
+        self._shared = sharing
+        ended = () if sharing[0] else tuple(self._in_flight)
         self.prefetch_statistics.cancelled += len(ended)
         if ended:
             self._in_flight.clear()
-        return (self._fit() if self._prefetch_slots else ()), ended
+        return (self._fit() if self._prefetch_slots or self._whole else ()), ended
 
     def prefetch_mode(self, mode: PrefetchMode) -> None:
         """The person or the engine has switched prefetching off, on, or to deciding for itself."""

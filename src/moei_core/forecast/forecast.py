@@ -244,7 +244,7 @@ def _prefill(
         framework += around + cost.token + shape.moe_layers * missing * times.handling
         beside = (body + around) * (1 - 1 / shape.layers)
         together = min(alone, max(0.0, shape.moe_layers * reading - computing - beside))
-        ahead = _streamed(touched / shape.experts, missing, slots, shape, first=first)
+        ahead = _streamed(rows, touched / shape.experts, missing, slots, shape, first=first)
         disk += ahead * together + (1 - ahead) * alone
     framework += cost.sampling * shape.vocab_size + (cost.first_pass if cold else 0.0)
     return Parts(disk, experts, dense, framework)
@@ -273,15 +273,18 @@ def _prefill_on_gpu(
     return total
 
 
-def _streamed(share: float, missing: float, slots: int, shape: ModelShape, *, first: bool) -> float:
+def _streamed(
+    rows: int, share: float, missing: float, slots: int, shape: ModelShape, *, first: bool
+) -> float:
     """Which part of a prompt's reading goes on through the layers, as far as free slots allow.
 
     share: of a layer's experts that the prompt uses. The slots of an empty cache are free until residents have them;
-    later only the working set is.
+    later only the working set is, and what residents lend.
     """
     if share < PrefillStream.CERTAIN or not missing:
         return 0.0
-    working = min(1.0, shape.top_k / missing)
+    lent = PrefillStream.lent(rows, slots, shape.experts * shape.moe_layers, shape.moe_layers)
+    working = min(1.0, (shape.top_k + lent) / missing)
     return max(working, 1 - missing / slots) if first else working
 
 
