@@ -11,7 +11,8 @@ import pytest
 from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES
 from moei_core.config import PREFILL_CHUNK
-from moei_core.prefetch import PrefillStream
+from moei_core.predict import PREDICTORS
+from moei_core.prefetch import PrefetchMode, PrefillStream
 from moei_core.scheduler import ExpertScheduler
 from moei_core.sim.clock import Clock
 from moei_core.sim.replay import Observer, passes, replay
@@ -115,6 +116,15 @@ def test_residents_lend_slots_to_a_long_prompt_and_take_them_again() -> None:
     brain.forward_pass(Phase.DECODE, 1)
     brain.access(access(4, [0, 1], 1))
     assert brain.resident_count + brain.free_slots == 8 + 2
+
+
+def test_nobody_lends_what_prefetches_have() -> None:
+    cache = ExpertCache(8, POLICIES["layer-lru"](8, SHAPE))
+    made = PREDICTORS["router"](SHAPE)
+    brain = ExpertScheduler(cache, 2, made, PrefetchMode.ON, prefetch_slots=8, num_experts=SHAPE)
+    brain.forward_pass(Phase.PREFILL, 512)
+    plan = brain.access(access(1, list(range(8))))
+    assert plan.prefetch_slots == 8 and brain.free_slots == 2 and brain.resident_count == 0
 
 
 def test_what_is_all_there_lends_nothing() -> None:
