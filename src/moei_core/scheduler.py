@@ -283,10 +283,9 @@ class ExpertScheduler:
         return self._fit()
 
     def _fit(self) -> tuple[ExpertKey, ...]:
-        prefetching, streaming = self._shared
-        self._taken = min(self._prefetch_slots, self._capacity) if prefetching else 0
+        self._taken = min(self._prefetch_slots, self._capacity) if self._shared[0] else 0
         left = self._capacity - self._taken
-        self._lent = PrefillStream.lent(self._tokens, left, self._whole, self._layers) if streaming else 0
+        self._lent = PrefillStream.lent(self._tokens, left, self._whole, self._layers)
         gone = tuple(self._cache.resize(left - self._lent))
         for key in gone:
             if self._waiting.pop(key, None) is not None:

@@ -10,7 +10,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from moei_core.engine.hints import Hinter
 from moei_core.errors import UsageError
@@ -51,7 +50,6 @@ class ForcedRouting:
         self._layers = tuple(spec.num_experts)
         self._none = trace.num_experts
         self._start = self._end = 0
-        self._token, self._rows = -1, torch.empty(0)
         self._numbers = {layer: number for number, layer in enumerate(trace.moe_layers)}
         self._hinted, self._hints = -1, dict[int, tuple[ScoredExpert, ...]]()
 
@@ -66,20 +64,10 @@ class ForcedRouting:
 
     def top_k_index(self, layer: int, chosen: torch.Tensor) -> torch.Tensor:
         """The trace's experts for one layer of this pass, in the shape [tokens, top_k] of ``chosen``."""
-        if len(chosen) == 1:
-            # The way of decoding, whose time is measured: all layers at once.
-            if self._token != self._start:
-                self._token = self._start
-                self._rows = self._forced(np.array([self._start]), chosen.shape[1])
-            return self._rows[:, self._position[layer]]
-        tokens = np.arange(self._start, self._start + chosen.shape[0])
-        return self._forced(tokens, chosen.shape[1], self._position[layer])
-
-    def _forced(self, tokens: NDArray[np.int64], width: int, at: int | slice = slice(None)) -> torch.Tensor:
-        """The trace's experts for some tokens, in its layer ``at``, none where it has fewer: [.., width]."""
-        experts = np.asarray(self._experts[tokens % len(self._experts), at]).astype(np.int64)
-        forced = torch.full((*experts.shape[:-1], width), self._none)
-        forced[..., : experts.shape[-1]] = torch.from_numpy(experts)
+        rows = np.arange(self._start, self._start + chosen.shape[0]) % len(self._experts)
+        experts = np.asarray(self._experts[rows, self._position[layer]]).astype(np.int64)
+        forced = torch.full_like(chosen, self._none)
+        forced[:, : experts.shape[1]] = torch.from_numpy(experts)
         return forced
 
     def hints(self, layer: int) -> tuple[ScoredExpert, ...]:
