@@ -8,8 +8,9 @@ bfloat16, in --models, which should be as large and fast as memory); moei-demo i
 - kernels: bytes a second of the fused products of single tokens, beside reading GPU memory at the same size.
 - copies, of each model's experts: from the engine's own slots, queued as the engine queues them, beside copies from
   memory that torch has pinned. Medians of seven rounds; the engine should reach 90% of torch.
-- decode: tokens a second with GPU memory for all experts, half and a quarter of them: by cost, with copies only, by
-  cost and with copies with prefetches to the GPU by the routers' hints, and with no expert staying there. *bound* is
+- decode: tokens a second with GPU memory for all experts, half and a quarter of them: by cost, with copies only, with
+  copies and what a token computes launched instead of recorded, by cost and with copies with prefetches to the GPU by
+  the routers' hints, and with no expert staying there. *bound* is
   what perfect overlap would give: of all the time a token takes with everything in GPU memory, of its copies at the
   link's bandwidth and of its experts in RAM at RAM's, the longest.
 - accelerate, if it is installed: the same model, prompt and GPU memory through ``device_map="auto"``.
@@ -60,15 +61,24 @@ ROUNDS, COPIED, PROMPT, REPEATS, RIVAL_TOKENS = 7, 1 << 30, 64, 2, 4
 WAYS: dict[str, dict[str, Any]] = {
     "by cost": {"misses": "auto"},
     "copies": {"misses": "copy"},
+    "launched": {"misses": "copy"},
     "ahead": {"misses": "auto", "predictor": "router", "prefetch": PrefetchMode.ON},
     "copies ahead": {"misses": "copy", "predictor": "router", "prefetch": PrefetchMode.ON},
 }
 CASES = [
-    *((1.0, "copies"), (0.25, "copies"), (0.25, "by cost"), (0.5, "copies"), (0.5, "by cost")),
+    *(
+        (1.0, "copies"),
+        (1.0, "launched"),
+        (0.25, "launched"),
+        (0.25, "copies"),
+        (0.25, "by cost"),
+        (0.5, "copies"),
+        (0.5, "by cost"),
+    ),
     *((0.0, "copies"), (0.25, "copies ahead"), (0.25, "ahead"), (0.5, "ahead")),
 ]
 _PARTS = ("framework", "experts", "gpu", "link", "moving", "combining", "decisions", "disk", "sampling")
-_FIRST = 6
+_FIRST = 8
 """Cases before the rival's."""
 
 
@@ -209,8 +219,12 @@ def vram_for(folder: Path, ram: int | None, share: float, stand_in: bool) -> int
         return others + slots * budget.slot_nbytes
 
 
-def decode(options: LoadOptions, folder: Path, stand_in: bool, new_tokens: int) -> dict[str, Any]:
+def decode(
+    options: LoadOptions, folder: Path, stand_in: bool, new_tokens: int, recorded: bool
+) -> dict[str, Any]:
     with LoadedModel(folder, options, open_device(stand_in)) as model:
+        if not recorded:
+            model.graphs = None
         moved = _MovedBytes(model)
         found = measure_requests(model, PROMPT, new_tokens, REPEATS)
         assert model.device_budget is not None, model.notes
@@ -353,9 +367,8 @@ def measure(report: Report, given: argparse.Namespace, name: str, folder: Path) 
 
     def case(share: float, way: str) -> dict[str, Any]:
         nonlocal resident_s
-        one = decode(
-            LoadOptions(ram=ram, vram=vram[share], **WAYS[way]), folder, given.stand_in, given.new_tokens
-        )
+        options = LoadOptions(ram=ram, vram=vram[share], **WAYS[way])
+        one = decode(options, folder, given.stand_in, given.new_tokens, recorded=way != "launched")
         speed, moved = one["changing"]["decode_tokens_per_s"]["median"], one["moved_per_token"]
         resident_s = resident_s or 1 / speed
         link_s, ram_s = moved["copied"] / copies["engine"], moved["in_ram"] / report.found["ram_bandwidth"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,6 +77,26 @@ def vram_for(folder: Path, share: float, dtype: str | None) -> int:
         return others + (int(share * loaded.spec.total_experts) + LEAST_RING) * budget.slot_nbytes
 
 
+def decoded(loaded: LoadedModel, forced: list[int] | None = None) -> tuple[torch.Tensor, list[int]]:
+    """As ``stepwise``, single tokens through the recordings of the device where the model can be recorded."""
+    torch.set_num_threads(1)
+    cache = ConversationCache(loaded.adapter.config)
+    prompt = prompt_tokens(loaded.adapter.config.vocab_size)
+    place = loaded.adapter.model.device
+
+    def model(tokens: torch.Tensor, **kwargs: object) -> object:
+        count = tokens.shape[-1]
+        loaded.runtime.forward_pass(Phase.DECODE if count == 1 else Phase.PREFILL, count)
+        if count == 1 and loaded.graphs is not None and loaded.graphs.takes(cache):
+            output: object = SimpleNamespace(logits=loaded.graphs.forward(int(tokens), cache).view(1, 1, -1))
+        else:
+            output = loaded.adapter.model(tokens.to(place), **kwargs)
+        cache.commit(tokens[0].tolist())
+        return output
+
+    return stepwise(model, cache.cache, prompt, forced)  # type: ignore[arg-type]
+
+
 def ours(
     make_device: Callable[[], Device],
     folder: Path,
@@ -95,17 +116,7 @@ def ours(
         prefetch=PrefetchMode.ON,
     )
     with LoadedModel(folder, options, make_device(), COSTS) as loaded:
-        torch.set_num_threads(1)
-        cache = ConversationCache(loaded.adapter.config)
-        prompt = prompt_tokens(loaded.adapter.config.vocab_size)
-        place = loaded.adapter.model.device
-
-        def model(tokens: torch.Tensor, **kwargs: object) -> object:
-            count = tokens.shape[-1]
-            loaded.runtime.forward_pass(Phase.DECODE if count == 1 else Phase.PREFILL, count)
-            return loaded.adapter.model(tokens.to(place), **kwargs)
-
-        logits, tokens = stepwise(model, cache.cache, prompt, forced)  # type: ignore[arg-type]
+        logits, tokens = decoded(loaded, forced)
         return logits.cpu(), tokens, loaded
 
 

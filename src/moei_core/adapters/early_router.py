@@ -47,6 +47,20 @@ class EarlyRouters:
         self._watching, self._detach = False, list[Callable[[], None]]()
         self.watch(True)
 
+    @property
+    def watching(self) -> bool:
+        """Whether residual streams are kept."""
+        return self._watching
+
+    def kept(self, layer: int) -> torch.Tensor | None:
+        """The residual stream of ``layer``, if it is kept."""
+        return self._residual.get(layer)
+
+    def keep(self, layer: int, residual: torch.Tensor) -> None:
+        """A layer is run without its modules: this is the residual stream that its norm would have been given."""
+        if self._watching:
+            self._residual[layer] = residual
+
     def watch(self, wanted: bool) -> None:
         """Keep residual streams from now on, or no longer."""
         if wanted is self._watching:

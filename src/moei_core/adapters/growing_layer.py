@@ -8,19 +8,29 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 _STEP = 256
-"""Tokens by which a layer grows at least; it doubles until it has reached the context."""
+"""Of which a layer's size is a multiple; it doubles as it grows."""
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """Keys and values [batch, heads, tokens, head_dim] in buffers longer than what they hold."""
+    """Keys and values [batch, heads, tokens, head_dim] in buffers longer than what they hold.
+
+    place: None, or the place of a single token, a number [] that the device knows. Then a layer looks as transformers'
+    static ones do: it gives the whole buffers, which it does not grow, and masks are made for all of them.
+    """
 
     is_sliding = False
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._length = 0
+        self.place: torch.Tensor | None = None
         self.keys: torch.Tensor
         self.values: torch.Tensor
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Whether masks must not depend on what the host knows."""
+        return self.place is not None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -33,10 +43,13 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.place is not None:
+            place = self.place.view(1)
+            return self.keys.index_copy_(-2, place, key_states), self.values.index_copy_(
+                -2, place, value_states
+            )
         start, end = self._length, self._length + key_states.shape[-2]
-        if end > self.keys.shape[-2]:
-            self.keys = _grown(self.keys, start, end)
-            self.values = _grown(self.values, start, end)
+        self._grow(end)
         self.keys[..., start:end, :] = key_states
         self.values[..., start:end, :] = value_states
         self._length = end
@@ -63,18 +76,29 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             or self.keys.dtype != like.dtype
         ):
             return None
-        length = self._length
-        if length == capacity:
-            self.keys = _grown(self.keys, length, length + 1)
-            self.values = _grown(self.values, length, length + 1)
-        return self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape[2], length
+        self.make_room()
+        return self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape[2], self._length
+
+    def make_room(self) -> None:
+        """For one token more, which the caller writes before it calls ``wrote_token``."""
+        self._grow(self._length + 1)
+
+    def _grow(self, needed: int) -> None:
+        if needed > self.keys.shape[-2]:
+            self.keys = _grown(self.keys, self._length, needed)
+            self.values = _grown(self.values, self._length, needed)
 
     def wrote_token(self) -> None:
-        """The token at ``place_for_token`` is there."""
+        """The token is there for which there was made room."""
         self._length += 1
 
     def get_seq_length(self) -> int:
-        return self._length
+        return self._length if self.place is None else self.place  # type: ignore[return-value]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.place is not None:
+            return self.keys.shape[-2], 0
+        return super().get_mask_sizes(query_length)
 
     def cut_to(self, length: int) -> None:
         """Forget everything after the first ``length`` tokens."""
@@ -82,7 +106,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 def _grown(buffer: torch.Tensor, used: int, needed: int) -> torch.Tensor:
-    capacity = max(needed, 2 * buffer.shape[-2], _STEP)
-    larger = buffer.new_empty((*buffer.shape[:-2], capacity, buffer.shape[-1]))
+    # Masked attention wants round numbers, and multiplies what it masks by nothing: that must be numbers.
+    capacity = max(needed + -needed % _STEP, 2 * buffer.shape[-2])
+    larger = buffer.new_zeros((*buffer.shape[:-2], capacity, buffer.shape[-1]))
     larger[..., :used, :] = buffer[..., :used, :]
     return larger

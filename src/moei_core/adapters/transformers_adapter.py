@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,16 @@ class TransformersAdapter:
             _installed.pop(module, None)
         if self._previous is not None:
             self.model.set_experts_implementation(self._previous)
+
+    @contextmanager
+    def instead(self, runtime: ExpertsRuntime) -> Iterator[None]:
+        """For a while every MoE layer runs through ``runtime``, and then through the one that is installed."""
+        before = {module: _installed[module] for _, _, module in experts_modules(self.model)}
+        _installed.update({module: (runtime, layer) for module, (_, layer) in before.items()})
+        try:
+            yield
+        finally:
+            _installed.update(before)
 
     def early_routers(self) -> EarlyRouters:
         """The layers' own routers, for hints. After ``load``, and not while a runtime is installed."""

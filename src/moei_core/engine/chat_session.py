@@ -259,8 +259,14 @@ class ChatSession:
             tail,
         )
         model = self.model
-        chunk = model.budget.prefill_chunk
-        generator = Generator(model.adapter.model, model.runtime, self._cache, lambda: self._stop, chunk)
+        generator = Generator(
+            model.adapter.model,
+            model.runtime,
+            self._cache,
+            lambda: self._stop,
+            model.budget.prefill_chunk,
+            model.graphs,
+        )
         report.finish_reason = "interrupted"
         for token in generator.tokens(prompt, settings, end_tokens, report.times, self.model.context):
             report.new_tokens += 1

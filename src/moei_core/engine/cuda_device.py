@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moei_core.engine.devices import Event, at_once
+from moei_core.engine.recorded_operations import Recording
 
 _RETAINED = 64 << 20
 """Bytes that the driver and torch's allocator may round up; what they hold beyond tensors is not ours to give."""
@@ -25,6 +26,40 @@ class _CudaEvent:
 
     def wait(self) -> None:
         self.event.synchronize()
+
+
+class _GraphRecording:
+    """A ``Recording`` of CUDA graphs that share one pool of memory.
+
+    torch's own context for capturing waits for the whole device and empties its caches, once a piece.
+    """
+
+    def __init__(self, place: torch.device) -> None:
+        self._stream = torch.cuda.Stream(place)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def begin(self) -> None:
+        self._before = torch.cuda.current_stream(self._stream.device)
+        self._graph = torch.cuda.CUDAGraph()
+        torch.cuda.set_stream(self._stream)
+        # Other threads may go on: this one alone launches what is recorded.
+        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def end(self) -> Callable[[], None]:
+        graph, self._graph = self._graph, None
+        assert graph is not None
+        try:
+            graph.capture_end()
+        finally:
+            torch.cuda.set_stream(self._before)
+        return graph.replay
+
+    def abandon(self) -> None:
+        if self._graph is not None:
+            # The error that ended the recording is the one to tell.
+            with suppress(RuntimeError):
+                self.end()
 
 
 class CudaDevice:
@@ -130,6 +165,9 @@ class CudaDevice:
 
     def finish(self, before_waiting: Callable[[], None] = at_once) -> None:
         """Nothing to do: the model computes on the same stream."""
+
+    def record(self) -> Recording:
+        return _GraphRecording(self.place)
 
     def close(self) -> None:
         self._copies.synchronize()

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
+from moei_core.engine.recorded_operations import OperationRecording, Recording
+
 
 class Event(Protocol):
     """A place in a queue."""
@@ -89,6 +91,9 @@ class Device(Protocol):
 
     def finish(self, before_waiting: Callable[[], None] = at_once) -> None:
         """Results of ``compute`` may be used by torch operations from here on. Raises: what ``compute`` raised."""
+
+    def record(self) -> Recording:
+        """What can record computing, to be done again in no time."""
 
     def close(self) -> None:
         """End the queues, once they are empty."""
@@ -235,6 +240,9 @@ class CpuDevice:
         for queue in (self._computes, self._copies):
             if (failure := queue.take_failure()) is not None:
                 raise failure
+
+    def record(self) -> Recording:
+        return OperationRecording()
 
     def close(self) -> None:
         for queue in (self._copies, self._computes):

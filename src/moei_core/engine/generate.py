@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moei_core.config import PREFILL_CHUNK, GenerationSettings
+from moei_core.engine.decode_graphs import DecodeGraphs
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.sampling import Sampler
@@ -53,16 +54,18 @@ class Generator:
         cache: ConversationCache,
         should_stop: Callable[[], bool],
         chunk: int = PREFILL_CHUNK,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         """should_stop: asked between tokens, and at every layer of a prefill, which may take long.
 
-        chunk: tokens of a prompt that go through the model at once.
+        chunk: tokens of a prompt that go through the model at once. graphs: compute single tokens on a device.
         """
         self._model = model
         self._runtime = runtime
         self._cache = cache
         self._should_stop = should_stop
         self._chunk = chunk
+        self._graphs = graphs
         self._place = model.device
         self._last = _LAST.to(self._place)
 
@@ -142,13 +145,17 @@ class Generator:
         shapes = SteadyShapes() if len(tokens) > 1 else nullcontext()
         try:
             with torch.inference_mode(), shapes:
-                output = self._model(
-                    input_ids=torch.tensor([tokens], device=self._place),
-                    past_key_values=self._cache.cache,
-                    use_cache=True,
-                    logits_to_keep=self._last,
-                )
-                logits = self._runtime.to_host(output.logits[0, -1])
+                if phase is Phase.DECODE and self._graphs is not None and self._graphs.takes(self._cache):
+                    logits = self._graphs.forward(tokens[0], self._cache)
+                else:
+                    output = self._model(
+                        input_ids=torch.tensor([tokens], device=self._place),
+                        past_key_values=self._cache.cache,
+                        use_cache=True,
+                        logits_to_keep=self._last,
+                    )
+                    logits = output.logits[0, -1]
+                logits = self._runtime.to_host(logits)
         except BaseException:
             self._runtime.abandon_pass()
             self._cache.roll_back()

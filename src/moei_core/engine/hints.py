@@ -77,7 +77,7 @@ class RouterHints:
     distances = (1,)
 
     def __init__(self, routers: EarlyRouters) -> None:
-        self._routers = routers
+        self.routers = routers
         self._next = dict(pairwise(routers.layers))
         self._first = next(iter(routers.layers), None)
         # By the layer that is predicted, with its norm and without.
@@ -89,7 +89,7 @@ class RouterHints:
     def with_norm(self, target: int) -> bool:
         """Whether predictions of ``target`` go through its norm."""
         records = self._records[target]
-        return self._routers.has_norm(target) and records[True].mean() >= records[False].mean()
+        return self.routers.has_norm(target) and records[True].mean() >= records[False].mean()
 
     def hints(
         self, layer: int, hidden_states: torch.Tensor, chosen: tuple[int, ...]
@@ -112,9 +112,9 @@ class RouterHints:
             if found and self._pass % self.SAMPLE != 1:
                 break
             experts = (
-                self._routers.route_residual(target, layer)
+                self.routers.route_residual(target, layer)
                 if norm
-                else self._routers.route(target, hidden_states)
+                else self.routers.route(target, hidden_states)
             )
             if experts is None:
                 continue
@@ -128,10 +128,10 @@ class RouterHints:
         return found
 
     def watch(self, wanted: bool) -> None:
-        self._routers.watch(wanted)
+        self.routers.watch(wanted)
 
     def close(self) -> None:
-        self._routers.close()
+        self.routers.close()
 
 
 class StrideHints:

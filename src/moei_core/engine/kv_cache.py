@@ -7,6 +7,7 @@ window), so a turn can reuse any prefix of the turns before.
 
 from __future__ import annotations
 
+import torch
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -47,6 +48,34 @@ class ConversationCache:
     def commit(self, tokens: list[int]) -> None:
         """The pass over ``tokens`` has completed."""
         self.tokens.extend(tokens)
+
+    @property
+    def can_fix(self) -> bool:
+        """Whether ``fix`` can be called: each layer holds keys and values already."""
+        return self.can_cut and all(getattr(layer, "is_initialized", False) for layer in self.cache.layers)
+
+    def fix(self, place: torch.Tensor) -> None:
+        """Until ``release`` all layers are of a fixed size, with room for one token, at ``place`` (a number [])."""
+        for layer in self.cache.layers:
+            assert isinstance(layer, GrowingLayer)
+            layer.make_room()
+            layer.place = place
+
+    def buffers(self) -> list[torch.Tensor]:
+        """Where the keys of all layers lie; they move when they grow, and values with them."""
+        return [layer.keys for layer in self.cache.layers if isinstance(layer, GrowingLayer)]
+
+    def release(self) -> None:
+        """Undo ``fix``."""
+        for layer in self.cache.layers:
+            assert isinstance(layer, GrowingLayer)
+            layer.place = None
+
+    def wrote_token(self) -> None:
+        """The token is in all layers."""
+        for layer in self.cache.layers:
+            assert isinstance(layer, GrowingLayer)
+            layer.wrote_token()
 
     def roll_back(self) -> None:
         """Undo a pass that did not complete."""

@@ -18,6 +18,7 @@ from moei_core.cache.expert_cache import CacheStatistics, ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, LIVE_POLICIES, POLICIES, CachePolicy
 from moei_core.config import FULL_OVERLAP, ExpertBudget, GenerationSettings, Overlap
 from moei_core.engine.copies_ahead import AHEAD_S
+from moei_core.engine.decode_graphs import DecodeGraphs
 from moei_core.engine.device_compute import decoded_nbytes, why_not
 from moei_core.engine.device_slots import DeviceSlots, LinkedSlotPool
 from moei_core.engine.devices import Device
@@ -190,6 +191,10 @@ class LoadedModel:
             raise
         self.adapter.time_dense()
         self.adapter.install(self.runtime)
+        self.graphs: DecodeGraphs | None = None
+        if device is not None and self.device_budget is not None:
+            routers = hinter.routers if isinstance(hinter, RouterHints) else None
+            self.graphs = DecodeGraphs(self.adapter, self.runtime, device, routers)
         self.options = options
         self.load_s = time.perf_counter() - started
 
@@ -296,7 +301,8 @@ class LoadedModel:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know about how this model runs."""
-        notes = tuple(filter(None, (self._device_note, self._no_device)))
+        graphs = self.graphs.note if self.graphs is not None else ""
+        notes = tuple(filter(None, (self._device_note, self._no_device, graphs)))
         if native.available():
             return notes
         what = self.adapter.packed.format.lower() if self.adapter.packed is not None else "the"

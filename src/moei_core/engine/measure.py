@@ -103,7 +103,7 @@ def _request(model: LoadedModel, prompt: list[int], new_tokens: int, seed: int =
     prefetch_before = replace(model.scheduler.prefetch_statistics)
     cache = ConversationCache(model.adapter.config)
     generator = Generator(
-        model.adapter.model, model.runtime, cache, lambda: False, model.budget.prefill_chunk
+        model.adapter.model, model.runtime, cache, lambda: False, model.budget.prefill_chunk, model.graphs
     )
     # Sampled, since greedy decoding of random weights soon repeats one token and with it one routing.
     settings = GenerationSettings(max_new_tokens=new_tokens, temperature=1.0, seed=seed)

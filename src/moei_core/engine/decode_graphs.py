@@ -1,0 +1,251 @@
+"""Decoding on a device as a few recordings: what transformers launches for a token is recorded once and done again.
+
+A device computes a layer's dense part in a tenth of the time that launching it from Python takes. So the forward of
+the whole model is recorded for one token, cut wherever experts are asked for: a piece ends with what a layer's router
+chose, the next begins with what its experts gave. No family needs code of its own. (Pieces of CUDA graphs between
+what cannot be captured: as compilers of inference servers do it; here at the experts interface.)
+
+What is recorded cannot grow with the conversation: keys and values are their whole buffers under a mask, and the
+token's place is a number on the device (``ConversationCache.fix``). That may round otherwise than transformers' own
+way, so whether it is done is decided once, when a model is loaded, by trying it, and never by what memory there is.
+Without a recording at hand the same operations are launched one by one: the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import nn
+
+from moei_core.adapters.base import ExpertsRuntime, NothingResident
+from moei_core.adapters.early_router import EarlyRouters
+from moei_core.adapters.transformers_adapter import TransformersAdapter
+from moei_core.engine.devices import Device
+from moei_core.engine.kv_cache import ConversationCache
+from moei_core.engine.recorded_operations import Recording
+
+_PROMPT, _TOKENS = 8, 4
+"""Tokens of the trial: at once, and then one by one."""
+_AGREES = 0.03
+"""Norm of the logits' difference, of their own: products under a mask may be other kernels, which round otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """What a piece ends with. output: where the experts' output belongs. residual: what routers applied early want."""
+
+    module: nn.Module
+    layer: int
+    hidden_states: torch.Tensor
+    top_k_index: torch.Tensor
+    top_k_weights: torch.Tensor
+    output: torch.Tensor
+    residual: torch.Tensor | None
+
+
+class _Recorder(NothingResident):
+    """An ``ExpertsRuntime`` that ends a piece of the recording at each layer, and begins the next."""
+
+    def __init__(self, recording: Recording, routers: EarlyRouters | None) -> None:
+        self._recording, self._routers = recording, routers
+        self.pieces: list[Callable[[], None]] = []
+        self.layers: list[_Layer] = []
+
+    def run_layer(
+        self,
+        module: nn.Module,
+        layer: int,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        self.pieces.append(self._recording.end())
+        residual = None if self._routers is None else self._routers.kept(layer)
+        self._recording.begin()
+        output = torch.empty_like(hidden_states)
+        self.layers.append(_Layer(module, layer, hidden_states, top_k_index, top_k_weights, output, residual))
+        return output
+
+
+class _Echo(NothingResident):
+    """An ``ExpertsRuntime`` for trials: what it returns depends on all that it is given."""
+
+    def run_layer(
+        self,
+        module: nn.Module,
+        layer: int,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        chosen = top_k_index.to(torch.float32) % 7
+        return hidden_states * (chosen * top_k_weights).mean(-1, keepdim=True).to(hidden_states.dtype)
+
+
+class DecodeGraphs:
+    """The forward of one token of one model on a device, recorded for the buffers of one conversation at a time."""
+
+    def __init__(
+        self,
+        adapter: TransformersAdapter,
+        runtime: ExpertsRuntime,
+        device: Device,
+        routers: EarlyRouters | None = None,
+    ) -> None:
+        """runtime: computes the experts, and is installed. routers: those that are applied early, if any."""
+        self._adapter, self._runtime, self._device, self._routers = adapter, runtime, device, routers
+        self._model: Any = adapter.model
+        place = adapter.model.device
+        with torch.inference_mode():
+            self._token = torch.zeros((1, 1), dtype=torch.int64, device=place)
+            self._place = torch.zeros((), dtype=torch.int64, device=place)
+            self._last = torch.tensor([-1], device=place)
+        # Of one conversation, which may end and give them back.
+        self._buffers: list[ref[torch.Tensor]] = []
+        self._pieces: list[Callable[[], None]] = []
+        self._layers: list[_Layer] = []
+        self._logits: torch.Tensor | None = None
+        self._tried = False
+        self.why_not = self._try()
+        self._tried = True
+
+    @property
+    def note(self) -> str:
+        """What a person should know, if anything."""
+        if self.why_not is None:
+            return ""
+        return f"Decoding on the GPU is launched step by step, which is slower: {self.why_not}."
+
+    def takes(self, cache: ConversationCache) -> bool:
+        """Whether a token that continues ``cache`` is computed here; a matter of the model, never of residency."""
+        return self.why_not is None and cache.can_fix
+
+    def forward(self, token: int, cache: ConversationCache) -> torch.Tensor:
+        """The logits [vocabulary] after one more token, on the device. Raises: what the runtime raises."""
+        cache.fix(self._place)
+        try:
+            self._token.fill_(token)
+            self._place.fill_(len(cache.tokens))
+            buffers = cache.buffers()
+            if len(buffers) != len(self._buffers) or any(map(_is_not, buffers, self._buffers)):
+                self._record(cache)
+                self._buffers = [*map(ref, buffers)]
+            found = self._repeat() if self._pieces else self._launch(cache)
+            # The next token is written over it.
+            logits = found[0, -1].clone()
+        finally:
+            cache.release()
+        cache.wrote_token()
+        return logits
+
+    def _launch(self, cache: ConversationCache) -> torch.Tensor:
+        output = self._model(
+            input_ids=self._token, past_key_values=cache.cache, use_cache=True, logits_to_keep=self._last
+        )
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def _repeat(self) -> torch.Tensor:
+        for piece, at in zip(self._pieces, self._layers, strict=False):
+            piece()
+            if at.residual is not None and self._routers is not None:
+                self._routers.keep(at.layer, at.residual)
+            at.output.copy_(
+                self._runtime.run_layer(
+                    at.module, at.layer, at.hidden_states, at.top_k_index, at.top_k_weights
+                )
+            )
+        self._pieces[-1]()
+        assert self._logits is not None
+        return self._logits
+
+    def _record(self, cache: ConversationCache) -> None:
+        """For the buffers that ``cache`` has now. Raises: torch.OutOfMemoryError."""
+        self._forget()
+        recording = self._device.record()
+        recorder = _Recorder(recording, self._routers)
+        with self._adapter.instead(recorder), _watching(self._routers):
+            try:
+                recording.begin()
+                logits = self._launch(cache)
+                recorder.pieces.append(recording.end())
+            except BaseException as error:
+                recording.abandon()
+                if self._tried and isinstance(error, RuntimeError) and not _lacks_memory(error):
+                    # It could be recorded when the model was loaded. Launching it gives the same bits.
+                    return
+                raise
+        self._pieces, self._layers, self._logits = recorder.pieces, recorder.layers, logits
+
+    def _forget(self) -> None:
+        self._buffers, self._pieces, self._layers, self._logits = [], [], [], None
+
+    def _try(self) -> str | None:
+        """Why this model cannot be recorded; None: it can, and what it gives agrees with transformers' own way."""
+        runtime, self._runtime = self._runtime, _Echo()
+        cache, own = (ConversationCache(self._adapter.config) for _ in range(2))
+        vocabulary = self._model.config.get_text_config().vocab_size
+        tokens = [number * 37 % vocabulary for number in range(_PROMPT + _TOKENS)]
+        try:
+            with torch.inference_mode(), self._adapter.instead(self._runtime):
+                for start, end in [(0, _PROMPT), *((at, at + 1) for at in range(_PROMPT, len(tokens)))]:
+                    expected = self._own_way(tokens[start:end], own)
+                    if end - start > 1:
+                        self._own_way(tokens[start:end], cache)
+                        if not cache.can_fix:
+                            return "its layers keep more than keys and values"
+                        continue
+                    found = self.forward(tokens[start], cache)
+                    cache.commit(tokens[start:end])
+                    difference = (found.float() - expected.float()).norm() / expected.float().norm()
+                    if not bool(difference < _AGREES):
+                        return f"recorded tokens differ by {float(difference):.2g} of their logits"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # What cannot be recorded says so with any type.
+            line = next(iter(str(error).strip().splitlines()), "")
+            return f"{type(error).__name__}: {line[:120]}"
+        finally:
+            self._runtime = runtime
+            self._forget()
+        return None
+
+    def _own_way(self, tokens: list[int], cache: ConversationCache) -> torch.Tensor:
+        ids = torch.tensor([tokens], device=self._token.device)
+        output = self._model(
+            input_ids=ids, past_key_values=cache.cache, use_cache=True, logits_to_keep=self._last
+        )
+        cache.commit(tokens)
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+
+class _watching:
+    """While it is recorded, routers applied early see residual streams whether they want to or not."""
+
+    def __init__(self, routers: EarlyRouters | None) -> None:
+        self._routers = routers
+
+    def __enter__(self) -> None:
+        if self._routers is not None:
+            self._before = self._routers.watching
+            self._routers.watch(True)
+
+    def __exit__(self, *_: object) -> None:
+        if self._routers is not None:
+            self._routers.watch(self._before)
+
+
+def _is_not(buffer: torch.Tensor, known: ref[torch.Tensor]) -> bool:
+    return known() is not buffer
+
+
+def _lacks_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError)

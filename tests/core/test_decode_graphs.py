@@ -1,0 +1,244 @@
+"""Single tokens on a device as recordings: what they give, when they are made anew, and what cannot be recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moei_core.adapters import growing_layer
+from moei_core.adapters.growing_layer import GrowingLayer
+from moei_core.config import ExpertBudget, GenerationSettings
+from moei_core.engine.chat_session import ChatSession
+from moei_core.engine.decode_graphs import DecodeGraphs
+from moei_core.engine.devices import CpuDevice, Device
+from moei_core.engine.hints import RouterHints
+from moei_core.engine.loaded_model import LoadedModel, LoadOptions
+from moei_core.engine.recorded_operations import OperationRecording
+from moei_core.errors import ExpertReadError
+from moei_core.hub.resolve import resolve_model
+from moei_core.prefetch import PrefetchMode
+from moei_core.store.safetensors_store import SafetensorsStore
+from moei_core.types import ExpertKey
+from tests.core.test_attention_families import family as family
+from tests.core.test_tiers import COSTS, DEVICES, decoded, vram_for
+
+ALL_RESIDENT = LoadOptions(experts=ExpertBudget(fraction=1.0), dtype="float32", misses="copy")
+
+
+def refuse(*_: object) -> None:
+    raise RuntimeError("it cannot be recorded now")
+
+
+@pytest.mark.parametrize("make_device", DEVICES)
+def test_every_family_decodes_as_it_does_by_its_own_code(
+    family: tuple[str, Path], make_device: Callable[[], Device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt is longer than the sliding windows. Recorded and launched one by one, the bits are the same."""
+    _, folder = family
+    with LoadedModel(folder, ALL_RESIDENT, make_device(), COSTS) as loaded:
+        assert loaded.graphs is not None and loaded.graphs.why_not is None
+        logits, tokens = decoded(loaded)
+        assert loaded.graphs._pieces
+        monkeypatch.setattr(DecodeGraphs, "_record", lambda self, cache: self._forget())
+        launched, _ = decoded(loaded, tokens)
+        assert not loaded.graphs._pieces
+        loaded.graphs = None
+        own, own_tokens = decoded(loaded)
+    assert tokens == own_tokens
+    assert (logits - own).abs().max() <= 1e-4
+    assert torch.equal(logits, launched)
+
+
+def ask(session: ChatSession, text: str) -> str:
+    return "".join(piece.text for piece in session.reply(text))
+
+
+@pytest.mark.parametrize("make_device", DEVICES)
+def test_a_conversation_outgrows_its_buffers_and_starts_again(
+    make_device: Callable[[], Device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    record = DecodeGraphs._record
+
+    def noted(self: DecodeGraphs, cache: Any) -> None:
+        made.append(cache.buffers()[0].shape[-2])
+        record(self, cache)
+
+    monkeypatch.setattr(growing_layer, "_STEP", 32)
+    with LoadedModel(resolve_model("moei-demo").folder, LoadOptions(), make_device(), COSTS) as loaded:
+        session = ChatSession(loaded, GenerationSettings(max_new_tokens=60, temperature=0))
+        monkeypatch.setattr(DecodeGraphs, "_record", noted)
+        questions = [
+            "Tell me a story.",
+            "What is a cache?",
+            "Count from one to twenty.",
+            "Tell me another story.",
+        ]
+        first = [ask(session, question) for question in questions]
+        assert len(made) >= 3 and made == sorted(set(made)), made
+        session.clear()
+        assert [ask(session, question) for question in questions] == first
+        loaded.graphs = None
+        session.clear()
+        assert ask(session, questions[0]) == first[0]
+
+
+def test_what_asks_the_device_for_a_value_is_left_to_its_own_code(
+    chat_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = GrowingLayer.update
+
+    def asking(self: GrowingLayer, keys: torch.Tensor, values: torch.Tensor, *rest: Any) -> Any:
+        assert float(keys.sum()) < 1e9
+        return update(self, keys, values, *rest)
+
+    monkeypatch.setattr(GrowingLayer, "update", asking)
+    with LoadedModel(chat_folder("mixtral"), ALL_RESIDENT, CpuDevice(), COSTS) as loaded:
+        assert loaded.graphs is not None and loaded.graphs.why_not is not None
+        assert "asks for a value" in loaded.graphs.why_not
+        assert any("asks for a value" in note for note in loaded.notes)
+        session = ChatSession(loaded, GenerationSettings(max_new_tokens=4, temperature=0))
+        answer = ask(session, "Hello")
+        session.clear()
+        assert ask(session, "Hello") == answer
+
+
+def test_what_keeps_a_number_of_its_own_is_found_by_trying(
+    chat_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something that counts in Python is right while it is recorded, and wrong for ever after."""
+    update, count = GrowingLayer.update, [0]
+
+    def counting(self: GrowingLayer, keys: torch.Tensor, values: torch.Tensor, *rest: Any) -> Any:
+        count[0] += 1
+        return update(self, keys, values + (count[0] // 3) % 5, *rest)
+
+    monkeypatch.setattr(GrowingLayer, "update", counting)
+    with LoadedModel(chat_folder("mixtral"), ALL_RESIDENT, CpuDevice(), COSTS) as loaded:
+        assert loaded.graphs is not None
+        assert loaded.graphs.why_not is not None and "differ" in loaded.graphs.why_not
+
+
+def test_a_token_that_fails_leaves_the_conversation_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = LoadOptions(experts=ExpertBudget(fraction=0.1), vram=None)
+    with LoadedModel(resolve_model("moei-demo").folder, options, CpuDevice(), COSTS) as loaded:
+        session = ChatSession(loaded, GenerationSettings(max_new_tokens=30, temperature=0))
+        expected = [ask(session, "What is a cache?"), ask(session, "Why?")]
+        session.clear()
+        assert ask(session, "What is a cache?") == expected[0]
+        run_layer, left = type(loaded.runtime).run_layer, [40]
+
+        def failing(*given: Any) -> torch.Tensor:
+            left[0] -= 1
+            if left[0] == 0:
+                raise ExpertReadError("The disk is gone.")
+            return run_layer(*given)
+
+        monkeypatch.setattr(type(loaded.runtime), "run_layer", failing)
+        with pytest.raises(ExpertReadError):
+            ask(session, "Why?")
+        assert left[0] == 0
+        assert ask(session, "Why?") == expected[1]
+
+
+def test_a_recording_that_fails_later_is_launched_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LoadedModel(resolve_model("moei-demo").folder, LoadOptions(), CpuDevice(), COSTS) as loaded:
+        session = ChatSession(loaded, GenerationSettings(max_new_tokens=30, temperature=0))
+        expected = ask(session, "What is a cache?")
+        session.clear()
+        monkeypatch.setattr(OperationRecording, "begin", refuse)
+        assert ask(session, "What is a cache?") == expected
+        assert loaded.graphs is not None and not loaded.graphs._pieces
+
+
+def test_routers_applied_early_see_the_same_residual_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = resolve_model("moei-demo").folder
+    options = LoadOptions(
+        experts=ExpertBudget(fraction=0.25),
+        vram=vram_for(folder, 0.4, None),
+        predictor="router",
+        prefetch=PrefetchMode.ON,
+        misses="copy",
+    )
+    found: list[list[tuple[ExpertKey, ...]]] = []
+    with LoadedModel(folder, options, CpuDevice(), COSTS) as loaded:
+        hints = RouterHints.hints
+
+        def noted(self: RouterHints, *given: Any) -> Any:
+            result = hints(self, *given)
+            found[-1].append(tuple(hint.key for hint in result))
+            return result
+
+        monkeypatch.setattr(RouterHints, "hints", noted)
+        session = ChatSession(loaded, GenerationSettings(max_new_tokens=30, temperature=0))
+        for recorded in (True, False):
+            if not recorded:
+                monkeypatch.setattr(DecodeGraphs, "_record", lambda self, cache: self._forget())
+            assert isinstance(loaded.runtime.hinter, RouterHints)
+            loaded.runtime.hinter = RouterHints(loaded.runtime.hinter.routers)
+            session.clear()
+            found.append([])
+            ask(session, "What is a cache?")
+    assert found[0] == found[1] and sum(map(len, found[0])) > 100
+
+
+def test_what_a_piece_has_not_computed_yet_is_no_number() -> None:
+    recording, given = OperationRecording(), torch.ones(3)
+    recording.begin()
+    doubled = given * 2
+    kept = torch.empty(3)
+    recording.end()
+    repeat_second = _recorded(recording, lambda: kept.copy_(doubled + 1))
+    assert doubled.isnan().all()
+    repeat_second()
+    assert kept.isnan().all()
+
+
+def test_a_piece_sees_what_its_tensors_hold_when_it_is_done_again() -> None:
+    recording, given, counter = OperationRecording(), torch.ones(3), torch.zeros(2)
+    results: list[torch.Tensor] = []
+
+    def work() -> None:
+        counter[1:].add_(1)
+        results.append((given * 2).view(3, 1).expand(3, 2).sum())
+
+    repeat = _recorded(recording, work)
+    before = counter.clone()
+    for value in (1.0, 5.0):
+        given.fill_(value)
+        repeat()
+        assert results[0] == 12 * value
+    assert (counter - before).tolist() == [0, 2]
+
+
+def _recorded(recording: OperationRecording, work: Callable[[], object]) -> Callable[[], None]:
+    recording.begin()
+    work()
+    return recording.end()
+
+
+def test_the_store_is_read_as_without_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recording itself asks for no expert."""
+    reads: list[ExpertKey] = []
+    read = SafetensorsStore.read_extent
+
+    def noted(self: SafetensorsStore, key: ExpertKey, *given: Any) -> None:
+        reads.append(key)
+        read(self, key, *given)
+
+    monkeypatch.setattr(SafetensorsStore, "read_extent", noted)
+    options = LoadOptions(experts=ExpertBudget(fraction=0.1))
+    found = []
+    for graphs in (True, False):
+        with LoadedModel(resolve_model("moei-demo").folder, options, CpuDevice(), COSTS) as loaded:
+            if not graphs:
+                loaded.graphs = None
+            session = ChatSession(loaded, GenerationSettings(max_new_tokens=30, temperature=0))
+            reads.clear()
+            ask(session, "What is a cache?")
+            found.append(sorted(reads))
+    assert found[0] == found[1]
