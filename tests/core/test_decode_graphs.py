@@ -18,6 +18,7 @@ from moei_core.engine.devices import CpuDevice, Device
 from moei_core.engine.hints import RouterHints
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.engine.recorded_operations import OperationRecording
+from moei_core.engine.runtime import ExpertRuntime
 from moei_core.errors import ExpertReadError
 from moei_core.hub.resolve import resolve_model
 from moei_core.prefetch import PrefetchMode
@@ -130,7 +131,7 @@ def test_a_token_that_fails_leaves_the_conversation_as_it_was(monkeypatch: pytes
         expected = [ask(session, "What is a cache?"), ask(session, "Why?")]
         session.clear()
         assert ask(session, "What is a cache?") == expected[0]
-        run_layer, left = type(loaded.runtime).run_layer, [40]
+        run_layer, left = ExpertRuntime.run_layer, [40]
 
         def failing(*given: Any) -> torch.Tensor:
             left[0] -= 1
@@ -138,7 +139,7 @@ def test_a_token_that_fails_leaves_the_conversation_as_it_was(monkeypatch: pytes
                 raise ExpertReadError("The disk is gone.")
             return run_layer(*given)
 
-        monkeypatch.setattr(type(loaded.runtime), "run_layer", failing)
+        monkeypatch.setattr(ExpertRuntime, "run_layer", failing)
         with pytest.raises(ExpertReadError):
             ask(session, "Why?")
         assert left[0] == 0

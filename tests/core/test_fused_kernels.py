@@ -17,6 +17,7 @@ from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.config import ExpertBudget
 from moei_core.engine.devices import CpuDevice
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
+from moei_core.engine.token_experts import TokenExperts
 from tests.core import test_exactness
 from tests.core.test_tiers import COSTS, cpu_device, ours
 from tests.packed import pack_folder
@@ -50,12 +51,18 @@ def test_fused_kernels_in_the_engine(
             calls.append(1)
             return kernels.few_rows(*arguments)
 
+    recorded, call = [], TokenExperts.__call__
+    monkeypatch.setattr(TokenExperts, "__call__", lambda self: call(self) or recorded.append(1))
     runs = [
         ours(lambda: CpuDevice(kernels=Counted), folder, "float32", share, "copy", half, tokens)[0]
         for share in (1, 0.3)
     ]
     assert len(calls) > 12, "more than warming up takes"
+    assert len(recorded) >= 2 * 3, "each layer of each token, where all experts are on the device"
     assert torch.equal(*runs)
+    monkeypatch.setattr(TokenExperts, "takes", lambda *_: False)
+    launched, *_ = ours(lambda: CpuDevice(kernels=Counted), folder, "float32", 1, "copy", half, tokens)
+    assert torch.equal(launched, runs[0])
     assert (runs[0] - plain).abs().max() < 1e-4 * plain.std()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -14,6 +15,10 @@ from moei_core.engine.recorded_operations import Recording
 
 _RETAINED = 64 << 20
 """Bytes that the driver and torch's allocator may round up; what they hold beyond tensors is not ours to give."""
+
+
+_HOST_NBYTES, _HOST_LEAST, _HOST_ALIGNED = 1 << 20, 256 << 10, 64
+"""Page-locked bytes that are taken at once for what recordings bring to and from the host; that a piece may take."""
 
 
 class _CudaEvent:
@@ -34,13 +39,18 @@ class _GraphRecording:
     torch's own context for capturing waits for the whole device and empties its caches, once a piece.
     """
 
-    def __init__(self, place: torch.device) -> None:
+    def __init__(self, computes: torch.cuda.Stream) -> None:
+        place = computes.device
+        self._computes = computes
         self._stream = torch.cuda.Stream(place)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._host = torch.empty(0, dtype=torch.uint8)
 
     def begin(self) -> None:
-        self._before = torch.cuda.current_stream(self._stream.device)
+        if self._host.numel() < _HOST_LEAST:
+            # Not while something is recorded: taking page-locked memory is nothing that can be done again.
+            self._host = torch.empty(_HOST_NBYTES, dtype=torch.uint8, pin_memory=True)
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.set_stream(self._stream)
         # Other threads may go on: this one alone launches what is recorded.
@@ -52,8 +62,29 @@ class _GraphRecording:
         try:
             graph.capture_end()
         finally:
-            torch.cuda.set_stream(self._before)
+            torch.cuda.set_stream(self._computes)
         return graph.replay
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._take(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
+
+    def from_host(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        host = self._take(shape, dtype)
+        host.zero_()
+        return host, torch.empty(shape, dtype=dtype, device=self._stream.device).copy_(
+            host, non_blocking=True
+        )
+
+    def call(self, work: Callable[[], None]) -> None:
+        work()
+
+    def _take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Page-locked memory that no other tensor has."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes > self._host.numel():
+            raise RuntimeError(f"{nbytes} bytes of a token would have to be brought to the host")
+        taken, self._host = self._host[:nbytes], self._host[nbytes + -nbytes % _HOST_ALIGNED :]
+        return taken.view(dtype).view(shape)
 
     def abandon(self) -> None:
         if self._graph is not None:
@@ -76,14 +107,11 @@ class CudaDevice:
         # bfloat16 would round once more than transformers' own products on a processor.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        # The model's own stream: experts are computed between its layers. Asking torch for it takes 20 microseconds.
+        self._computes = torch.cuda.default_stream(self.place)
         self._copies = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]
         self._cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         self.kernels, self.note = _kernels(self.place)
-
-    @property
-    def _computes(self) -> torch.cuda.Stream:
-        """The stream of the model: experts are computed between its layers."""
-        return torch.cuda.current_stream(self.place)
 
     def make_current(self) -> None:
         # Triton launches on the thread's device, whatever its arguments are on; so do events and page-locking.
@@ -121,7 +149,6 @@ class CudaDevice:
         return self.copy_together([(source, target, after)])
 
     def copy_together(self, copies: Sequence[tuple[memoryview, torch.Tensor, Event | None]]) -> Event:
-        computes = self._computes
         # What torch.cuda.stream() does takes longer than all the rest.
         torch.cuda.set_stream(self._copies)
         try:
@@ -131,7 +158,7 @@ class CudaDevice:
                     self._copies.wait_event(after.event)
                 target.copy_(torch.frombuffer(source, dtype=torch.uint8), non_blocking=True)
         finally:
-            torch.cuda.set_stream(computes)
+            torch.cuda.set_stream(self._computes)
         return _CudaEvent(self._copies)
 
     def compute(self, work: Callable[[], None]) -> None:
@@ -167,7 +194,7 @@ class CudaDevice:
         """Nothing to do: the model computes on the same stream."""
 
     def record(self) -> Recording:
-        return _GraphRecording(self.place)
+        return _GraphRecording(self._computes)
 
     def close(self) -> None:
         self._copies.synchronize()

@@ -14,8 +14,7 @@ Without a recording at hand the same operations are launched one by one: the sam
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from weakref import ref
 
 import torch
@@ -26,7 +25,7 @@ from moei_core.adapters.early_router import EarlyRouters
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.engine.devices import Device
 from moei_core.engine.kv_cache import ConversationCache
-from moei_core.engine.recorded_operations import Recording
+from moei_core.engine.recorded_operations import RecordedLayer, Recording
 
 _PROMPT, _TOKENS = 8, 4
 """Tokens of the trial: at once, and then one by one."""
@@ -34,26 +33,23 @@ _AGREES = 0.03
 """Norm of the logits' difference, of their own: products under a mask may be other kernels, which round otherwise."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """What a piece ends with. output: where the experts' output belongs. residual: what routers applied early want."""
+class RecordedRuntime(ExpertsRuntime, Protocol):
+    """An ``ExpertsRuntime`` that can run a layer whose router has been recorded."""
 
-    module: nn.Module
-    layer: int
-    hidden_states: torch.Tensor
-    top_k_index: torch.Tensor
-    top_k_weights: torch.Tensor
-    output: torch.Tensor
-    residual: torch.Tensor | None
+    def record_experts(self, layer: RecordedLayer, recording: Recording) -> bool:
+        """Record what it can do again for each token of ``layer``, if anything. Returns whether it did."""
+
+    def run_recorded(self, layer: RecordedLayer) -> None:
+        """The piece that ends with ``layer`` is queued: write what the experts give to its ``output``."""
 
 
 class _Recorder(NothingResident):
     """An ``ExpertsRuntime`` that ends a piece of the recording at each layer, and begins the next."""
 
-    def __init__(self, recording: Recording, routers: EarlyRouters | None) -> None:
-        self._recording, self._routers = recording, routers
+    def __init__(self, recording: Recording, runtime: RecordedRuntime, routers: EarlyRouters | None) -> None:
+        self._recording, self._runtime, self._routers = recording, runtime, routers
         self.pieces: list[Callable[[], None]] = []
-        self.layers: list[_Layer] = []
+        self.layers: list[RecordedLayer] = []
 
     def run_layer(
         self,
@@ -64,16 +60,24 @@ class _Recorder(NothingResident):
         top_k_weights: torch.Tensor,
         meanwhile: Callable[[], None] | None = None,
     ) -> torch.Tensor:
-        self.pieces.append(self._recording.end())
+        recording = self._recording
+        to_host = recording.to_host
+        host = to_host(hidden_states), to_host(top_k_index), to_host(top_k_weights)
+        self.pieces.append(recording.end())
         residual = None if self._routers is None else self._routers.kept(layer)
-        self._recording.begin()
+        recording.begin()
         output = torch.empty_like(hidden_states)
-        self.layers.append(_Layer(module, layer, hidden_states, top_k_index, top_k_weights, output, residual))
+        at = RecordedLayer(module, layer, hidden_states, host, output, residual)
+        recorded = self._runtime.record_experts(at, recording)
+        experts = recording.end()
+        at.experts = experts if recorded else None
+        self.layers.append(at)
+        recording.begin()
         return output
 
 
 class _Echo(NothingResident):
-    """An ``ExpertsRuntime`` for trials: what it returns depends on all that it is given."""
+    """A ``RecordedRuntime`` for trials: what it returns depends on all that it is given."""
 
     def run_layer(
         self,
@@ -84,8 +88,15 @@ class _Echo(NothingResident):
         top_k_weights: torch.Tensor,
         meanwhile: Callable[[], None] | None = None,
     ) -> torch.Tensor:
-        chosen = top_k_index.to(torch.float32) % 7
-        return hidden_states * (chosen * top_k_weights).mean(-1, keepdim=True).to(hidden_states.dtype)
+        chosen = (top_k_index.to(torch.float32) % 7 * top_k_weights).mean(-1, keepdim=True)
+        return hidden_states * chosen.to(hidden_states)
+
+    def record_experts(self, layer: RecordedLayer, recording: Recording) -> bool:
+        return False
+
+    def run_recorded(self, layer: RecordedLayer) -> None:
+        _, index, weights = layer.host
+        layer.output.copy_(self.run_layer(layer.module, layer.layer, layer.hidden_states, index, weights))
 
 
 class DecodeGraphs:
@@ -94,7 +105,7 @@ class DecodeGraphs:
     def __init__(
         self,
         adapter: TransformersAdapter,
-        runtime: ExpertsRuntime,
+        runtime: RecordedRuntime,
         device: Device,
         routers: EarlyRouters | None = None,
     ) -> None:
@@ -109,7 +120,7 @@ class DecodeGraphs:
         # Of one conversation, which may end and give them back.
         self._buffers: list[ref[torch.Tensor]] = []
         self._pieces: list[Callable[[], None]] = []
-        self._layers: list[_Layer] = []
+        self._layers: list[RecordedLayer] = []
         self._logits: torch.Tensor | None = None
         self._tried = False
         self.why_not = self._try()
@@ -156,11 +167,7 @@ class DecodeGraphs:
             piece()
             if at.residual is not None and self._routers is not None:
                 self._routers.keep(at.layer, at.residual)
-            at.output.copy_(
-                self._runtime.run_layer(
-                    at.module, at.layer, at.hidden_states, at.top_k_index, at.top_k_weights
-                )
-            )
+            self._runtime.run_recorded(at)
         self._pieces[-1]()
         assert self._logits is not None
         return self._logits
@@ -169,7 +176,7 @@ class DecodeGraphs:
         """For the buffers that ``cache`` has now. Raises: torch.OutOfMemoryError."""
         self._forget()
         recording = self._device.record()
-        recorder = _Recorder(recording, self._routers)
+        recorder = _Recorder(recording, self._runtime, self._routers)
         with self._adapter.instead(recorder), _watching(self._routers):
             try:
                 recording.begin()
@@ -188,7 +195,8 @@ class DecodeGraphs:
 
     def _try(self) -> str | None:
         """Why this model cannot be recorded; None: it can, and what it gives agrees with transformers' own way."""
-        runtime, self._runtime = self._runtime, _Echo()
+        runtime = self._runtime
+        self._runtime = _Echo()
         cache, own = (ConversationCache(self._adapter.config) for _ in range(2))
         vocabulary = self._model.config.get_text_config().vocab_size
         tokens = [number * 37 % vocabulary for number in range(_PROMPT + _TOKENS)]
@@ -206,6 +214,10 @@ class DecodeGraphs:
                     difference = (found.float() - expected.float()).norm() / expected.float().norm()
                     if not bool(difference < _AGREES):
                         return f"recorded tokens differ by {float(difference):.2g} of their logits"
+                # What the runtime records itself must be possible; what it gives is the engine's matter.
+                self._runtime = runtime
+                cache.fix(self._place)
+                self._record(cache)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

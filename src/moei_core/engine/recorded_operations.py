@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,8 +27,36 @@ class Recording(Protocol):
     def end(self) -> Callable[[], None]:
         """The piece ends. Returns what queues it to be computed."""
 
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where the host finds what ``tensor`` holds when the piece at hand is done."""
+
+    def from_host(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """(where the host writes before it queues the piece at hand, where the device then finds it)."""
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Record what ``work`` computes, with kernels of our own; all results are in tensors that stay."""
+
     def abandon(self) -> None:
         """Something went wrong: record no longer."""
+
+
+@dataclass(slots=True)
+class RecordedLayer:
+    """What a recorded piece ends with: one token has come to the experts of a layer.
+
+    hidden_states: [1, hidden_size] on the device. host: hidden states, experts and weights of the router's choice,
+    [1, hidden_size], [1, top_k] and [1, top_k], on the host once the piece is done. output: where the experts' output
+    belongs, on the device. residual: the residual stream before the layer's norm, if it is wanted. experts: queues what
+    the runtime has recorded for its own part, if it has.
+    """
+
+    module: Any
+    layer: int
+    hidden_states: torch.Tensor
+    host: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    output: torch.Tensor
+    residual: torch.Tensor | None
+    experts: Callable[[], None] | None = None
 
 
 class OperationRecording:
@@ -50,6 +81,19 @@ class OperationRecording:
         operations.forget_results()
         return operations.repeat
 
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def from_host(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        # Not by an operation, which would be done again.
+        memory = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+        both = torch.from_numpy(memory).view(dtype).view(shape)
+        return both, both
+
+    def call(self, work: Callable[[], None]) -> None:
+        assert self._operations is not None
+        self._operations.add(work)
+
     def abandon(self) -> None:
         if self._operations is not None:
             self._operations.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -73,6 +117,9 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if "empty" not in func._schema.name and (results or func._schema.is_mutable):
             self._done.append((func, args, kwargs, results))
         return result
+
+    def add(self, work: Callable[[], None]) -> None:
+        self._done.append((work, (), {}, []))
 
     def forget_results(self) -> None:
         """Nothing has been computed yet: whoever reads a result now would see it."""

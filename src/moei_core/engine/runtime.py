@@ -39,7 +39,7 @@ from moei_core.hardware.budget import residents
 from moei_core.hardware.pressure import MemoryGovernor
 from moei_core.quant import native
 from moei_core.scheduler import ExpertScheduler
-from moei_core.store.base import ExpertStore
+from moei_core.store.base import ExpertLayout, ExpertStore
 from moei_core.trace.format import TraceEvent
 from moei_core.trace.hidden import HiddenSampler
 from moei_core.trace.writer import TraceWriter
@@ -326,12 +326,15 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
 
     def _hold(self, load: Load) -> None:
         """The bytes of an expert are complete in its slot."""
-        layout = self._store.layout(load.key)
-        kind = self._kind_of.get(load.key)
-        if kind is None:
-            kind = self._kinds.setdefault(stored_alike(layout), len(self._kinds))
-            self._kind_of[load.key] = kind
-        self._held[load.key] = HeldExpert(load.key, layout, load.view, self._pool.address(load.slot), kind)
+        key, layout = load.key, self._store.layout(load.key)
+        address = self._pool.address(load.slot)
+        self._held[key] = HeldExpert(key, layout, load.view, address, self._kind(key, layout))
+
+    def _kind(self, key: ExpertKey, layout: ExpertLayout) -> int:
+        """The same number for all experts that are stored alike."""
+        if key not in self._kind_of:
+            self._kind_of[key] = self._kinds.setdefault(stored_alike(layout), len(self._kinds))
+        return self._kind_of[key]
 
     def _ask(self, absent: deque[ExpertKey]) -> None:
         """Demand as many of ``absent`` as there are free slots for."""

@@ -23,9 +23,11 @@ from moei_core.engine.device_waits import DeviceWaits
 from moei_core.engine.devices import Device, Event
 from moei_core.engine.expert_compute import HeldExpert, stored_alike
 from moei_core.engine.layer_work import LayerWork, TokenWork
+from moei_core.engine.recorded_operations import RecordedLayer, Recording
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.statistics import LayerClock
 from moei_core.engine.tiered_work import TieredWork
+from moei_core.engine.token_experts import TokenExperts
 from moei_core.hardware.pressure import MemoryGovernor
 from moei_core.store.base import ExpertLayout, ExpertStore
 from moei_core.tiers import TieredScheduler
@@ -67,6 +69,8 @@ class TieredRuntime(ExpertRuntime):
         self._sent: set[ExpertKey] = set()
         self._few: dict[tuple[int, int, bool], FewTokenExperts | None] = {}
         self._inputs: torch.Tensor | None = None
+        self._recorded: dict[int, TokenExperts] = {}
+        self._recording: RecordedLayer | None = None
         self._last_copy: Event | None = None
         self._waits = DeviceWaits(self.statistics)
         self._queued: Event | None = None
@@ -132,12 +136,47 @@ class TieredRuntime(ExpertRuntime):
         clock = LayerClock(self.statistics)
         self._ahead.advance()
         states, index, weights = self._read_back(hidden_states, top_k_index, top_k_weights)
+        self._before_experts(clock)
+        self._inputs = hidden_states
+        return super().run_layer(module, layer, states, index, weights, meanwhile)
+
+    def _before_experts(self, clock: LayerClock) -> None:
         self._ahead.advance()
         if self.device_governor is not None and (slots := self.device_governor.poll()) is not None:
             self.resize_device(slots)
         clock.add_to("move_s")
-        self._inputs = hidden_states
-        return super().run_layer(module, layer, states, index, weights, meanwhile)
+
+    def record_experts(self, layer: RecordedLayer, recording: Recording) -> bool:
+        few = self._few_of_layer(layer.module, layer.layer)
+        if few is None or not few.takes(1):
+            return False
+        self._recorded[layer.layer] = TokenExperts(few, layer, self._device_slots.memory, recording)
+        return True
+
+    def _few_of_layer(self, module: Any, layer: int) -> FewTokenExperts | None:
+        """What computes most experts of ``layer`` with few tokens: the first one says how they are stored."""
+        key = next((key for key in self._store.experts() if key.layer == layer), None)
+        if key is None or self.device.kernels is None:
+            return None
+        layout = self._store.layout(key)
+        name = layer, self._kind(key, layout), are_aligned(layout, self.device.kernels)
+        if name not in self._few:
+            self._few[name] = few_token_experts(module, layout, self.device.kernels)
+        return self._few[name]
+
+    def run_recorded(self, layer: RecordedLayer) -> None:
+        clock = LayerClock(self.statistics)
+        self._ahead.advance()
+        # What the piece brings to the host is there with it.
+        self._read_back()
+        self._before_experts(clock)
+        self._inputs, self._recording = layer.hidden_states, layer
+        try:
+            total = super().run_layer(layer.module, layer.layer, *layer.host)
+        finally:
+            self._recording = None
+        if total is not layer.output:
+            layer.output.copy_(total)
 
     def abandon_pass(self) -> None:
         if self.device.place.type != "cpu":
@@ -169,6 +208,7 @@ class TieredRuntime(ExpertRuntime):
             self._inputs,
             lambda expert: self._few_tokens(module, expert),
             self._waits,
+            None if self._recording is None else self._recorded.get(self._recording.layer),
         )
 
     def _few_tokens(self, module: Any, expert: DeviceExpert) -> FewTokenExperts | None:
@@ -339,5 +379,6 @@ class TieredRuntime(ExpertRuntime):
         super().close()
         self._on_device.clear()
         self._ahead.clear()
+        self._recorded.clear()
         self._linked_pool.close()
         self.device.close()

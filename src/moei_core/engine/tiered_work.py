@@ -15,6 +15,7 @@ from moei_core.engine.devices import Device, Event
 from moei_core.engine.expert_compute import HeldExpert, expert_forward
 from moei_core.engine.layer_work import LayerWork, sum_rows
 from moei_core.engine.native_compute import NativeExperts
+from moei_core.engine.token_experts import TokenExperts
 
 
 class TieredWork(LayerWork):
@@ -35,19 +36,28 @@ class TieredWork(LayerWork):
         on_device: torch.Tensor,
         few: Callable[[DeviceExpert], FewTokenExperts | None],
         waits: DeviceWaits,
+        recorded: TokenExperts | None = None,
     ) -> None:
         """hidden_states: on the host. on_device: the same on the device. few: what computes an expert with few tokens
-        there, if anything does. waits: sees the waiting for the device."""
+        there, if anything does. waits: sees the waiting for the device. recorded: what computes all experts of a token
+        there at once, if that was recorded."""
         super().__init__(module, hidden_states, index, weights, kernel)
         self._device, self._inputs, self._few, self._waits = device, on_device, few, waits
         self._exact_inputs: torch.Tensor | None = None
         self._host_experts: list[int] = []
+        self._recorded, self._complete = recorded, False
         self._brought: tuple[dict[int, slice], torch.Tensor, torch.Tensor] | None = None
-        # Made on the model's own stream, like all that it is summed from. A row may have fewer experts than top_k.
-        make = (
-            on_device.new_empty if sum(map(len, self.rows.values())) == index.numel() else on_device.new_zeros
-        )
-        self._sums = make((self.tokens * self.top_k, on_device.shape[-1]), dtype=torch.float32)
+        self._made: torch.Tensor | None = None
+
+    @property
+    def _sums(self) -> torch.Tensor:
+        """The rows, float32 [tokens * top_k, hidden]."""
+        if self._made is None:
+            # On the model's own stream, like all that it is summed from. A token may have fewer experts than top_k.
+            inputs, count = self._inputs, self.tokens * self.top_k
+            make = inputs.new_empty if sum(map(len, self.rows.values())) == count else inputs.new_zeros
+            self._made = make((count, inputs.shape[-1]), dtype=torch.float32)
+        return self._made
 
     def compute(self, experts: Sequence[HeldExpert]) -> None:
         """On the host."""
@@ -74,6 +84,11 @@ class TieredWork(LayerWork):
                 self._device.compute(partial(self._with_many_tokens, expert, places[here], scale[here]))
         weights = self._scale.numpy().reshape(-1)
         for few, batch in batches.values():
+            if self._recorded is not None and self._recorded.takes(few, batch):
+                self._recorded.place(batch, self.rows, weights)
+                self._device.compute(self._recorded)
+                self._complete = True
+                return
             pairs = self._device.bring(few.pairs(batch, self.rows, weights, self.top_k))
             self._device.compute(partial(self._with_few_tokens, few, memory, pairs))
 
@@ -100,6 +115,9 @@ class TieredWork(LayerWork):
     def total(self) -> torch.Tensor:
         """[tokens, hidden] on the device, complete for what torch computes next."""
         device = self._device
+        if self._complete and self._recorded is not None:
+            self._waits.during(device.finish)
+            return self._recorded.output
         place = torch.tensor(
             [at for expert in self._host_experts for at in self.rows[expert]], dtype=torch.int64
         )
