@@ -51,8 +51,8 @@ def test_fused_kernels_in_the_engine(
             calls.append(1)
             return kernels.few_rows(*arguments)
 
-    recorded, call = [], TokenExperts.__call__
-    monkeypatch.setattr(TokenExperts, "__call__", lambda self: call(self) or recorded.append(1))
+    recorded, place = [], TokenExperts.place
+    monkeypatch.setattr(TokenExperts, "place", lambda *given: place(*given) or recorded.append(1))
     runs = [
         ours(lambda: CpuDevice(kernels=Counted), folder, "float32", share, "copy", half, tokens)[0]
         for share in (1, 0.3)

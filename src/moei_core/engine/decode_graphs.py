@@ -13,6 +13,7 @@ Without a recording at hand the same operations are launched one by one: the sam
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any, Protocol
 from weakref import ref
@@ -36,8 +37,8 @@ _AGREES = 0.03
 class RecordedRuntime(ExpertsRuntime, Protocol):
     """An ``ExpertsRuntime`` that can run a layer whose router has been recorded."""
 
-    def record_experts(self, layer: RecordedLayer, recording: Recording) -> bool:
-        """Record what it can do again for each token of ``layer``, if anything. Returns whether it did."""
+    def record_experts(self, layer: RecordedLayer, recording: Recording) -> None:
+        """Record a piece of what can be done again for each token of ``layer``, if anything can, and note it there."""
 
     def run_recorded(self, layer: RecordedLayer) -> None:
         """The piece that ends with ``layer`` is queued: write what the experts give to its ``output``."""
@@ -65,15 +66,11 @@ class _Recorder(NothingResident):
         host = to_host(hidden_states), to_host(top_k_index), to_host(top_k_weights)
         self.pieces.append(recording.end())
         residual = None if self._routers is None else self._routers.kept(layer)
-        recording.begin()
-        output = torch.empty_like(hidden_states)
-        at = RecordedLayer(module, layer, hidden_states, host, output, residual)
-        recorded = self._runtime.record_experts(at, recording)
-        experts = recording.end()
-        at.experts = experts if recorded else None
+        at = RecordedLayer(module, layer, hidden_states, host, torch.empty_like(hidden_states), residual)
+        self._runtime.record_experts(at, recording)
         self.layers.append(at)
         recording.begin()
-        return output
+        return at.output
 
 
 class _Echo(NothingResident):
@@ -91,8 +88,8 @@ class _Echo(NothingResident):
         chosen = (top_k_index.to(torch.float32) % 7 * top_k_weights).mean(-1, keepdim=True)
         return hidden_states * chosen.to(hidden_states)
 
-    def record_experts(self, layer: RecordedLayer, recording: Recording) -> bool:
-        return False
+    def record_experts(self, layer: RecordedLayer, recording: Recording) -> None:
+        return
 
     def run_recorded(self, layer: RecordedLayer) -> None:
         _, index, weights = layer.host
@@ -178,6 +175,9 @@ class DecodeGraphs:
         recording = self._device.record()
         recorder = _Recorder(recording, self._runtime, self._routers)
         with self._adapter.instead(recorder), _watching(self._routers):
+            # What is given back meanwhile, as an earlier model's recordings may be, would end up in the recording.
+            collects = gc.isenabled()
+            gc.disable()
             try:
                 recording.begin()
                 logits = self._launch(cache)
@@ -188,7 +188,14 @@ class DecodeGraphs:
                     # It could be recorded when the model was loaded. Launching it gives the same bits.
                     return
                 raise
+            finally:
+                if collects:
+                    gc.enable()
         self._pieces, self._layers, self._logits = recorder.pieces, recorder.layers, logits
+
+    def close(self) -> None:
+        """Give back what recordings hold. Before the device is closed."""
+        self._forget()
 
     def _forget(self) -> None:
         self._buffers, self._pieces, self._layers, self._logits = [], [], [], None

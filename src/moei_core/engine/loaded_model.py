@@ -349,6 +349,8 @@ class LoadedModel:
 
     def close(self) -> None:
         """End the reader threads, keep what was learned about the files, free the slots."""
+        if self.graphs is not None:
+            self.graphs.close()
         self.runtime.close()
         self.adapter.uninstall()
 

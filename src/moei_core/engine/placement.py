@@ -7,16 +7,18 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies.base import CachePolicy
 from moei_core.engine.device_slots import DeviceSlots, LinkedSlotPool
+from moei_core.engine.device_waits import DeviceWaits
 from moei_core.engine.devices import Device
 from moei_core.engine.expert_compute import HeldExpert
 from moei_core.engine.native_compute import native_experts
+from moei_core.engine.statistics import RuntimeStatistics
 from moei_core.engine.threads import physical_cores
+from moei_core.engine.tiered_work import TieredWork
 from moei_core.errors import UsageError
 from moei_core.hardware.budget import DEVICE_MARGIN, DeviceBudget
 from moei_core.hardware.pressure import MemoryGovernor
@@ -143,8 +145,9 @@ def measure_costs(
 ) -> LinkCosts:
     """What the link can do, and the processor with experts in RAM; on this model's slots, in a fraction of a second.
 
-    Both with half a token's experts at once: waiting for the link, like waking threads, is paid once a layer.
-    module, layout: of one expert of the model.
+    Both with half a token's experts at once: waiting for the link, like waking threads and bringing what they computed
+    to the device, is paid once a layer. Launching what computes copies is not counted: that is recorded
+    (``TokenExperts``). module, layout: of one expert of the model.
     """
     together = max(2, spec.num_experts_per_tok // 2)
     slot = pool.take()
@@ -164,11 +167,13 @@ def measure_costs(
     pool.give_back(slot)
     each = several / together
     further = min(each, max(each / 2, (several - once) / (together - 1)))
-    return LinkCosts(nbytes / further, each - further, _ram_bandwidth(pool, module, layout, spec))
+    return LinkCosts(nbytes / further, each - further, _ram_bandwidth(device, pool, module, layout, spec))
 
 
-def _ram_bandwidth(pool: LinkedSlotPool, module: Any, layout: ExpertLayout, spec: ModelSpec) -> float:
-    """Bytes a second of experts with one token each, computed in RAM, half a token's in one call.
+def _ram_bandwidth(
+    device: Device, pool: LinkedSlotPool, module: Any, layout: ExpertLayout, spec: ModelSpec
+) -> float:
+    """Bytes a second of experts with one token each, computed in RAM and brought to the device, half a token's at once.
 
     Between two layers the threads have gone to sleep: waking them is most of what small experts take.
     """
@@ -178,17 +183,33 @@ def _ram_bandwidth(pool: LinkedSlotPool, module: Any, layout: ExpertLayout, spec
         return read_bandwidth(make_buffer(_BUFFER), physical_cores(), Allowance(0.1)).value
     slots = [pool.take() for _ in range(count)]
     experts = [
-        HeldExpert(ExpertKey(0, slot), layout, pool.view(slot), pool.address(slot), 0) for slot in slots
+        HeldExpert(ExpertKey(0, at % int(module.num_experts)), layout, pool.view(slot), pool.address(slot), 0)
+        for at, slot in enumerate(slots)
     ]
-    inputs, scale = torch.zeros((1, spec.hidden_size)), torch.ones((together, 1))
-    outputs, positions = torch.empty((together, spec.hidden_size)), [np.array([i]) for i in range(together)]
+    inputs = torch.zeros((1, spec.hidden_size))
+    there, waits = device.bring(inputs), DeviceWaits(RuntimeStatistics())
     taken = []
-    for call in range(_CALLS + 1):
-        begin = call * together % (count - together + 1)
-        time.sleep(_PAUSE_S)
-        started = time.perf_counter()
-        kernel.place(experts[begin : begin + together], positions, together, inputs, scale, outputs)
-        taken.append(time.perf_counter() - started)
+    with torch.inference_mode():
+        for call in range(_CALLS + 1):
+            begin = call * together % (count - together + 1)
+            chosen = experts[begin : begin + together]
+            index = torch.tensor([[expert.key.expert for expert in chosen]])
+            time.sleep(_PAUSE_S)
+            started = time.perf_counter()
+            work = TieredWork(
+                module,
+                inputs,
+                index,
+                torch.ones(index.shape),
+                lambda _: kernel,
+                device,
+                there,
+                lambda _: None,
+                waits,
+            )
+            work.compute(chosen)
+            device.read_back(work.total())
+            taken.append(time.perf_counter() - started)
     for slot in slots:
         pool.give_back(slot)
     return together * layout.nbytes / sorted(taken[1:])[_CALLS // 2]

@@ -46,8 +46,8 @@ class RecordedLayer:
 
     hidden_states: [1, hidden_size] on the device. host: hidden states, experts and weights of the router's choice,
     [1, hidden_size], [1, top_k] and [1, top_k], on the host once the piece is done. output: where the experts' output
-    belongs, on the device. residual: the residual stream before the layer's norm, if it is wanted. experts: queues what
-    the runtime has recorded for its own part, if it has.
+    belongs, on the device. residual: the residual stream before the layer's norm, if it is wanted. experts: what the
+    runtime has recorded for its own part, if it has.
     """
 
     module: Any
@@ -56,14 +56,15 @@ class RecordedLayer:
     host: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     output: torch.Tensor
     residual: torch.Tensor | None
-    experts: Callable[[], None] | None = None
+    experts: Any = None
 
 
 class OperationRecording:
     """A ``Recording`` of torch's operations on a processor, one after the other.
 
     As with CUDA graphs a piece only sees what is in its tensors when it is done again: numbers that Python took
-    from them stay as they were. What a piece has not computed yet is NaN.
+    from them stay as they were. What a piece has not computed yet is NaN. And no piece may be given up while another
+    is recorded.
     """
 
     def __init__(self) -> None:
@@ -71,13 +72,17 @@ class OperationRecording:
 
     def begin(self) -> None:
         assert self._operations is None
-        self._operations = _Operations()
+        self._operations, self._given_up = _Operations(), _Operations.given_up
         self._operations.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self) -> Callable[[], None]:
         operations = self._operations
         assert operations is not None
         self.abandon()
+        if _Operations.given_up != self._given_up:
+            raise RuntimeError(
+                "operation failed due to a previous error during capture: a piece was given up"
+            )
         operations.forget_results()
         return operations.repeat
 
@@ -101,6 +106,11 @@ class OperationRecording:
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    given_up = 0
+
+    def __del__(self) -> None:
+        _Operations.given_up += 1
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._done: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []

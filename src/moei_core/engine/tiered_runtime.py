@@ -69,8 +69,7 @@ class TieredRuntime(ExpertRuntime):
         self._sent: set[ExpertKey] = set()
         self._few: dict[tuple[int, int, bool], FewTokenExperts | None] = {}
         self._inputs: torch.Tensor | None = None
-        self._recorded: dict[int, TokenExperts] = {}
-        self._recording: RecordedLayer | None = None
+        self._at: RecordedLayer | None = None
         self._last_copy: Event | None = None
         self._waits = DeviceWaits(self.statistics)
         self._queued: Event | None = None
@@ -146,12 +145,10 @@ class TieredRuntime(ExpertRuntime):
             self.resize_device(slots)
         clock.add_to("move_s")
 
-    def record_experts(self, layer: RecordedLayer, recording: Recording) -> bool:
+    def record_experts(self, layer: RecordedLayer, recording: Recording) -> None:
         few = self._few_of_layer(layer.module, layer.layer)
-        if few is None or not few.takes(1):
-            return False
-        self._recorded[layer.layer] = TokenExperts(few, layer, self._device_slots.memory, recording)
-        return True
+        if few is not None and few.takes(1):
+            layer.experts = TokenExperts(few, layer, self._device_slots.memory, recording)
 
     def _few_of_layer(self, module: Any, layer: int) -> FewTokenExperts | None:
         """What computes most experts of ``layer`` with few tokens: the first one says how they are stored."""
@@ -170,11 +167,11 @@ class TieredRuntime(ExpertRuntime):
         # What the piece brings to the host is there with it.
         self._read_back()
         self._before_experts(clock)
-        self._inputs, self._recording = layer.hidden_states, layer
+        self._inputs, self._at = layer.hidden_states, layer
         try:
             total = super().run_layer(layer.module, layer.layer, *layer.host)
         finally:
-            self._recording = None
+            self._at = None
         if total is not layer.output:
             layer.output.copy_(total)
 
@@ -208,7 +205,7 @@ class TieredRuntime(ExpertRuntime):
             self._inputs,
             lambda expert: self._few_tokens(module, expert),
             self._waits,
-            None if self._recording is None else self._recorded.get(self._recording.layer),
+            None if self._at is None else self._at.experts,
         )
 
     def _few_tokens(self, module: Any, expert: DeviceExpert) -> FewTokenExperts | None:
@@ -379,6 +376,5 @@ class TieredRuntime(ExpertRuntime):
         super().close()
         self._on_device.clear()
         self._ahead.clear()
-        self._recorded.clear()
         self._linked_pool.close()
         self.device.close()

@@ -86,7 +86,7 @@ class TieredWork(LayerWork):
         for few, batch in batches.values():
             if self._recorded is not None and self._recorded.takes(few, batch):
                 self._recorded.place(batch, self.rows, weights)
-                self._device.compute(self._recorded)
+                self._device.compute(self._recorded.queue)
                 self._complete = True
                 return
             pairs = self._device.bring(few.pairs(batch, self.rows, weights, self.top_k))

@@ -16,17 +16,18 @@ from moei_core.engine.recorded_operations import RecordedLayer, Recording
 class TokenExperts:
     """What ``FewTokenExperts`` and the sum after it launch for one token, as a piece of a recording.
 
-    few: the experts that it is for. It gives the bits that launching gives: the kernels and their order are the same.
+    It gives the bits that launching gives: the kernels and their order are the same. few: the experts that it is for.
+    queue: queues it. output: [1, hidden_size], where the sum is then.
     """
 
     def __init__(
         self, few: FewTokenExperts, layer: RecordedLayer, memory: torch.Tensor, recording: Recording
     ) -> None:
-        """Records into the piece at hand. memory: of ``DeviceSlots``."""
-        self.few, self._layer = few, layer
+        """Records a piece. memory: of ``DeviceSlots``."""
+        self.few, self.output = few, layer.output
         top_k = layer.host[1].shape[-1]
-        lines = few.kernels.PAIR_STARTS + few.pieces + 1
-        host, pairs = recording.from_host((lines, top_k), torch.int64)
+        recording.begin()
+        host, pairs = recording.from_host((few.kernels.PAIR_STARTS + few.pieces + 1, top_k), torch.int64)
         self._table: NDArray[np.int64] = host.numpy()
         inputs, output = layer.hidden_states, layer.output
 
@@ -36,6 +37,7 @@ class TokenExperts:
             few.kernels.sum_rows(rows, top_k, output)
 
         recording.call(work)
+        self.queue = recording.end()
 
     def takes(self, few: FewTokenExperts, experts: Sequence[DeviceExpert]) -> bool:
         """Whether these are all the experts of a token, and of the kind that was recorded."""
@@ -44,17 +46,7 @@ class TokenExperts:
     def place(
         self, experts: Sequence[DeviceExpert], rows: Mapping[int, NDArray[Any]], weights: NDArray[np.float32]
     ) -> None:
-        """Write down where the experts lie, for when it is called."""
+        """Write down where the experts lie, before ``queue`` is called."""
         row = [int(rows[expert.key.expert][0]) for expert in experts]
         self._table[1:3] = row, weights.view(np.int32)[row]
         self._table[3:] = np.array([expert.starts for expert in experts]).T
-
-    @property
-    def output(self) -> torch.Tensor:
-        """[1, hidden_size]: where the sum is then."""
-        return self._layer.output
-
-    def __call__(self) -> None:
-        """Queue it."""
-        assert self._layer.experts is not None
-        self._layer.experts()
