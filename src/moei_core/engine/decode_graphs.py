@@ -76,6 +76,9 @@ class _Recorder(NothingResident):
 class _Echo(NothingResident):
     """A ``RecordedRuntime`` for trials: what it returns depends on all that it is given."""
 
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
     def run_layer(
         self,
         module: nn.Module,
@@ -86,13 +89,14 @@ class _Echo(NothingResident):
         meanwhile: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         chosen = (top_k_index.to(torch.float32) % 7 * top_k_weights).mean(-1, keepdim=True)
-        return hidden_states * chosen.to(hidden_states)
+        return hidden_states * chosen.to(hidden_states.dtype)
 
     def record_experts(self, layer: RecordedLayer, recording: Recording) -> None:
         return
 
     def run_recorded(self, layer: RecordedLayer) -> None:
-        _, index, weights = layer.host
+        self._device.read_back()
+        index, weights = map(self._device.bring, layer.host[1:])
         layer.output.copy_(self.run_layer(layer.module, layer.layer, layer.hidden_states, index, weights))
 
 
@@ -203,7 +207,7 @@ class DecodeGraphs:
     def _try(self) -> str | None:
         """Why this model cannot be recorded; None: it can, and what it gives agrees with transformers' own way."""
         runtime = self._runtime
-        self._runtime = _Echo()
+        self._runtime = _Echo(self._device)
         cache, own = (ConversationCache(self._adapter.config) for _ in range(2))
         vocabulary = self._model.config.get_text_config().vocab_size
         tokens = [number * 37 % vocabulary for number in range(_PROMPT + _TOKENS)]
