@@ -105,6 +105,9 @@ class _FakeRouters:
     def route(self, layer: int, hidden_states: torch.Tensor) -> list[int]:
         return [layer, layer + 1] if layer == 2 else [6, 7]
 
+    def recorded(self, source: int, norm: bool) -> None:
+        return
+
     def close(self) -> None:
         return
 

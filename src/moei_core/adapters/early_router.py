@@ -44,6 +44,8 @@ class EarlyRouters:
         """run_token: runs one token and returns what each layer's experts were given, ``top_k_index``."""
         self._routers = _find(model, run_token)
         self._residual: dict[int, torch.Tensor] = {}
+        self._asked: dict[int, bool] = {}
+        self._queued: dict[int, tuple[bool, torch.Tensor]] = {}
         self._watching, self._detach = False, list[Callable[[], None]]()
         self.watch(True)
 
@@ -69,7 +71,8 @@ class EarlyRouters:
         for detach in self._detach:
             detach()
         self._detach.clear()
-        self._residual.clear()
+        for kept in (self._residual, self._asked, self._queued):
+            kept.clear()
         for layer, router in self._routers.items():
             if wanted and router.norm is not None:
                 self._detach.append(self._attach(layer, router.block.forward, router.norm))
@@ -100,13 +103,61 @@ class EarlyRouters:
 
         hidden_states: [1, hidden_size], as the layer's experts would be given it.
         """
+        # The engine knows hidden states of the host; the routers may be on a device.
+        given = hidden_states.to(next(self._routers[layer].module.parameters()).device)
+        with torch.inference_mode():
+            return [int(expert) for expert in self._chosen(layer, given).tolist()]
+
+    def _chosen(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         router = self._routers[layer]
         shape = (1,) * (router.dimensions - 1) + (hidden_states.shape[-1],)
-        # The engine knows hidden states of the host; the routers may be on a device.
-        given = hidden_states.reshape(shape).to(next(router.module.parameters()).device)
-        with torch.inference_mode():
-            chosen = router.module(given)[router.place]
-        return [int(expert) for expert in chosen.reshape(-1).tolist()]
+        chosen: torch.Tensor = router.module(hidden_states.reshape(shape))[router.place]
+        return chosen.reshape(-1)
+
+    def can_apply(self, source: int, norm: bool) -> bool:
+        """Whether the router of the layer after ``source`` can be applied to what its experts are given now.
+
+        norm: to the residual stream that is kept instead, through its own norm.
+        """
+        target, residual = self._after(source), self._residual.get(source)
+        if target is None or source not in self._routers or not norm:
+            return target is not None and source in self._routers
+        alone = residual is not None and residual.numel() == residual.shape[-1]
+        return alone and self.has_norm(target)
+
+    def early(self, source: int, hidden_states: torch.Tensor, norm: bool) -> torch.Tensor:
+        """What it then chooses for a single token, on the device, without waiting. hidden_states: of ``source``."""
+        target = self._after(source)
+        assert target is not None
+        if not norm:
+            return self._chosen(target, hidden_states)
+        module = self._routers[target].norm
+        assert module is not None
+        output: torch.Tensor = module(self._residual[source])
+        # Running the norm has set off its own hook.
+        self._residual.pop(target, None)
+        return self._chosen(target, output)
+
+    def _after(self, source: int) -> int | None:
+        return next((layer for layer in self.layers if layer > source), None)
+
+    def recorded(self, source: int, norm: bool) -> list[int] | None:
+        """What ``early`` gave where it was queued with the token's recording; None: it was not, and the first that is
+        asked for so will be queued with the next token's."""
+        self._asked.setdefault(source, norm)
+        found = self._queued.pop(source, None)
+        return (
+            None if found is None or found[0] is not norm else [int(expert) for expert in found[1].tolist()]
+        )
+
+    def queue(self, source: int, pieces: Mapping[bool, tuple[Callable[[], None], torch.Tensor]]) -> None:
+        """A token comes to the experts of ``source``. pieces: by norm, what queues ``early``, and where its result will
+        be on the host."""
+        norm = self._asked.pop(source, None)
+        if self._watching and norm is not None and norm in pieces:
+            queue, host = pieces[norm]
+            queue()
+            self._queued[source] = norm, host
 
     def route_residual(self, layer: int, source: int) -> list[int] | None:
         """What the router of ``layer`` chooses for the residual stream before the experts of ``source``, through the

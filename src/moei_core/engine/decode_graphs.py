@@ -68,9 +68,26 @@ class _Recorder(NothingResident):
         residual = None if self._routers is None else self._routers.kept(layer)
         at = RecordedLayer(module, layer, hidden_states, host, torch.empty_like(hidden_states), residual)
         self._runtime.record_experts(at, recording)
+        if self._routers is not None:
+            self._record_early(at, self._routers)
         self.layers.append(at)
         recording.begin()
         return at.output
+
+    def _record_early(self, at: RecordedLayer, routers: EarlyRouters) -> None:
+        recording = self._recording
+        for norm in (True, False):
+            if not routers.can_apply(at.layer, norm):
+                continue
+            recording.begin()
+            try:
+                host = recording.to_host(routers.early(at.layer, at.hidden_states, norm))
+                at.early[norm] = recording.end(), host
+            except RuntimeError as error:
+                recording.abandon()
+                if _lacks_memory(error):
+                    raise
+                # Then it is launched when it is asked for.
 
 
 class _Echo(NothingResident):
@@ -168,6 +185,8 @@ class DecodeGraphs:
             piece()
             if at.residual is not None and self._routers is not None:
                 self._routers.keep(at.layer, at.residual)
+            if self._routers is not None:
+                self._routers.queue(at.layer, at.early)
             self._runtime.run_recorded(at)
         self._pieces[-1]()
         assert self._logits is not None

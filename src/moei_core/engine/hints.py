@@ -111,11 +111,13 @@ class RouterHints:
         for norm in (best, not best):
             if found and self._pass % self.SAMPLE != 1:
                 break
-            experts = (
-                self.routers.route_residual(target, layer)
-                if norm
-                else self.routers.route(target, hidden_states)
-            )
+            experts = self.routers.recorded(layer, norm)
+            if experts is None:
+                experts = (
+                    self.routers.route_residual(target, layer)
+                    if norm
+                    else self.routers.route(target, hidden_states)
+                )
             if experts is None:
                 continue
             self._pending.append((norm, experts))

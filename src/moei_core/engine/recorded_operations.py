@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,7 +47,8 @@ class RecordedLayer:
     hidden_states: [1, hidden_size] on the device. host: hidden states, experts and weights of the router's choice,
     [1, hidden_size], [1, top_k] and [1, top_k], on the host once the piece is done. output: where the experts' output
     belongs, on the device. residual: the residual stream before the layer's norm, if it is wanted. experts: what the
-    runtime has recorded for its own part, if it has.
+    runtime has recorded for its own part, if it has. early: what the next layer's router chooses already now, with its
+    norm and without: what queues it, and where the host finds it then.
     """
 
     module: Any
@@ -57,6 +58,7 @@ class RecordedLayer:
     output: torch.Tensor
     residual: torch.Tensor | None
     experts: Any = None
+    early: dict[bool, tuple[Callable[[], None], torch.Tensor]] = field(default_factory=dict)
 
 
 class OperationRecording:

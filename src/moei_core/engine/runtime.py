@@ -326,8 +326,7 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
 
     def _hold(self, load: Load) -> None:
         """The bytes of an expert are complete in its slot."""
-        key, layout = load.key, self._store.layout(load.key)
-        address = self._pool.address(load.slot)
+        key, layout, address = load.key, self._store.layout(load.key), self._pool.address(load.slot)
         self._held[key] = HeldExpert(key, layout, load.view, address, self._kind(key, layout))
 
     def _kind(self, key: ExpertKey, layout: ExpertLayout) -> int:
