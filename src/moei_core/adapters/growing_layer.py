@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 _STEP = 256
-"""Of which a layer's size is a multiple; it doubles as it grows."""
+"""Of which a layer's size is a multiple; it grows by half."""
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -107,7 +107,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 def _grown(buffer: torch.Tensor, used: int, needed: int) -> torch.Tensor:
     # Masked attention wants round numbers, and multiplies what it masks by nothing: that must be numbers.
-    capacity = max(needed + -needed % _STEP, 2 * buffer.shape[-2])
+    wanted = max(needed, buffer.shape[-2] * 3 // 2)
+    capacity = wanted + -wanted % _STEP
     larger = buffer.new_zeros((*buffer.shape[:-2], capacity, buffer.shape[-1]))
     larger[..., :used, :] = buffer[..., :used, :]
     return larger
