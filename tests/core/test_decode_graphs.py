@@ -20,7 +20,7 @@ from moei_core.engine.hints import RouterHints
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.engine.recorded_operations import OperationRecording
 from moei_core.engine.runtime import ExpertRuntime
-from moei_core.errors import ExpertReadError
+from moei_core.errors import DoesNotFitError, ExpertReadError
 from moei_core.hub.resolve import resolve_model
 from moei_core.prefetch import PrefetchMode
 from moei_core.store.safetensors_store import SafetensorsStore
@@ -152,6 +152,31 @@ def test_a_token_that_fails_leaves_the_conversation_as_it_was(monkeypatch: pytes
             ask(session, "Why?")
         assert left[0] == 0
         assert ask(session, "Why?") == expected[1]
+
+
+def test_buffers_that_cannot_grow_leave_the_conversation_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the layers have grown when the device's memory ends."""
+    monkeypatch.setattr(growing_layer, "_STEP", 32)
+    with LoadedModel(resolve_model("moei-demo").folder, LoadOptions(), CpuDevice(), COSTS) as loaded:
+        session = ChatSession(loaded, GenerationSettings(max_new_tokens=60, temperature=0))
+        expected = ask(session, "What is a cache?")
+        session.clear()
+        make_room, left = GrowingLayer.make_room, [3]
+
+        def failing(self: GrowingLayer) -> None:
+            if self._length + 1 > self.keys.shape[-2]:
+                left[0] -= 1
+                if left[0] == 0:
+                    raise torch.OutOfMemoryError("no more")
+            make_room(self)
+
+        monkeypatch.setattr(GrowingLayer, "make_room", failing)
+        with pytest.raises(DoesNotFitError):
+            ask(session, "What is a cache?")
+        assert left[0] == 0
+        assert all(layer.place is None for layer in session._cache.cache.layers)
+        session.clear()
+        assert ask(session, "What is a cache?") == expected
 
 
 def test_a_recording_that_fails_later_is_launched_instead(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,7 @@ class EarlyRouters:
 
         def keep(residual: torch.Tensor) -> None:
             self._residual[layer] = residual
+            self._queued.pop(layer, None)
 
         if not isinstance(forward, NativeLayer):
             return norm.register_forward_pre_hook(lambda _, inputs: keep(inputs[0])).remove
@@ -153,6 +154,7 @@ class EarlyRouters:
     def queue(self, source: int, pieces: Mapping[bool, tuple[Callable[[], None], torch.Tensor]]) -> None:
         """A token comes to the experts of ``source``. pieces: by norm, what queues ``early``, and where its result will
         be on the host."""
+        self._queued.pop(source, None)
         norm = self._asked.pop(source, None)
         if self._watching and norm is not None and norm in pieces:
             queue, host = pieces[norm]

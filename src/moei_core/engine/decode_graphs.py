@@ -157,8 +157,8 @@ class DecodeGraphs:
 
     def forward(self, token: int, cache: ConversationCache) -> torch.Tensor:
         """The logits [vocabulary] after one more token, on the device. Raises: what the runtime raises."""
-        cache.fix(self._place)
         try:
+            cache.fix(self._place)
             self._token.fill_(token)
             self._place.fill_(len(cache.tokens))
             buffers = cache.buffers()
