@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,29 +155,68 @@ def test_a_token_that_fails_leaves_the_conversation_as_it_was(monkeypatch: pytes
         assert ask(session, "Why?") == expected[1]
 
 
-def test_buffers_that_cannot_grow_leave_the_conversation_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the layers have grown when the device's memory ends."""
+@pytest.mark.parametrize("grown", [1, 2, 3, 4])
+def test_buffers_that_cannot_grow_leave_the_conversation_as_it_was(
+    grown: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device's memory ends when some layers have grown, or the keys of one and not its values."""
     monkeypatch.setattr(growing_layer, "_STEP", 32)
     with LoadedModel(resolve_model("moei-demo").folder, LoadOptions(), CpuDevice(), COSTS) as loaded:
         session = ChatSession(loaded, GenerationSettings(max_new_tokens=60, temperature=0))
         expected = ask(session, "What is a cache?")
         session.clear()
-        make_room, left = GrowingLayer.make_room, [3]
+        larger, left = growing_layer._larger, [1 << 30]
 
-        def failing(self: GrowingLayer) -> None:
-            if self._length + 1 > self.keys.shape[-2]:
-                left[0] -= 1
-                if left[0] == 0:
-                    raise torch.OutOfMemoryError("no more")
-            make_room(self)
+        def failing(buffer: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
+            left[0] -= used > 0
+            if left[0] == 0:
+                raise torch.OutOfMemoryError("no more")
+            return larger(buffer, used, capacity)
 
-        monkeypatch.setattr(GrowingLayer, "make_room", failing)
+        monkeypatch.setattr(growing_layer, "_larger", failing)
+        left[0] = grown
         with pytest.raises(DoesNotFitError):
             ask(session, "What is a cache?")
         assert left[0] == 0
         assert all(layer.place is None for layer in session._cache.cache.layers)
-        session.clear()
+        # What was read of the prompt stays, and so do its buffers.
         assert ask(session, "What is a cache?") == expected
+
+
+def test_a_trial_without_memory_leaves_nothing_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: DecodeGraphs) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(DecodeGraphs, "_try", refused)
+    before, device = threading.active_count(), CpuDevice()
+    with pytest.raises(DoesNotFitError, match="not enough to load"):
+        LoadedModel(resolve_model("moei-demo").folder, LoadOptions(), device, COSTS)
+    assert threading.active_count() <= before and not device.registered
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no more"), RuntimeError("CUDA error: out of memory")]
+)
+def test_a_recording_without_memory_is_made_when_there_is_room(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never launched instead: what is computed where must not depend on memory."""
+    rooms: list[int] = []
+    with LoadedModel(resolve_model("moei-demo").folder, LoadOptions(), CpuDevice(), COSTS) as loaded:
+        session = ChatSession(loaded, GenerationSettings(max_new_tokens=30, temperature=0))
+        expected = ask(session, "What is a cache?")
+        session.clear()
+        begin = OperationRecording.begin
+
+        def failing(self: OperationRecording) -> None:
+            if not rooms:
+                raise error
+            begin(self)
+
+        monkeypatch.setattr(OperationRecording, "begin", failing)
+        monkeypatch.setattr(type(loaded.runtime), "make_room", lambda self: rooms.append(1) or True)
+        assert ask(session, "What is a cache?") == expected
+        assert rooms == [1] and loaded.graphs is not None and loaded.graphs._pieces
 
 
 def test_a_recording_that_fails_later_is_launched_instead(monkeypatch: pytest.MonkeyPatch) -> None:

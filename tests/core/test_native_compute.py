@@ -19,7 +19,7 @@ from moei_core.engine import runtime
 from moei_core.engine.expert_compute import HeldExpert, expert_forward, stored_alike
 from moei_core.engine.generate import Generator
 from moei_core.engine.kv_cache import ConversationCache
-from moei_core.engine.layer_work import LayerWork, TokenWork
+from moei_core.engine.layer_work import Choice, LayerWork, TokenWork
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.engine.native_compute import FEW_TOKENS, NativeExperts, native_experts
 from moei_core.hub.resolve import resolve_model
@@ -139,13 +139,10 @@ def test_a_token_goes_on_in_general_where_an_expert_has_no_kernel(
     for order in ([0, 1, 2], [2, 0, 1]):
         assert torch.equal(total(order), whole.total())
     # Torch rounds its own way: what counts is that all ways through it agree.
-    in_torch = LayerWork(
-        module,
-        hidden,
-        torch.tensor([list(weights)]),
-        torch.tensor([list(weights.values())]),
-        lambda one: None if one.key.expert == 1 else kernel,
-    )
+    index, scale = torch.tensor([list(weights)]), torch.tensor([list(weights.values())])
+    choice = Choice.of(index, scale, (), 4)
+    assert Choice.of(index, scale, tuple(weights), 4).rows == choice.rows
+    in_torch = LayerWork(module, hidden, choice, lambda one: None if one.key.expert == 1 else kernel)
     in_torch.compute(experts)
     for order in ([1, 0, 2], [0, 2, 1], [2, 1, 0]):
         assert torch.equal(total(order, without=(1,)), in_torch.total())

@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 _STEP = 256
-"""Of which a layer's size is a multiple; it grows by half."""
+"""Of which a layer's size is a multiple, since attention under a mask wants round numbers; it grows by half."""
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -79,14 +79,26 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.make_room()
         return self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape[2], self._length
 
-    def make_room(self) -> None:
-        """For one token more, which the caller writes before it calls ``wrote_token``."""
+    def make_room(self, capacity: int = 0) -> None:
+        """For one token more, which the caller writes before it calls ``wrote_token``. capacity: tokens at least."""
         self._grow(self._length + 1)
+        if capacity > self.capacity:
+            self._take(capacity)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the buffers have room for."""
+        return int(self.keys.shape[-2])
 
     def _grow(self, needed: int) -> None:
-        if needed > self.keys.shape[-2]:
-            self.keys = _grown(self.keys, self._length, needed)
-            self.values = _grown(self.values, self._length, needed)
+        if needed > self.capacity:
+            wanted = max(needed, self.capacity * 3 // 2)
+            self._take(wanted + -wanted % _STEP)
+
+    def _take(self, capacity: int) -> None:
+        # Both or none: there may be memory for one only.
+        keys = _larger(self.keys, self._length, capacity)
+        self.keys, self.values = keys, _larger(self.values, self._length, capacity)
 
     def wrote_token(self) -> None:
         """The token is there for which there was made room."""
@@ -105,10 +117,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._length = min(self._length, length)
 
 
-def _grown(buffer: torch.Tensor, used: int, needed: int) -> torch.Tensor:
-    # Masked attention wants round numbers, and multiplies what it masks by nothing: that must be numbers.
-    wanted = max(needed, buffer.shape[-2] * 3 // 2)
-    capacity = wanted + -wanted % _STEP
+def _larger(buffer: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
+    # Masked attention multiplies what it masks by nothing: that must be numbers.
     larger = buffer.new_zeros((*buffer.shape[:-2], capacity, buffer.shape[-1]))
     larger[..., :used, :] = buffer[..., :used, :]
     return larger

@@ -39,10 +39,9 @@ class _GraphRecording:
     torch's own context for capturing waits for the whole device and empties its caches, once a piece.
     """
 
-    def __init__(self, computes: torch.cuda.Stream) -> None:
-        place = computes.device
-        self._computes = computes
-        self._stream = torch.cuda.Stream(place)  # type: ignore[no-untyped-call]
+    def __init__(self, computes: torch.cuda.Stream, stream: torch.cuda.Stream) -> None:
+        """computes: the model's own stream. stream: on which it is recorded."""
+        self._computes, self._stream = computes, stream
         self._pool = torch.cuda.graph_pool_handle()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._host = torch.empty(0, dtype=torch.uint8)
@@ -61,6 +60,11 @@ class _GraphRecording:
         assert graph is not None
         try:
             graph.capture_end()
+        except RuntimeError:
+            # torch would believe for ever that something is being recorded.
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+            raise
         finally:
             torch.cuda.set_stream(self._computes)
         return graph.replay
@@ -110,6 +114,8 @@ class CudaDevice:
         # The model's own stream: experts are computed between its layers. Asking torch for it takes 20 microseconds.
         self._computes = torch.cuda.default_stream(self.place)
         self._copies = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]
+        # One for all recordings: products keep a workspace for every stream that they ever ran on.
+        self._records = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]
         self._cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         self.kernels, self.note = _kernels(self.place)
 
@@ -194,7 +200,7 @@ class CudaDevice:
         """Nothing to do: the model computes on the same stream."""
 
     def record(self) -> Recording:
-        return _GraphRecording(self._computes)
+        return _GraphRecording(self._computes, self._records)
 
     def close(self) -> None:
         self._copies.synchronize()

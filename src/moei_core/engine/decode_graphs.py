@@ -195,6 +195,8 @@ class DecodeGraphs:
     def _record(self, cache: ConversationCache) -> None:
         """For the buffers that ``cache`` has now. Raises: torch.OutOfMemoryError."""
         self._forget()
+        # While something is recorded, torch takes no memory out of its caches, and the last recording's is there.
+        self._device.release(0)
         recording = self._device.record()
         recorder = _Recorder(recording, self._runtime, self._routers)
         with self._adapter.instead(recorder), _watching(self._routers):
@@ -207,6 +209,8 @@ class DecodeGraphs:
                 recorder.pieces.append(recording.end())
             except BaseException as error:
                 recording.abandon()
+                if _lacks_memory(error) and not isinstance(error, torch.OutOfMemoryError):
+                    raise torch.OutOfMemoryError(str(error)) from error
                 if self._tried and isinstance(error, RuntimeError) and not _lacks_memory(error):
                     # It could be recorded when the model was loaded. Launching it gives the same bits.
                     return
@@ -219,6 +223,7 @@ class DecodeGraphs:
     def close(self) -> None:
         """Give back what recordings hold. Before the device is closed."""
         self._forget()
+        self._device.release(0)
 
     def _forget(self) -> None:
         self._buffers, self._pieces, self._layers, self._logits = [], [], [], None
@@ -289,5 +294,7 @@ def _is_not(buffer: torch.Tensor, known: ref[torch.Tensor]) -> bool:
     return known() is not buffer
 
 
-def _lacks_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError)
+def _lacks_memory(error: BaseException) -> bool:
+    """CUDA says it in its own words where it is not torch's allocator that asks."""
+    asked = isinstance(error, RuntimeError) and "out of memory" in str(error)
+    return asked or isinstance(error, torch.OutOfMemoryError)

@@ -126,16 +126,16 @@ class Generator:
 
     def _forward(self, tokens: list[int], phase: Phase) -> torch.Tensor:
         """Logits [vocabulary] after ``tokens``. Raises: DoesNotFitError if a device has too little memory for it."""
-        try:
-            logits = self._pass(tokens, phase)
-        except torch.OutOfMemoryError as error:
-            # Other programs may take a device's memory at any time; experts can do with less of it.
-            if not self._cache.can_cut or not self._runtime.make_room():
-                raise _out_of_memory() from error
+        for last in (False, True):
             try:
                 logits = self._pass(tokens, phase)
-            except torch.OutOfMemoryError as again:
-                raise _out_of_memory() from again
+                break
+            except torch.OutOfMemoryError as error:
+                # What the error's frames hold of the device's memory, they hold as long as the error.
+                failure = error.with_traceback(None)
+            # Other programs may take a device's memory at any time; experts can do with less of it.
+            if last or not self._cache.can_cut or not self._runtime.make_room():
+                raise _out_of_memory() from failure
         self._runtime.end_pass()
         self._cache.commit(tokens)
         return logits

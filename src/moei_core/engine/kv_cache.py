@@ -55,10 +55,14 @@ class ConversationCache:
         return self.can_cut and all(getattr(layer, "is_initialized", False) for layer in self.cache.layers)
 
     def fix(self, place: torch.Tensor) -> None:
-        """Until ``release`` all layers are of a fixed size, with room for one token, at ``place`` (a number [])."""
-        for layer in self.cache.layers:
-            assert isinstance(layer, GrowingLayer)
+        """Until ``release`` all layers are of one fixed size, with room for one token, at ``place`` (a number [])."""
+        layers = [layer for layer in self.cache.layers if isinstance(layer, GrowingLayer)]
+        for layer in layers:
             layer.make_room()
+        # Memory may have ended in the middle of the last time that they grew.
+        capacity = max(layer.capacity for layer in layers)
+        for layer in layers:
+            layer.make_room(capacity)
             layer.place = place
 
     def buffers(self) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,30 @@ from moei_core.engine.steady_shapes import missing_rows
 from moei_core.quant.native_layer import weigh_rows
 
 
+class Choice(NamedTuple):
+    """What a layer's router chose. rows: flat positions [token * top_k + column] of each expert, experts and positions
+    ascending, columns in ascending expert order; scale: its weights there, float32 [tokens * top_k, 1]."""
+
+    rows: dict[int, NDArray[np.int64]]
+    scale: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, named: tuple[int, ...], num_experts: int
+    ) -> Choice:
+        """Both [tokens, top_k], on the host; ``num_experts`` means no expert. named: of a single token, its experts."""
+        width = top_k_index.shape[-1]
+        if len(top_k_index) == 1 and len(named) == len(set(named)) == width:
+            order = sorted(range(width), key=named.__getitem__)
+            places = np.arange(width)
+            rows = {named[column]: places[i : i + 1] for i, column in enumerate(order)}
+            weights = top_k_weights[0].to(torch.float32).numpy().take(order)
+            return cls(rows, torch.from_numpy(weights).view(-1, 1))
+        index, columns = torch.sort(top_k_index, dim=-1)
+        scale = torch.gather(top_k_weights, -1, columns).to(torch.float32).reshape(-1, 1)
+        return cls(_rows_by_expert(index, num_experts), scale)
+
+
 class LayerWork:
     """One layer of one forward pass: which rows each expert has, and where its outputs go."""
 
@@ -28,19 +52,15 @@ class LayerWork:
         self,
         module: Any,
         hidden_states: torch.Tensor,
-        index: torch.Tensor,
-        weights: torch.Tensor,
+        choice: Choice,
         kernel: Callable[[HeldExpert], NativeExperts | None],
     ) -> None:
-        """hidden_states: [tokens, hidden]. index, weights: [tokens, top_k], index ascending in each row.
-
-        kernel: what computes an expert natively, if anything does.
-        """
+        """hidden_states: [tokens, hidden]. kernel: what computes an expert natively, if anything does."""
         self.module, self.hidden_states, self._kernel = module, hidden_states, kernel
         self._exact: torch.Tensor | None = None
-        self.tokens, self.top_k = index.shape
-        self.rows = _rows_by_expert(index, int(module.num_experts))
-        self._scale = weights.to(torch.float32).reshape(-1, 1)
+        self.rows, self._scale = choice
+        self.tokens = len(hidden_states)
+        self.top_k = len(self._scale) // self.tokens
 
     @cached_property
     def _outputs(self) -> torch.Tensor:
@@ -155,7 +175,8 @@ class TokenWork:
         """With what has been computed so far."""
         if self._general is None:
             index, weights = torch.tensor([self._rows]), torch.tensor([self._weights])
-            self._general = LayerWork(self._module, self._hidden_states, index, weights, self._kernel)
+            choice = Choice.of(index, weights, tuple(self._rows), int(self._module.num_experts))
+            self._general = LayerWork(self._module, self._hidden_states, choice, self._kernel)
             if self._outputs is not None:
                 self._general.take_over(self._done, self._outputs)
         return self._general
@@ -172,11 +193,6 @@ def sum_rows(rows: torch.Tensor, per_token: int) -> torch.Tensor:
 
 def _rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, NDArray[np.int64]]:
     """Flat positions [token * top_k + column] of each chosen expert, experts and positions ascending."""
-    if len(index) == 1:
-        named = index[0].tolist()
-        if len(set(named)) == len(named):
-            places = np.arange(len(named))
-            return {expert: places[i : i + 1] for i, expert in enumerate(named) if expert < num_experts}
     chosen = index.reshape(-1).numpy()
     order = np.argsort(chosen, kind="stable")
     experts, starts = np.unique(chosen[order], return_index=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import DynamicCache
 
 from moei_core.adapters.device_norms import use_device_norms
@@ -184,17 +185,27 @@ class LoadedModel:
             least = self.budget.working + self.budget.spare
             self.runtime.governor = MemoryGovernor(self.budget.slots, least, slot_nbytes)
             self.runtime.hinter = hinter
-        except BaseException:
-            store.close()
-            if device is not None:
-                device.close()
+            self.adapter.time_dense()
+            self.adapter.install(self.runtime)
+            self.graphs: DecodeGraphs | None = None
+            if isinstance(self.runtime, TieredRuntime):
+                routers = hinter.routers if isinstance(hinter, RouterHints) else None
+                self.graphs = DecodeGraphs(self.adapter, self.runtime, self.runtime.device, routers)
+        except BaseException as error:
+            if hasattr(self, "runtime"):
+                self.runtime.close()
+                self.adapter.uninstall()
+            else:
+                store.close()
+                if device is not None:
+                    device.close()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise DoesNotFitError(
+                    "The GPU's memory is not enough to load this model.",
+                    "Other programs use it too.",
+                    "Close them, or ask for less: --vram, --context, or --device cpu.",
+                ) from error
             raise
-        self.adapter.time_dense()
-        self.adapter.install(self.runtime)
-        self.graphs: DecodeGraphs | None = None
-        if device is not None and self.device_budget is not None:
-            routers = hinter.routers if isinstance(hinter, RouterHints) else None
-            self.graphs = DecodeGraphs(self.adapter, self.runtime, device, routers)
         self.options = options
         self.load_s = time.perf_counter() - started
 

@@ -15,6 +15,7 @@ from moei_core.engine.device_slots import DeviceSlots, LinkedSlotPool
 from moei_core.engine.device_waits import DeviceWaits
 from moei_core.engine.devices import Device
 from moei_core.engine.expert_compute import HeldExpert
+from moei_core.engine.layer_work import Choice
 from moei_core.engine.native_compute import native_experts
 from moei_core.engine.statistics import RuntimeStatistics
 from moei_core.engine.threads import physical_cores
@@ -193,20 +194,12 @@ def _ram_bandwidth(
         for call in range(_CALLS + 1):
             begin = call * together % (count - together + 1)
             chosen = experts[begin : begin + together]
-            index = torch.tensor([[expert.key.expert for expert in chosen]])
+            named = tuple(expert.key.expert for expert in chosen)
+            index = torch.tensor([named])
             time.sleep(_PAUSE_S)
             started = time.perf_counter()
-            work = TieredWork(
-                module,
-                inputs,
-                index,
-                torch.ones(index.shape),
-                lambda _: kernel,
-                device,
-                there,
-                lambda _: None,
-                waits,
-            )
+            choice = Choice.of(index, torch.ones(index.shape), named, int(module.num_experts))
+            work = TieredWork(module, inputs, choice, lambda _: kernel, device, there, lambda _: None, waits)
             work.compute(chosen)
             device.read_back(work.total())
             taken.append(time.perf_counter() - started)

@@ -16,9 +16,11 @@ _VALUES = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.defau
 
 
 class Recording(Protocol):
-    """Pieces of work on one device. Nothing is computed while it is recorded, and results keep their places.
+    """Pieces of work on one device, to be done again; their results keep their places.
 
-    Pieces must be done in the order in which they were recorded, all of them: they share memory.
+    Pieces share memory: what one leaves for a later one must be held as long as they are, and those that do so are
+    done in the order in which they were recorded. A piece whose results lie elsewhere (``to_host``, a tensor from
+    before) may be left out. What a piece gives while it is recorded means nothing.
     """
 
     def begin(self) -> None:
@@ -64,9 +66,9 @@ class RecordedLayer:
 class OperationRecording:
     """A ``Recording`` of torch's operations on a processor, one after the other.
 
-    As with CUDA graphs a piece only sees what is in its tensors when it is done again: numbers that Python took
-    from them stay as they were. What a piece has not computed yet is NaN. And no piece may be given up while another
-    is recorded.
+    It does them once while it records. As with CUDA graphs a piece only sees what is in its tensors when it is done
+    again: numbers that Python took from them stay as they were. What a piece has not computed yet is NaN. And no piece
+    may be given up while another is recorded.
     """
 
     def __init__(self) -> None:

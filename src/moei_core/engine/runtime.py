@@ -27,7 +27,7 @@ from moei_core.config import FULL_OVERLAP, Overlap
 from moei_core.engine.expert_compute import HeldExpert, stored_alike
 from moei_core.engine.forced_routing import ForcedRouting
 from moei_core.engine.hints import Hinter
-from moei_core.engine.layer_work import LayerWork, TokenWork
+from moei_core.engine.layer_work import Choice, LayerWork, TokenWork
 from moei_core.engine.native_compute import NativeExperts, native_experts
 from moei_core.engine.prefetched_experts import PrefetchedExperts
 from moei_core.engine.resident_layers import ResidentLayers
@@ -230,9 +230,8 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
                 TokenWork(module, hidden_states, weights, lambda expert: self._kernel(module, expert)),
                 LayerAccess(layer, experts, (1,) * width, self._phase, (), named),
             )
-        index, order = torch.sort(top_k_index, dim=-1)
-        scale = torch.gather(top_k_weights, -1, order)
-        work = self._work(module, hidden_states, index, scale)
+        choice = Choice.of(top_k_index, top_k_weights, named, int(module.num_experts))
+        work = self._work(module, hidden_states, choice)
         counts = tuple(len(positions) for positions in work.rows.values())
         return work, LayerAccess(layer, tuple(work.rows), counts, self._phase, (), named)
 
@@ -253,10 +252,8 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
         """Memory for computing was refused: give some of what experts hold back. Returns whether there was any."""
         return False
 
-    def _work(
-        self, module: Any, hidden_states: torch.Tensor, index: torch.Tensor, scale: torch.Tensor
-    ) -> LayerWork:
-        return LayerWork(module, hidden_states, index, scale, lambda expert: self._kernel(module, expert))
+    def _work(self, module: Any, hidden_states: torch.Tensor, choice: Choice) -> LayerWork:
+        return LayerWork(module, hidden_states, choice, lambda expert: self._kernel(module, expert))
 
     def _carry_out(self, plan: FetchPlan, work: LayerWork | TokenWork) -> None:
         """The waves in one flow: what a wave evicts is never needed by this access, so it can go at once, and

@@ -22,7 +22,7 @@ from moei_core.engine.device_slots import DeviceSlots, LinkedSlotPool
 from moei_core.engine.device_waits import DeviceWaits
 from moei_core.engine.devices import Device, Event
 from moei_core.engine.expert_compute import HeldExpert, stored_alike
-from moei_core.engine.layer_work import LayerWork, TokenWork
+from moei_core.engine.layer_work import Choice, LayerWork, TokenWork
 from moei_core.engine.recorded_operations import RecordedLayer, Recording
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.statistics import LayerClock
@@ -116,7 +116,8 @@ class TieredRuntime(ExpertRuntime):
                 # As wide as a router's choice, of which only this expert exists: sums are compiled for a width.
                 index = torch.full((tokens, spec.num_experts_per_tok), int(module.num_experts))
                 index[:, 0] = key.expert
-                work = self._work(module, inputs, index, torch.ones(index.shape))
+                choice = Choice.of(index, torch.ones(index.shape), (), int(module.num_experts))
+                work = self._work(module, inputs, choice)
                 assert isinstance(work, TieredWork)
                 self._compute_there(work, [expert])
                 self.device.read_back(work.total())
@@ -191,15 +192,12 @@ class TieredRuntime(ExpertRuntime):
         self._queued = None
         return host
 
-    def _work(
-        self, module: Any, hidden_states: torch.Tensor, index: torch.Tensor, scale: torch.Tensor
-    ) -> LayerWork:
+    def _work(self, module: Any, hidden_states: torch.Tensor, choice: Choice) -> LayerWork:
         assert self._inputs is not None
         return TieredWork(
             module,
             hidden_states,
-            index,
-            scale,
+            choice,
             lambda expert: self._kernel(module, expert),
             self.device,
             self._inputs,
@@ -376,5 +374,6 @@ class TieredRuntime(ExpertRuntime):
         super().close()
         self._on_device.clear()
         self._ahead.clear()
+        self._inputs = None
         self._linked_pool.close()
         self.device.close()

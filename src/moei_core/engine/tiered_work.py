@@ -13,7 +13,7 @@ from moei_core.engine.device_compute import DeviceExpert, FewTokenExperts
 from moei_core.engine.device_waits import DeviceWaits
 from moei_core.engine.devices import Device, Event
 from moei_core.engine.expert_compute import HeldExpert, expert_forward
-from moei_core.engine.layer_work import LayerWork, sum_rows
+from moei_core.engine.layer_work import Choice, LayerWork, sum_rows
 from moei_core.engine.native_compute import NativeExperts
 from moei_core.engine.token_experts import TokenExperts
 
@@ -29,8 +29,7 @@ class TieredWork(LayerWork):
         self,
         module: Any,
         hidden_states: torch.Tensor,
-        index: torch.Tensor,
-        weights: torch.Tensor,
+        choice: Choice,
         kernel: Callable[[HeldExpert], NativeExperts | None],
         device: Device,
         on_device: torch.Tensor,
@@ -41,7 +40,7 @@ class TieredWork(LayerWork):
         """hidden_states: on the host. on_device: the same on the device. few: what computes an expert with few tokens
         there, if anything does. waits: sees the waiting for the device. recorded: what computes all experts of a token
         there at once, if that was recorded."""
-        super().__init__(module, hidden_states, index, weights, kernel)
+        super().__init__(module, hidden_states, choice, kernel)
         self._device, self._inputs, self._few, self._waits = device, on_device, few, waits
         self._exact_inputs: torch.Tensor | None = None
         self._host_experts: list[int] = []
