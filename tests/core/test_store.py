@@ -18,14 +18,17 @@ from safetensors.torch import save_file
 
 from moei_core.adapters.checkpoint import read_tensors
 from moei_core.adapters.transformers_adapter import TransformersAdapter
+from moei_core.engine import slots
 from moei_core.engine.expert_compute import weights_in_slot
 from moei_core.errors import DamagedFileError, ExpertReadError, ModelNotFoundError
+from moei_core.store import slot_memory
 from moei_core.store.base import PAGE, Extent, StoredTensor, lay_out, read_expert
 from moei_core.store.checksums import RunningChecksum, checksum
 from moei_core.store.file_reader import FileReader
 from moei_core.store.memory_store import MemoryStore
 from moei_core.store.safetensors_header import read_header
 from moei_core.store.safetensors_store import SafetensorsStore
+from moei_core.store.slot_memory import reports_free_memory
 from moei_core.types import ExpertKey
 from tests.tiny_models import FAMILIES, save
 
@@ -278,3 +281,56 @@ def test_a_running_checksum_takes_chunks_in_before_the_last_is_there() -> None:
     slot[: 2 * PAGE] = b"\1" * 2 * PAGE
     running.arrived(chunks[2], slot)
     assert running.hexdigest() == checksum([bytes(3 * PAGE)])
+
+
+@pytest.mark.parametrize(
+    ("files", "reports"),
+    [
+        ({}, False),
+        ({"virtio/drivers/virtio_balloon/virtio0/features": "0110010100"}, True),
+        ({"virtio/drivers/virtio_balloon/virtio0/features": "0110000100"}, False),
+        ({"virtio/drivers/virtio_balloon/virtio0/features": "011"}, False),
+        (
+            {
+                "virtio/drivers/virtio_balloon/bind": "",
+                "virtio/drivers/virtio_blk/virtio1/features": "111111",
+            },
+            False,
+        ),
+        ({"vmbus/drivers/hv_balloon/1eccfd72-4b41-45ef-b73a-4a6e44c12924/id": "1"}, True),
+        ({"vmbus/drivers/hv_balloon/uevent": ""}, False),
+    ],
+)
+def test_huge_pages_are_not_asked_of_a_host(files: dict[str, str], reports: bool, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert reports_free_memory(tmp_path) is reports
+
+
+def test_slots_have_the_pages_that_are_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    if slot_memory.HUGEPAGE is None or not Path("/proc/self/smaps").exists():
+        pytest.skip("this system has no such pages, or does not tell of them")
+    for advice, flag in ((slot_memory.HUGEPAGE, "hg"), (slot_memory.NOHUGEPAGE, "nh")):
+        monkeypatch.setattr(slot_memory, "best_pages", lambda advice=advice: advice)
+        monkeypatch.setattr(slots, "best_pages", lambda advice=advice: advice)
+        pool = slots.SlotPool(4, 4 << 20)
+        assert flag in _flags(pool.address(0))
+        held = [pool.take() for _ in range(2)]
+        pool.resize(2)
+        assert "nh" in _flags(pool.address(0)), "nobody fills up what is given back"
+        pool.resize(4)
+        assert flag in _flags(pool.address(0)) and len(held) == 2
+
+
+def _flags(address: int) -> list[str]:
+    """How the kernel treats the mapping that ``address`` lies in."""
+    inside, found = False, list[str]()
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head and not head.endswith(":"):
+            start, end = (int(part, 16) for part in head.split("-"))
+            inside = start <= address < end
+        elif inside and head == "VmFlags:":
+            found = line.split()[1:]
+    return found

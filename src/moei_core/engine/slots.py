@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from moei_core.store.slot_memory import COLD, DONTNEED, HUGEPAGE, NOHUGEPAGE, advise, slot_memory
+from moei_core.store.slot_memory import COLD, DONTNEED, NOHUGEPAGE, advise, best_pages, slot_memory
 
 
 class SlotPool:
     """``count`` slots of ``slot_nbytes`` bytes (a multiple of the page size) in one anonymous mapping.
 
     The kernel commits a page when it is first written, so a pool costs what it has held since the last ``resize``. Huge
-    pages are asked for: a disk reads into them faster, for half of the processor's time.
+    pages are asked for where they are at hand: a disk reads into them faster, for half of the processor's time.
     """
 
     def __init__(self, count: int, slot_nbytes: int) -> None:
@@ -55,7 +55,7 @@ class SlotPool:
         usable = max(0, slots - (self.count - len(idle)))
         self._free, self._retired = idle[:usable], idle[usable:]
         # While something is retired nobody else may fill up the huge pages that it has left.
-        advise(self._memory, NOHUGEPAGE if self._retired else HUGEPAGE)
+        advise(self._memory, NOHUGEPAGE if self._retired else best_pages())
         for first, count in _runs(idle):
             where = first * self.slot_nbytes, count * self.slot_nbytes
             # Splits the huge pages at both ends: they would be given back as a whole or not at all.
