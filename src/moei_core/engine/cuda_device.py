@@ -62,7 +62,7 @@ class _GraphRecording:
             graph.capture_end()
         except RuntimeError:
             # torch would believe for ever that something is being recorded.
-            with suppress(RuntimeError):
+            with suppress(RuntimeError, AttributeError):
                 torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
             raise
         finally:

@@ -14,7 +14,8 @@ Without a recording at hand the same operations are launched one by one: the sam
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import ref
 
@@ -274,20 +275,18 @@ class DecodeGraphs:
         return logits
 
 
-class _watching:
-    """While it is recorded, routers applied early see residual streams whether they want to or not."""
-
-    def __init__(self, routers: EarlyRouters | None) -> None:
-        self._routers = routers
-
-    def __enter__(self) -> None:
-        if self._routers is not None:
-            self._before = self._routers.watching
-            self._routers.watch(True)
-
-    def __exit__(self, *_: object) -> None:
-        if self._routers is not None:
-            self._routers.watch(self._before)
+@contextmanager
+def _watching(routers: EarlyRouters | None) -> Iterator[None]:
+    """While it is recorded, routers applied early see residual streams whether they are wanted now or not."""
+    if routers is None:
+        yield
+        return
+    before = routers.watching
+    routers.watch(True)
+    try:
+        yield
+    finally:
+        routers.watch(before)
 
 
 def _is_not(buffer: torch.Tensor, known: ref[torch.Tensor]) -> bool:
