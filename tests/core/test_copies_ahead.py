@@ -12,6 +12,7 @@ import torch
 from moei_core.adapters.skeleton import experts_modules
 from moei_core.config import ExpertBudget
 from moei_core.engine.copies_ahead import CopiesAhead
+from moei_core.engine.layer_work import Choice
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.engine.tiered_runtime import TieredRuntime
 from moei_core.types import DevicePlan, ExpertKey, FetchPlan, Phase
@@ -105,7 +106,7 @@ def test_a_prefetched_expert_that_does_not_stay_is_not_overwritten_before_it_is_
         chosen = ExpertKey(layer, 2), ExpertKey(layer, 5)
         engine._ahead.wish(chosen)
         engine._ahead.advance()
-        work = engine._work(module, hidden, index, weights)
+        work = engine._work(module, hidden, Choice.of(index, weights, (2, 5), int(module.num_experts)))
         there = DevicePlan((), foreseen=chosen, release=chosen)
         engine._carry_out(FetchPlan(layer, (), 0, 0, device=there), work)
         assert engine.statistics.copies_ahead == 2 and engine.statistics.copies_late == 2

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import POLICIES
 from moei_core.config import ExpertBudget, GenerationSettings
+from moei_core.engine import slots as slot_pools
 from moei_core.engine.chat_session import ChatSession
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.engine.slots import SlotPool
@@ -22,6 +23,7 @@ from moei_core.hardware.system import CgroupMemory, MemoryFacts, Pressure
 from moei_core.hub.resolve import resolve_model
 from moei_core.scheduler import ExpertScheduler
 from moei_core.sim.replay import replay
+from moei_core.store import slot_memory
 from moei_core.trace import TraceEvent, TraceWriter, read_trace
 from tests.hardware.fakes import GIB
 
@@ -179,8 +181,10 @@ def test_slots_that_are_not_needed_are_no_memory() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/vmstat").exists(), reason="no huge pages here")
-def test_scattered_slots_that_share_huge_pages_are_given_back_too() -> None:
+def test_scattered_slots_that_share_huge_pages_are_given_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slot is no multiple of a huge page, so each that goes shares some with one that stays."""
+    for place in (slot_memory, slot_pools):
+        monkeypatch.setattr(place, "best_pages", lambda: slot_memory.HUGEPAGE)
     pool, got = SlotPool(40, 3 * MIB), _kernel_count("thp_fault_alloc")
     for slot in [pool.take() for _ in range(40)]:
         pool.view(slot)[:] = b"x" * pool.slot_nbytes
