@@ -157,10 +157,8 @@ class TieredRuntime(ExpertRuntime):
         if key is None or self.device.kernels is None:
             return None
         layout = self._store.layout(key)
-        name = layer, self._kind(key, layout), are_aligned(layout, self.device.kernels)
-        if name not in self._few:
-            self._few[name] = few_token_experts(module, layout, self.device.kernels)
-        return self._few[name]
+        aligned = are_aligned(layout, self.device.kernels)
+        return self._few_stored(module, (layer, self._kind(key, layout), aligned), layout)
 
     def run_recorded(self, layer: RecordedLayer) -> None:
         clock = LayerClock(self.statistics)
@@ -207,10 +205,14 @@ class TieredRuntime(ExpertRuntime):
         )
 
     def _few_tokens(self, module: Any, expert: DeviceExpert) -> FewTokenExperts | None:
-        # Where they lie is no part of a kind, and how they are read depends on it.
-        name = expert.key.layer, expert.kind, expert.aligned
+        return self._few_stored(module, (expert.key.layer, expert.kind, expert.aligned), expert.layout)
+
+    def _few_stored(
+        self, module: Any, name: tuple[int, int, bool], layout: ExpertLayout
+    ) -> FewTokenExperts | None:
+        """name: layer and kind; and, since where experts lie is no part of a kind, whether they are aligned."""
         if name not in self._few:
-            self._few[name] = few_token_experts(module, expert.layout, self.device.kernels)
+            self._few[name] = few_token_experts(module, layout, self.device.kernels)
         return self._few[name]
 
     def _carry_out(self, plan: FetchPlan, work: LayerWork | TokenWork) -> None:

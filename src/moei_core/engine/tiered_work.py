@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -46,17 +46,14 @@ class TieredWork(LayerWork):
         self._host_experts: list[int] = []
         self._recorded, self._complete = recorded, False
         self._brought: tuple[dict[int, slice], torch.Tensor, torch.Tensor] | None = None
-        self._made: torch.Tensor | None = None
 
-    @property
+    @cached_property
     def _sums(self) -> torch.Tensor:
         """The rows, float32 [tokens * top_k, hidden]."""
-        if self._made is None:
-            # On the model's own stream, like all that it is summed from. A token may have fewer experts than top_k.
-            inputs, count = self._inputs, self.tokens * self.top_k
-            make = inputs.new_empty if sum(map(len, self.rows.values())) == count else inputs.new_zeros
-            self._made = make((count, inputs.shape[-1]), dtype=torch.float32)
-        return self._made
+        # On the model's own stream, like all that it is summed from. A token may have fewer experts than top_k.
+        inputs, count = self._inputs, self.tokens * self.top_k
+        make = inputs.new_empty if sum(map(len, self.rows.values())) == count else inputs.new_zeros
+        return make((count, inputs.shape[-1]), dtype=torch.float32)
 
     def compute(self, experts: Sequence[HeldExpert]) -> None:
         """On the host."""
