@@ -95,6 +95,9 @@ class _FakeRouters:
 
     layers = (0, 1, 2)
 
+    def after(self, layer: int) -> int | None:
+        return layer + 1 if layer < 2 else None
+
     def has_norm(self, layer: int) -> bool:
         return True
 

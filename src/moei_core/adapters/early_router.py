@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class EarlyRouters:
     def __init__(self, model: nn.Module, run_token: Callable[[], Mapping[int, torch.Tensor]]) -> None:
         """run_token: runs one token and returns what each layer's experts were given, ``top_k_index``."""
         self._routers = _find(model, run_token)
+        self._next = dict(pairwise(self.layers))
         self._residual: dict[int, torch.Tensor] = {}
         self._asked: dict[int, bool] = {}
         self._queued: dict[int, tuple[bool, torch.Tensor]] = {}
@@ -95,6 +97,10 @@ class EarlyRouters:
         """The layers whose router was found, ascending."""
         return tuple(sorted(self._routers))
 
+    def after(self, layer: int) -> int | None:
+        """The next layer after ``layer`` whose router was found; None: ``layer`` has none itself, or is the last."""
+        return self._next.get(layer)
+
     def has_norm(self, layer: int) -> bool:
         """Whether the norm before the router of ``layer`` is known."""
         return self._routers[layer].norm is not None
@@ -120,27 +126,24 @@ class EarlyRouters:
 
         norm: to the residual stream that is kept instead, through its own norm.
         """
-        target, residual = self._after(source), self._residual.get(source)
-        if target is None or source not in self._routers or not norm:
-            return target is not None and source in self._routers
-        alone = residual is not None and residual.numel() == residual.shape[-1]
-        return alone and self.has_norm(target)
+        target, residual = self.after(source), self._residual.get(source)
+        if target is None or not norm:
+            return target is not None
+        return residual is not None and _is_single(residual) and self.has_norm(target)
 
     def early(self, source: int, hidden_states: torch.Tensor, norm: bool) -> torch.Tensor:
         """What it then chooses for a single token, on the device, without waiting. hidden_states: of ``source``."""
-        target = self._after(source)
+        target = self.after(source)
         assert target is not None
-        if not norm:
-            return self._chosen(target, hidden_states)
-        module = self._routers[target].norm
-        assert module is not None
-        output: torch.Tensor = module(self._residual[source])
-        # Running the norm has set off its own hook.
-        self._residual.pop(target, None)
-        return self._chosen(target, output)
+        return self._chosen(target, self._normed(target, self._residual[source]) if norm else hidden_states)
 
-    def _after(self, source: int) -> int | None:
-        return next((layer for layer in self.layers if layer > source), None)
+    def _normed(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
+        norm = self._routers[layer].norm
+        assert norm is not None
+        output: torch.Tensor = norm(residual)
+        # Running the norm has set off its own hook.
+        self._residual.pop(layer, None)
+        return output
 
     def recorded(self, source: int, norm: bool) -> list[int] | None:
         """What ``early`` gave where it was queued with the token's recording; None: it was not, and the first that is
@@ -165,17 +168,15 @@ class EarlyRouters:
         """What the router of ``layer`` chooses for the residual stream before the experts of ``source``, through the
         norm of ``layer``. None if that stream was not seen since the last question."""
         router, residual = self._routers[layer], self._residual.pop(source, None)
-        if router.norm is None or residual is None or residual.numel() != residual.shape[-1]:
+        if router.norm is None or residual is None or not _is_single(residual):
             return None
         if router.native is not None:
             kernel, norm = router.native
             if norm.takes(residual):
                 return kernel.early(norm, residual)
         with torch.inference_mode():
-            output = router.norm(residual)
-        # Running the norm has set off its own hook.
-        self._residual.pop(layer, None)
-        return self.route(layer, output.reshape(1, -1)) if isinstance(output, torch.Tensor) else None
+            output = self._normed(layer, residual)
+        return self.route(layer, output.reshape(1, -1))
 
     def close(self) -> None:
         """Leave the model as it was."""
@@ -225,6 +226,11 @@ def _find(model: nn.Module, run_token: Callable[[], Mapping[int, torch.Tensor]])
                     router.native = kernel, norm
                 break
     return routers
+
+
+def _is_single(residual: torch.Tensor) -> bool:
+    """Whether it is one token's."""
+    return residual.numel() == residual.shape[-1]
 
 
 def _alone(module: nn.Module, given: torch.Tensor) -> Any:

@@ -18,6 +18,7 @@ from moei_core.adapters.native_layer import leave_attention_to_torch
 from moei_core.config import PREFILL_CHUNK, ExpertBudget, GenerationSettings
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
+from moei_core.engine.next_token_logits import NextTokenLogits
 from moei_core.engine.sampling import Sampler
 from moei_core.hardware.memory import resident_memory
 from moei_core.hardware.probe.allowance import Allowance
@@ -103,7 +104,7 @@ def measure_framework(
 
 
 def _measure(model: LoadedModel, clock: _LayerClock, tokens: int, allowance: Allowance) -> FrameworkCost:
-    runtime, network, spec = model.runtime, model.adapter.model, model.spec
+    runtime, spec, logits_after = model.runtime, model.spec, NextTokenLogits(model.adapter.model)
     layers, vocabulary = len(spec.num_experts), model.adapter.config.get_text_config().vocab_size
     cache = ConversationCache(model.adapter.config)
     chunk = min(PREFILL_CHUNK, model.context // 2)
@@ -113,12 +114,7 @@ def _measure(model: LoadedModel, clock: _LayerClock, tokens: int, allowance: All
         runtime.forward_pass(phase, len(ids))
         experts_before, started = runtime.statistics.expert_compute_s, time.perf_counter()
         with torch.inference_mode():
-            network(
-                input_ids=torch.tensor([ids]),
-                past_key_values=cache.cache,
-                use_cache=True,
-                logits_to_keep=torch.tensor([-1]),
-            )
+            logits_after(torch.tensor([ids]), cache)
         elapsed = time.perf_counter() - started - clock.reading_s
         runtime.end_pass()
         cache.commit(ids)
@@ -149,7 +145,7 @@ def _measure(model: LoadedModel, clock: _LayerClock, tokens: int, allowance: All
     again, prefill_layers, prefill_experts = run(prompt, Phase.PREFILL)
     touched = model.scheduler.statistics.hits + model.scheduler.statistics.misses - touched_before
     own = settings(allowance.part(0.5))
-    leave_attention_to_torch(network)
+    leave_attention_to_torch(model.adapter.model)
     others = settings(allowance)
     model.scheduler.request_end()
     lookups = layers * spec.num_experts_per_tok

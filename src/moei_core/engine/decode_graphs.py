@@ -16,7 +16,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 from weakref import ref
 
 import torch
@@ -27,6 +27,7 @@ from moei_core.adapters.early_router import EarlyRouters
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.engine.devices import Device
 from moei_core.engine.kv_cache import ConversationCache
+from moei_core.engine.next_token_logits import NextTokenLogits
 from moei_core.engine.recorded_operations import RecordedLayer, Recording
 
 _PROMPT, _TOKENS = 8, 4
@@ -130,12 +131,11 @@ class DecodeGraphs:
     ) -> None:
         """runtime: computes the experts, and is installed. routers: those that are applied early, if any."""
         self._adapter, self._runtime, self._device, self._routers = adapter, runtime, device, routers
-        self._model: Any = adapter.model
+        self._logits_after = NextTokenLogits(adapter.model)
         place = adapter.model.device
         with torch.inference_mode():
             self._token = torch.zeros((1, 1), dtype=torch.int64, device=place)
             self._place = torch.zeros((), dtype=torch.int64, device=place)
-            self._last = torch.tensor([-1], device=place)
         # Of one conversation, which may end and give them back.
         self._buffers: list[ref[torch.Tensor]] = []
         self._pieces: list[Callable[[], None]] = []
@@ -166,19 +166,12 @@ class DecodeGraphs:
             if len(buffers) != len(self._buffers) or any(map(_is_not, buffers, self._buffers)):
                 self._record(cache)
                 self._buffers = [*map(ref, buffers)]
-            found = self._repeat() if self._pieces else self._launch(cache)
+            found = self._repeat() if self._pieces else self._logits_after(self._token, cache)
             # The next token is written over it.
-            logits = found[0, -1].clone()
+            logits = found.clone()
         finally:
             cache.release()
         cache.wrote_token()
-        return logits
-
-    def _launch(self, cache: ConversationCache) -> torch.Tensor:
-        output = self._model(
-            input_ids=self._token, past_key_values=cache.cache, use_cache=True, logits_to_keep=self._last
-        )
-        logits: torch.Tensor = output.logits
         return logits
 
     def _repeat(self) -> torch.Tensor:
@@ -206,7 +199,7 @@ class DecodeGraphs:
             gc.disable()
             try:
                 recording.begin()
-                logits = self._launch(cache)
+                logits = self._logits_after(self._token, cache)
                 recorder.pieces.append(recording.end())
             except BaseException as error:
                 recording.abandon()
@@ -234,7 +227,7 @@ class DecodeGraphs:
         runtime = self._runtime
         self._runtime = _Echo(self._device)
         cache, own = (ConversationCache(self._adapter.config) for _ in range(2))
-        vocabulary = self._model.config.get_text_config().vocab_size
+        vocabulary = self._adapter.config.get_text_config().vocab_size
         tokens = [number * 37 % vocabulary for number in range(_PROMPT + _TOKENS)]
         try:
             with torch.inference_mode(), self._adapter.instead(self._runtime):
@@ -266,12 +259,8 @@ class DecodeGraphs:
         return None
 
     def _own_way(self, tokens: list[int], cache: ConversationCache) -> torch.Tensor:
-        ids = torch.tensor([tokens], device=self._token.device)
-        output = self._model(
-            input_ids=ids, past_key_values=cache.cache, use_cache=True, logits_to_keep=self._last
-        )
+        logits = self._logits_after(torch.tensor([tokens], device=self._token.device), cache)
         cache.commit(tokens)
-        logits: torch.Tensor = output.logits[0, -1]
         return logits
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from moei_core.config import PREFILL_CHUNK, GenerationSettings
 from moei_core.engine.decode_graphs import DecodeGraphs
 from moei_core.engine.kv_cache import ConversationCache
+from moei_core.engine.next_token_logits import NextTokenLogits
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.sampling import Sampler
 from moei_core.engine.statistics import RuntimeStatistics
@@ -39,11 +40,6 @@ class GenerationTimes:
     token_s: list[float] = field(default_factory=list)
 
 
-_LAST = torch.tensor([-1])
-"""The logits to compute. Not the number 1: that takes a strided view of the hidden states, for which torch reorders
-the whole output head, as large as the head itself and as slow as copying it."""
-
-
 class Generator:
     """Generates from token ids with one model, one runtime and one conversation's cache."""
 
@@ -60,14 +56,13 @@ class Generator:
 
         chunk: tokens of a prompt that go through the model at once. graphs: compute single tokens on a device.
         """
-        self._model = model
+        self._logits_after = NextTokenLogits(model)
         self._runtime = runtime
         self._cache = cache
         self._should_stop = should_stop
         self._chunk = chunk
         self._graphs = graphs
         self._place = model.device
-        self._last = _LAST.to(self._place)
 
     def tokens(
         self,
@@ -148,13 +143,7 @@ class Generator:
                 if phase is Phase.DECODE and self._graphs is not None and self._graphs.takes(self._cache):
                     logits = self._graphs.forward(tokens[0], self._cache)
                 else:
-                    output = self._model(
-                        input_ids=torch.tensor([tokens], device=self._place),
-                        past_key_values=self._cache.cache,
-                        use_cache=True,
-                        logits_to_keep=self._last,
-                    )
-                    logits = output.logits[0, -1]
+                    logits = self._logits_after(torch.tensor([tokens], device=self._place), self._cache)
                 logits = self._runtime.to_host(logits)
         except BaseException:
             self._runtime.abandon_pass()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -78,7 +77,6 @@ class RouterHints:
 
     def __init__(self, routers: EarlyRouters) -> None:
         self.routers = routers
-        self._next = dict(pairwise(routers.layers))
         self._first = next(iter(routers.layers), None)
         # By the layer that is predicted, with its norm and without.
         self._records = {layer: {norm: _Record() for norm in (True, False)} for layer in routers.layers}
@@ -103,7 +101,7 @@ class RouterHints:
         for norm, predicted in self._pending:
             self._records[layer][norm].judge(predicted, truth, self.DECAY)
         self._pending.clear()
-        target = self._next.get(layer)
+        target = self.routers.after(layer)
         if target is None:
             return ()
         found: tuple[ScoredExpert, ...] = ()
