@@ -224,6 +224,17 @@ def test_a_token_that_failed_half_way_can_be_taken_back(
         assert torch.equal(step(4), expected)
 
 
+@pytest.mark.parametrize("tokens", [1, 512])
+def test_a_cache_takes_no_more_than_its_context_ahead(tokens: int) -> None:
+    """A budget counts on so much; growing by half would exceed it by up to a half."""
+    layer, context = GrowingLayer(5000), 5000
+    for end in range(tokens, context + 1, tokens):
+        layer.update(torch.ones(1, 1, tokens, 2), torch.ones(1, 1, tokens, 2))
+        assert end <= layer.capacity <= context + 255
+    layer.update(torch.ones(1, 1, 600, 2), torch.ones(1, 1, 600, 2))
+    assert bool((layer.keys[..., : layer.get_seq_length(), :] == 1).all())
+
+
 def test_the_cache_grows_token_by_token_as_in_larger_steps() -> None:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn((2, 1, 2, 600, 8), generator=generator)

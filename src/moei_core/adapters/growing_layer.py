@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -14,15 +15,16 @@ _STEP = 256
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values [batch, heads, tokens, head_dim] in buffers longer than what they hold.
 
+    context: tokens that will come at most; beyond it nothing is taken ahead, since a budget counts on no more.
     place: None, or the place of a single token, a number [] that the device knows. Then a layer looks as transformers'
     static ones do: it gives the whole buffers, which it does not grow, and masks are made for all of them.
     """
 
     is_sliding = False
 
-    def __init__(self) -> None:
+    def __init__(self, context: int = sys.maxsize) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._length = 0
+        self._length, self._context = 0, context
         self.place: torch.Tensor | None = None
         self.keys: torch.Tensor
         self.values: torch.Tensor
@@ -92,7 +94,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _grow(self, needed: int) -> None:
         if needed > self.capacity:
-            wanted = max(needed, self.capacity * 3 // 2)
+            wanted = max(needed, min(self.capacity * 3 // 2, self._context))
             self._take(wanted + -wanted % _STEP)
 
     def _take(self, capacity: int) -> None:

@@ -106,7 +106,7 @@ def measure_framework(
 def _measure(model: LoadedModel, clock: _LayerClock, tokens: int, allowance: Allowance) -> FrameworkCost:
     runtime, spec, logits_after = model.runtime, model.spec, NextTokenLogits(model.adapter.model)
     layers, vocabulary = len(spec.num_experts), model.adapter.config.get_text_config().vocab_size
-    cache = ConversationCache(model.adapter.config)
+    cache = ConversationCache(model.adapter.config, model.context)
     chunk = min(PREFILL_CHUNK, model.context // 2)
 
     def run(ids: list[int], phase: Phase) -> tuple[float, float, float]:

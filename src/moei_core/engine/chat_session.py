@@ -157,7 +157,7 @@ class ChatSession:
         self.messages: list[dict[str, str]] = []
         self.report: TurnReport | None = None
         self._system = system
-        self._cache = ConversationCache(model.adapter.config)
+        self._cache = ConversationCache(model.adapter.config, model.context)
         self._stop = False
         self._prompt_began: tuple[float, RuntimeStatistics] | None = None
         self.clear()

@@ -7,6 +7,8 @@ window), so a turn can reuse any prefix of the turns before.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -21,14 +23,15 @@ class ConversationCache:
     lengths, and ``roll_back`` cuts them all to what ``tokens`` says. can_cut: whether all can be cut.
     """
 
-    def __init__(self, config: PretrainedConfig) -> None:
-        self._config = config
+    def __init__(self, config: PretrainedConfig, context: int = sys.maxsize) -> None:
+        """context: tokens of the conversation at most; memory is taken ahead for no more."""
+        self._config, self._context = config, context
         self.tokens: list[int] = []
         self.cache = self._fresh()
 
     def _fresh(self) -> Cache:
         layers = [
-            GrowingLayer() if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
+            GrowingLayer(self._context) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
             for layer in DynamicCache(config=self._config).layers
         ]
         self.can_cut = all(isinstance(layer, GrowingLayer) for layer in layers)

@@ -101,7 +101,7 @@ def _request(model: LoadedModel, prompt: list[int], new_tokens: int, seed: int =
     device_before = None if device is None else replace(device)
     cache_before, runtime_before = replace(model.scheduler.statistics), model.runtime.snapshot()
     prefetch_before = replace(model.scheduler.prefetch_statistics)
-    cache = ConversationCache(model.adapter.config)
+    cache = ConversationCache(model.adapter.config, model.context)
     generator = Generator(
         model.adapter.model, model.runtime, cache, lambda: False, model.budget.prefill_chunk, model.graphs
     )
