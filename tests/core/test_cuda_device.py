@@ -94,7 +94,8 @@ def test_bringing_small_tensors_does_not_wait_for_what_is_computed(device: CudaD
 def test_memory_of_blocks_goes_back_to_the_driver(device: CudaDevice) -> None:
     slots = DeviceSlots(device, 16, 2, 64 * MIB)
     before, _ = torch.cuda.mem_get_info(device.place)
-    slots.shrink(slots.within(8), [])
+    slots.vacate(slots.within(8), [])
+    slots.shrink(slots.within(8))
     after, _ = torch.cuda.mem_get_info(device.place)
     assert after - before >= 7 * 64 * MIB
     device.close()

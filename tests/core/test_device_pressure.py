@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from moei_core.cache.expert_cache import ExpertCache
 from moei_core.cache.policies import POLICIES
@@ -50,7 +51,8 @@ def test_slots_in_blocks_move_together_and_memory_goes_back() -> None:
     used = taken[:3] + taken[60:]
     limit = slots.within(20)
     assert limit == 18
-    moved = slots.shrink(limit, used)
+    moved = slots.vacate(limit, used)
+    slots.shrink(limit)
     assert slots.usable == 18 and device.held_nbytes() == slots.nbytes == 20 * PAGE
     now = [moved.get(slot, slot) for slot in used]
     assert len(set(now)) == 13 and max(now) < 20
@@ -152,6 +154,32 @@ def test_other_programs_take_device_memory_and_give_it_back() -> None:
             assert ask(model) == expected
         assert device.held_nbytes() == held and governor.current == governor.slots
         assert [tier for tier, resizes in model.resizes.items() if resizes] == ["GPU"]
+
+
+class Referring(CpuDevice):
+    """As CUDA does it: what is still referred to when memory goes back stays with the process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._taken: list[tuple[StorageWeakRef, int]] = []
+        self.kept = 0
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        memory = super().allocate(nbytes)
+        self._taken.append((StorageWeakRef(memory.untyped_storage()), nbytes))
+        return memory
+
+    def release(self, nbytes: int) -> None:
+        super().release(nbytes)
+        self.kept = sum(nbytes for storage, nbytes in self._taken if not storage.expired())
+
+
+def test_nothing_refers_to_memory_that_goes_back() -> None:
+    with open_model(device := Referring()) as model:
+        expected, runtime = ask(model), runtime_of(model)
+        assert runtime.resize_device(runtime._device_slots.usable // 2)
+        assert device.kept == device.held_nbytes() == runtime._device_slots.nbytes
+        assert ask(model) == expected
 
 
 def failing_forward(model: LoadedModel, monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:

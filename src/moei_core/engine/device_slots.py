@@ -171,23 +171,27 @@ class DeviceSlots:
             self._blocks.append(block)
             self._free[:0] = range(self._first + end - 1, self._first + begin - 1, -1)
 
-    def shrink(self, slots: int, used: Iterable[int]) -> dict[int, int]:
-        """Give back what is beyond ``slots`` (of ``within``). used: slots in use, no more than ``slots``.
+    def vacate(self, slots: int, used: Iterable[int]) -> dict[int, int]:
+        """Leave what is beyond ``slots`` (of ``within``), before ``shrink``. used: slots in use, ``slots`` at most.
 
         Nothing may be under way on the device. Returns where to the used slots of blocks that go have moved.
         """
-        begin, nbytes = self._first + slots, (self.usable - slots) * self.slot_nbytes
+        begin = self._first + slots
         self._free = [slot for slot in self._free if slot < begin]
         moved: dict[int, int] = {}
         for slot in [slot for slot in used if slot >= begin]:
             moved[slot] = self._free.pop()
             self._device.compute(partial(self._copy, slot, moved[slot]))
         self._device.mark().wait()
+        self.last_use = {slot: event for slot, event in self.last_use.items() if slot < begin}
+        return moved
+
+    def shrink(self, slots: int) -> None:
+        """Give back what has been vacated. Nobody may refer to its bytes: what is referred to is not given back."""
+        nbytes = (self.usable - slots) * self.slot_nbytes
         while self.usable > slots:
             self._blocks.pop()
-        self.last_use = {slot: event for slot, event in self.last_use.items() if slot < begin}
         self._device.release(nbytes)
-        return moved
 
     def _copy(self, source: int, target: int) -> None:
         self.bytes_of(target, self.slot_nbytes).copy_(self.bytes_of(source, self.slot_nbytes))

@@ -335,21 +335,25 @@ class TieredRuntime(ExpertRuntime):
         if wanted == before:
             return False
         self._note(TraceEvent.RESIZE_DEVICE, wanted)
-        for key in self._tiers.resize_device(wanted):
-            gone = self._on_device.pop(key, None) or self._ahead.cancel(key)
-            if gone is not None:
-                place.give_back(gone.slot)
+        self._leave_device(self._tiers.resize_device(wanted))
         if wanted > before:
             return False
         if self._last_copy is not None:
             self._last_copy.wait()
         self.device.mark().wait()
         experts = [*self._on_device.values(), *self._ahead.experts()]
-        moved = place.shrink(wanted, [expert.slot for expert in experts])
+        moved = place.vacate(wanted, [expert.slot for expert in experts])
         for expert in experts:
             if expert.slot in moved:
                 expert.move(place, moved[expert.slot])
+        place.shrink(wanted)
         return True
+
+    def _leave_device(self, keys: Iterable[ExpertKey]) -> None:
+        for key in keys:
+            gone = self._on_device.pop(key, None) or self._ahead.cancel(key)
+            if gone is not None:
+                self._device_slots.give_back(gone.slot)
 
     def make_room(self) -> bool:
         governor = self.device_governor
