@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moei_core.engine import device_slots
 from moei_core.engine.chat_session import ChatSession
 from moei_core.engine.device_slots import DeviceSlots
 from moei_core.engine.devices import CpuDevice
+from moei_core.engine.hints import RouterHints
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.engine.placement import device_tier
 from moei_core.engine.tiered_runtime import TieredRuntime
@@ -217,6 +219,30 @@ def test_a_refused_allocation_shrinks_the_slots_once_and_the_pass_is_done_again(
         assert left[0] == 98, "once and once more"
         left[0] = 0
         assert ask(model) == expected
+
+
+@pytest.mark.parametrize("call", [1, 6, 40])
+def test_an_early_router_that_is_refused_memory_is_asked_again(
+    call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What had been decided on by then was never carried out."""
+    asked = replace(options(share=0.4), predictor="router")
+    folder, left, hints = resolve_model("moei-demo").folder, [0], RouterHints.hints
+
+    def refused(self: RouterHints, *given: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+        return hints(self, *given)
+
+    monkeypatch.setattr(RouterHints, "hints", refused)
+    with LoadedModel(folder, asked, cpu_device(), COSTS) as model:
+        expected = ask(model)
+    with LoadedModel(folder, asked, cpu_device(), COSTS) as model:
+        left[0] = call
+        assert ask(model) == expected and left[0] < 0
+        believed, there = residents(model)
+        assert believed == there
 
 
 def test_without_a_device_nothing_can_give_way(monkeypatch: pytest.MonkeyPatch) -> None:

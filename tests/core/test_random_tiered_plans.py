@@ -18,6 +18,7 @@ from moei_core.engine.devices import CpuDevice
 from moei_core.engine.expert_compute import ExpertWeights, expert_forward, weights_in_slot
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.engine.tiered_runtime import TieredRuntime
+from moei_core.engine.tiered_work import TieredWork
 from moei_core.errors import ExpertReadError
 from moei_core.prefetch import PrefetchMode
 from moei_core.store.base import ExpertStore, Extent, read_expert
@@ -38,15 +39,21 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether reads fail."""
-    state, read = [False], FileStore.read_extent
+    """Whether reads fail, and whether the device has no memory to compute in."""
+    state, read, compute = [False, False], FileStore.read_extent, TieredWork.compute_on_device
 
     def read_extent(self: FileStore, key: ExpertKey, extent: Extent, slot: memoryview) -> None:
         if state[0]:
             raise ExpertReadError(f"Reading {key} failed.")
         read(self, key, extent, slot)
 
+    def compute_on_device(self: TieredWork, *given: Any) -> None:
+        if state[1]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        compute(self, *given)
+
     monkeypatch.setattr(FileStore, "read_extent", read_extent)
+    monkeypatch.setattr(TieredWork, "compute_on_device", compute_on_device)
     return state
 
 
@@ -176,7 +183,7 @@ def carry_out(
         experts = Experts(model.adapter.open_store())
         least = model.budget.working + model.budget.spare
         hidden = torch.randn(TOKENS, spec.hidden_size, dtype=model.adapter.dtype)
-        failed = 0
+        failed = {ExpertReadError: 0, torch.OutOfMemoryError: 0}
         while plans > 0:
             if rng.random() < 0.1:
                 brain.request_start()
@@ -192,9 +199,9 @@ def carry_out(
                         ]
                     )
                     weights = torch.full(index.shape, 0.25, dtype=model.adapter.dtype)
-                    broken[0] = False
+                    broken[:] = False, False
                     expected = experts.mixed(module, layer, hidden[:tokens], index, 0.25)
-                    broken[0] = rng.random() < 0.02
+                    broken[:] = rng.random() < 0.02, rng.random() < 0.02
                     plans -= 1
                     found = engine.run_layer(module, layer, hidden[:tokens], index, weights)
                     if misses == "copy":
@@ -203,10 +210,11 @@ def carry_out(
                         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
                     watched.check()
                 engine.end_pass()
-            except ExpertReadError:
-                failed += 1
+            except (ExpertReadError, torch.OutOfMemoryError) as error:
+                failed[type(error)] += 1
+                engine.abandon_pass()
                 watched.check()
-            broken[0] = False
+            broken[:] = False, False
             if rng.random() < 0.1:
                 watched.allowed = rng.randrange(least, model.budget.slots + 1)
                 engine.resize(watched.allowed)
@@ -217,7 +225,7 @@ def carry_out(
             if rng.random() < 0.1:
                 brain.request_end()
         work = engine.statistics
-        assert failed > 0 and work.copies > 0 and (how == "eager" or watched.most_copying > 0)
+        assert all(failed.values()) and work.copies > 0 and (how == "eager" or watched.most_copying > 0)
         assert (work.copies_ahead > 0) == (predictor is not None)
         watched.settle()
 

@@ -71,6 +71,11 @@ class CopiesAhead:
         """Whether ``key`` is copied, or can be."""
         return key in self._copied or (key in self._waiting and key in self._in_ram)
 
+    def keep_only(self, keys: Container[ExpertKey]) -> list[DeviceExpert]:
+        """Forget all but ``keys``. Returns what has a device slot of the others."""
+        gone = [key for key in (*self._waiting, *self._copied) if key not in keys]
+        return [expert for key in gone if (expert := self.cancel(key)) is not None]
+
     def experts(self) -> list[DeviceExpert]:
         """Those that have a device slot."""
         return list(self._copied.values())

@@ -178,10 +178,10 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
         plan = self._scheduler.decide(access)
         clock.add_to("decide_s")
         self._unforeseen = access, hidden_states
-        if self._hints_first:
-            self._unforeseen = access._replace(hints=self._hints(access, hidden_states)), None
         self._meanwhile = None if meanwhile is None else partial(self._compute_beside, meanwhile, clock)
         try:
+            if self._hints_first:
+                self._unforeseen = access._replace(hints=self._hints(access, hidden_states)), None
             self._carry_out(plan, work)
         except BaseException:
             # A replay knows of no failure: the brain learns from this layer all the same.

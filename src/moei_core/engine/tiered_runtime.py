@@ -229,18 +229,16 @@ class TieredRuntime(ExpertRuntime):
             expert, in_time = self._ahead.take(key)
             self.statistics.copies_late += not in_time
             experts.append(expert)
-            if key not in there.release:
-                self._on_device[key] = expert
-        foreseen = experts[len(there.hits) :]
+            self._on_device[key] = expert
         if all(key in self._held for key in there.copy) and self._ring_takes(there.copy):
             # Launching costs more than computing behind the copies instead of beside them: one launch for all.
             experts += self._copy_for_now(there.copy)
             self._sent.update(there.copy)
         self._compute_there(work, experts)
-        for expert in foreseen:
-            if expert.key in there.release:
+        for key in there.foreseen:
+            if key in there.release:
                 # Not before: it is filled again behind what is known to be computed from it.
-                self._device_slots.give_back(expert.slot)
+                self._device_slots.give_back(self._on_device.pop(key).slot)
         super()._carry_out(plan, work)
         self._ahead.advance()
 
@@ -365,12 +363,17 @@ class TieredRuntime(ExpertRuntime):
         super()._forget(key)
 
     def _reconcile(self) -> None:
-        for key in self._tiers.device.cache.residents():
+        there = self._tiers.device
+        # Planned to go, and still there: the plan was given up before.
+        gone = [self._on_device.pop(key) for key in [*self._on_device] if key not in there.cache]
+        for expert in (*gone, *self._ahead.keep_only(there.ahead)):
+            self._device_slots.give_back(expert.slot)
+        for key in there.cache.residents():
             if key not in self._on_device:
                 # Planned, and never copied.
                 self._scheduler.cancel_load(key)
                 self._note(TraceEvent.CANCEL_LOAD, *key)
-        for key in [key for key in self._tiers.device.ahead if not self._ahead.known(key)]:
+        for key in [key for key in there.ahead if not self._ahead.known(key)]:
             self._ahead.cancel(key)
             self._scheduler.cancel_load(key)
             self._note(TraceEvent.CANCEL_LOAD, *key)
