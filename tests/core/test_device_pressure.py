@@ -184,6 +184,49 @@ def test_nothing_refers_to_memory_that_goes_back() -> None:
         assert ask(model) == expected
 
 
+def test_slots_that_could_not_grow_are_not_counted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory was free when the governor looked, and taken when the slots were allocated."""
+    device, now = CpuDevice(), [1e12]
+    with open_model(device, prefetch=False) as model:
+        expected, runtime = ask(model), runtime_of(model)
+        governor, place = runtime.device_governor, runtime._device_slots
+        assert governor is not None
+        governor.clock, governor.interval = lambda: now[0], 0.0
+        device.taken_by_others = device.free_nbytes() - (1 << 20)
+        assert ask(model) == expected
+        least, device.taken_by_others = place.usable, 0
+        with monkeypatch.context() as patch:
+            patch.setattr(CpuDevice, "allocate", no_memory)
+            for _ in range(8):
+                now[0] += 6
+                assert ask(model) == expected
+        assert governor.current == place.usable == least
+        assert not runtime.make_room() and place.usable == least, "asked for room, it took some"
+
+
+@pytest.mark.parametrize("believed", [50, 58])
+def test_a_refused_allocation_gives_a_block_back_whatever_the_step(
+    believed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_slots, "BLOCK_NBYTES", 10 * open_slot_nbytes())
+    with open_model(cpu_device(), prefetch=False) as model:
+        runtime, place = runtime_of(model), runtime_of(model)._device_slots
+        assert runtime.device_governor is not None
+        runtime.device_governor._current = believed
+        runtime.resize_device(believed)
+        before = place.usable
+        assert runtime.make_room() and place.usable < before
+
+
+def no_memory(*_: object) -> torch.Tensor:
+    raise torch.OutOfMemoryError("taken in between")
+
+
+def open_slot_nbytes() -> int:
+    with open_model(cpu_device(), prefetch=False) as model:
+        return runtime_of(model)._device_slots.slot_nbytes
+
+
 def failing_forward(model: LoadedModel, monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
     """The attention of the second layer is refused memory for so many times."""
     left = [times]

@@ -329,6 +329,8 @@ class TieredRuntime(ExpertRuntime):
         wanted = place.within(slots)
         if wanted > before:
             place.grow(wanted)
+            if place.usable < wanted and self.device_governor is not None:
+                self.device_governor.got(place.usable)
             wanted = place.usable
         if wanted == before:
             return False
@@ -354,9 +356,12 @@ class TieredRuntime(ExpertRuntime):
                 self._device_slots.give_back(gone.slot)
 
     def make_room(self) -> bool:
-        governor = self.device_governor
-        slots = None if governor is None else governor.give_way("a GPU allocation failed")
-        return slots is not None and self.resize_device(slots)
+        governor, place = self.device_governor, self._device_slots
+        while governor is not None and (slots := governor.give_way("a GPU allocation failed")) is not None:
+            # Its step may be less than a block.
+            if place.within(slots) < place.usable:
+                return self.resize_device(slots)
+        return False
 
     def _forget(self, key: ExpertKey) -> None:
         self._ahead.leaving(key)

@@ -103,6 +103,11 @@ class MemoryGovernor:
         self.resizes.append(Resize(before, self._current, reason))
         return self._current
 
+    def got(self, slots: int) -> None:
+        """Growing has been refused memory: there are only ``slots``."""
+        self._current = slots
+        self._calm_since = self.clock()
+
     def _decide(self, now: float) -> str:
         memory = self.memory()
         taken = 0 if self._usable is None else max(0, self._usable - memory.usable)
