@@ -258,6 +258,17 @@ def test_a_lasting_failure_is_handed_out_with_its_name(bench: Bench, kind: str) 
     assert loads[KEYS[4]].failure is None
 
 
+def test_what_ends_a_check_is_handed_out_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(bench.store, "complete", no_memory)
+    for key in KEYS[:3]:
+        bench.queue.demand(key, key.expert)
+    assert all(isinstance(bench.queue.next_ready().failure, MemoryError) for _ in KEYS[:3])
+    assert all(thread.is_alive() for thread in bench.queue._threads)
+
+
 def test_a_prefetch_that_fails_is_an_event(bench: Bench) -> None:
     bench.store.failures[KEYS[3]] = 100
     bench.queue.add_spare(0)

@@ -23,8 +23,8 @@ def read_chunk(store: ExpertStore, key: ExpertKey, chunk: Extent, slot: memoryvi
 def complete(
     store: ExpertStore, key: ExpertKey, slot: memoryview, running: RunningChecksum
 ) -> Exception | None:
-    """Compare with the checksum; a second reading may heal what the first one spoilt on the way. Returns what that
-    raised."""
+    """Compare with the checksum; a second reading may heal what the first one spoilt on the way. Returns what could
+    not be healed."""
     try:
         store.complete(key, slot, running)
     except ExpertReadError:
@@ -32,4 +32,7 @@ def complete(
             read_expert(store, key, slot)
         except Exception as failure:
             return failure
+    except Exception as failure:
+        # No matter of the disk, as memory is; a reader that died of it would leave everybody waiting.
+        return failure
     return None
