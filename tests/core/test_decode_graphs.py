@@ -155,6 +155,24 @@ def test_a_token_that_fails_leaves_the_conversation_as_it_was(monkeypatch: pytes
         assert ask(session, "Why?") == expected[1]
 
 
+@pytest.mark.parametrize("make_device", DEVICES)
+def test_what_a_forgotten_turn_left_behind_is_not_seen(make_device: Callable[[], Device]) -> None:
+    """Values that overflowed, too: behind a mask they would still be multiplied by nothing, which is no number."""
+    with LoadedModel(resolve_model("moei-demo").folder, LoadOptions(), make_device(), COSTS) as loaded:
+        session = ChatSession(loaded, GenerationSettings(max_new_tokens=20, temperature=0))
+        expected = ask(session, "What is a cache?")
+        layers = session._cache.cache.layers
+        length = layers[0].get_seq_length()
+        with torch.inference_mode():
+            for layer in layers:
+                assert isinstance(layer, GrowingLayer) and length < layer.capacity
+                # And one that was written in a pass that failed.
+                layer.values[..., length - 5 : length + 1, :] = torch.inf
+        session._cache.roll_back()
+        session.messages = []
+        assert ask(session, "What is a cache?") == expected
+
+
 @pytest.mark.parametrize("grown", [1, 2, 3, 4])
 def test_buffers_that_cannot_grow_leave_the_conversation_as_it_was(
     grown: int, monkeypatch: pytest.MonkeyPatch

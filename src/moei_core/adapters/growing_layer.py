@@ -25,6 +25,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def __init__(self, context: int = sys.maxsize) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._length, self._context = 0, context
+        # The end of what was written and is forgotten.
+        self._stale = 0
         self.place: torch.Tensor | None = None
         self.keys: torch.Tensor
         self.values: torch.Tensor
@@ -101,6 +103,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         # Both or none: there may be memory for one only.
         keys = _larger(self.keys, self._length, capacity)
         self.keys, self.values = keys, _larger(self.values, self._length, capacity)
+        self._stale = 0
 
     def wrote_token(self) -> None:
         """The token is there for which there was made room."""
@@ -116,7 +119,16 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def cut_to(self, length: int) -> None:
         """Forget everything after the first ``length`` tokens."""
+        # A token at a fixed place may have been written and not be counted.
+        self._stale = max(self._stale, self._length + 1)
         self._length = min(self._length, length)
+
+    def clean(self) -> None:
+        """Make numbers of what was forgotten, which may be none: masked attention will see it."""
+        if self._stale > self._length:
+            for buffer in (self.keys, self.values):
+                buffer[..., self._length : self._stale, :].zero_()
+        self._stale = 0
 
 
 def _larger(buffer: torch.Tensor, used: int, capacity: int) -> torch.Tensor:

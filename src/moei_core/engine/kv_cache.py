@@ -66,6 +66,7 @@ class ConversationCache:
         capacity = max(layer.capacity for layer in layers)
         for layer in layers:
             layer.make_room(capacity)
+            layer.clean()
             layer.place = place
 
     def buffers(self) -> list[torch.Tensor]:
