@@ -188,6 +188,8 @@ class DecodeGraphs:
 
     def _record(self, cache: ConversationCache) -> None:
         """For the buffers that ``cache`` has now. Raises: torch.OutOfMemoryError."""
+        # Pieces of a token that failed may still be queued, and what they write on the host is given back here.
+        self._device.mark().wait()
         self._forget()
         # While something is recorded, torch takes no memory out of its caches, and the last recording's is there.
         self._device.release(0)

@@ -146,8 +146,10 @@ class Generator:
                     logits = self._logits_after(torch.tensor([tokens], device=self._place), self._cache)
                 logits = self._runtime.to_host(logits)
         except BaseException:
-            self._runtime.abandon_pass()
-            self._cache.roll_back()
+            try:
+                self._runtime.abandon_pass()
+            finally:
+                self._cache.roll_back()
             raise
         return logits
 
