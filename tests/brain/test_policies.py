@@ -202,6 +202,20 @@ def test_allocation_moves_slots_to_where_they_help() -> None:
     assert scheduler.resident_count <= 6
 
 
+def test_allocation_leaves_no_slot_unused() -> None:
+    """With room for all experts each misses once, also one that is first used after quotas were computed."""
+    policy = AllocatedLRU(32, {0: 16, 1: 16})
+    policy.FIRST = policy._next = 8
+    scheduler = ExpertScheduler(ExpertCache(32, policy), 1)
+    for number in range(200):
+        scheduler.forward_pass(access(0, 0).phase)
+        # Quotas are computed after 8, 16, 32, 64 and 128 passes, which have met a third of these at most.
+        scheduler.access(access(0, number // 10 % 16))
+        scheduler.access(access(1, number % 2))
+    assert scheduler.statistics.misses == 16 + 2
+    assert scheduler.statistics.evictions == 0
+
+
 def test_cost_aware_prefers_small_experts_when_latency_counts() -> None:
     policy = CostAware(2, {0: 4, 1: 4})
     policy.set_sizes({0: 10_000_000, 1: 1_000_000}, latency=1e-3, bandwidth=1e9)

@@ -93,4 +93,13 @@ class AllocatedLRU(LayerLRU):
             hits = np.concatenate([[0], np.cumsum(distances[:-1])])
             curves.append((distances.sum() - hits).tolist())
         capacity = min(self._capacity, sum(self._num_experts.values()))
-        self._quota = dict(zip(self._num_experts, allocate(curves, capacity), strict=True))
+        quotas = allocate(curves, capacity)
+        # What saves no miss of the past may still save one to come, of an expert that has not been used yet.
+        spare = even_quotas(
+            capacity - sum(quotas),
+            {
+                layer: count - quota
+                for (layer, count), quota in zip(self._num_experts.items(), quotas, strict=True)
+            },
+        )
+        self._quota = {layer: quota + spare[layer] for layer, quota in zip(spare, quotas, strict=True)}
