@@ -14,6 +14,7 @@ from moei_core.scheduler import ExpertScheduler, PrefetchStatistics
 from moei_core.sim.clock import Clock
 from moei_core.sim.hardware import Hardware
 from moei_core.sim.replay import passes, replay
+from moei_core.trace.format import Trace
 from moei_core.trace.hints import with_made_hints
 from moei_core.types import Phase
 
@@ -71,3 +72,13 @@ def test_other_requests_keep_the_hints_of_their_single_tokens() -> None:
             assert {hint.key.layer for hint in access.hints} == {later.layer}
             assert tuple(hint.key.expert for hint in access.hints) == later.experts
         assert not one.accesses[-1].hints
+
+
+def test_256_experts_may_be_bytes() -> None:
+    """Where every token has all of its experts, no number is needed for none; hints need one."""
+    experts = np.arange(256, dtype=np.uint8).reshape(32, 1, 8).repeat(2, axis=1)
+    trace = Trace("wide", 256, 8, (0, 1), experts, np.array([0, 32], np.int64))
+    hints = with_made_hints(trace, 0.5).hints_experts
+    assert hints is not None and hints.max() == 256
+    right = with_made_hints(trace, 1.0).hints_experts
+    assert right is not None and np.array_equal(right, experts)

@@ -47,7 +47,8 @@ def with_made_hints(trace: Trace, right: float, seed: int = 0) -> Trace:
     experts = np.asarray(trace.experts)
     wrong = random.random(experts.shape, np.float32) >= right
     others = random.integers(0, trace.num_experts, experts.shape, experts.dtype)
-    hints = np.where(wrong & (experts < trace.num_experts), others, experts)
+    # Wide enough for the sign for none, which 256 experts that were all chosen do without.
+    hints = np.where(wrong & (experts < trace.num_experts), others, experts).astype(np.uint16)
     # Named once: a second mention says nothing.
     order = np.sort(hints, axis=2)
     order[..., 1:][order[..., 1:] == order[..., :-1]] = trace.num_experts
