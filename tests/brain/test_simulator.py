@@ -97,6 +97,24 @@ def test_the_bound_of_perfect_overlap_holds(path: str) -> None:
             assert result.tokens_per_second <= result.bound_tokens_per_second * (1 + 1e-9), name
 
 
+@pytest.mark.parametrize("name", BASELINES)
+def test_other_systems_read_from_disk_what_ram_does_not_keep(name: str, path: str) -> None:
+    gpu = replace(MACHINE, link_bandwidth=10e9, ram_nbytes=1 << 30)
+    roomy = simulate(Run(path, name, 8, gpu, 2 * MB))
+    tight = simulate(Run(path, name, 8, replace(gpu, ram_nbytes=16 * MB), 2 * MB))
+    trace = read_trace(path)
+    assert 0 < roomy.costs.disk_nbytes <= trace.num_experts * len(trace.moe_layers) * 2 * MB, "each once"
+    assert tight.costs.disk_nbytes > 3 * roomy.costs.disk_nbytes
+    assert tight.costs.link_nbytes == roomy.costs.link_nbytes
+    assert tight.costs.seconds > 2 * roomy.costs.seconds
+    assert tight.costs.seconds >= tight.costs.disk_nbytes / gpu.disk_bandwidth
+    report = roomy.report()
+    assert report["ram_hit_rate"] == pytest.approx(
+        1 - roomy.costs.disk_nbytes / roomy.costs.link_nbytes, abs=1e-5
+    )
+    assert simulate(Run(path, name, 8, MACHINE, 2 * MB)).report()["ram_hit_rate"] is None, "there is no GPU"
+
+
 def test_streaming_takes_all_bytes_over_bandwidth(path: str) -> None:
     """ZeRO-Infinity style: the link never rests, so time = bytes of all layers of all passes / bandwidth."""
     trace = read_trace(path)

@@ -1,4 +1,4 @@
-"""What other systems would do with the same accesses: closed rules, no brain, the same links and compute.
+"""What other systems would do with the same accesses: closed rules, no brain, the same links, RAM and compute.
 
 Each is a cost model of its own; tests check them against closed forms (streaming time = bytes / bandwidth).
 """
@@ -6,17 +6,20 @@ Each is a cost model of its own; tests check them against closed forms (streamin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from moei_core.sim.clock import Costs
+from moei_core.sim.clock import Costs, RamTier
 from moei_core.sim.hardware import Hardware
-from moei_core.types import LayerAccess
+from moei_core.types import ExpertKey, LayerAccess, layer_keys
 
 
 class Baseline(ABC):
     """Advances its own clock for each access; ``hits`` and ``misses`` count experts."""
+
+    part_nbytes: int | None = None
+    """Bytes of what is moved and kept as one; None: an expert."""
 
     def __init__(
         self, hardware: Hardware, num_experts: Mapping[int, int], nbytes: int, capacity: int
@@ -27,19 +30,30 @@ class Baseline(ABC):
         self.position = {layer: i for i, layer in enumerate(self.layers)}
         self.costs = Costs()
         self.hits = self.misses = 0
-        self.now = self.link_free = 0.0
-        self.bandwidth = hardware.link_bandwidth if hardware.has_gpu else hardware.disk_bandwidth
-        self.latency = hardware.link_latency if hardware.has_gpu else hardware.disk_latency
+        self.now = self.link_free = self.disk_free = 0.0
+        self.ram = RamTier(hardware.ram_nbytes // (self.part_nbytes or nbytes) if hardware.has_gpu else 0)
 
-    def move(self, nbytes: int, start: float, loads: int) -> float:
-        """``loads`` transfers of ``nbytes`` together; returns when the last byte is there."""
-        self.link_free = max(self.link_free, start) + loads * self.latency + nbytes / self.bandwidth
-        self.costs.loads += loads
-        if self.hardware.has_gpu:
-            self.costs.link_nbytes += nbytes
-        else:
-            self.costs.disk_nbytes += nbytes
-        return self.link_free
+    def move(self, parts: Sequence[Hashable], start: float, transfers: int) -> float:
+        """Bring ``parts`` in by so many transfers; returns when the last byte is there. With a GPU they come from disk
+        to VRAM as in ``clock.Links``: past RAM, and only over the link if RAM has them."""
+        machine, costs, size = self.hardware, self.costs, self.part_nbytes or self.nbytes
+        in_ram = sum(map(self.ram.read, parts)) if machine.has_gpu else 0
+        arrived, absent = start, len(parts) - in_ram
+        if absent:
+            latencies = min(transfers, absent) * machine.disk_latency
+            self.disk_free = max(self.disk_free, start) + latencies + absent * size / machine.disk_bandwidth
+            arrived = self.disk_free
+            costs.disk_nbytes += absent * size
+        if machine.has_gpu:
+            done = max(self.link_free, start) + transfers * machine.link_latency
+            done += len(parts) * size / machine.link_bandwidth
+            if absent:
+                done = max(done, arrived + min(size, machine.chunk_nbytes) / machine.link_bandwidth)
+            self.link_free = arrived = done
+            costs.link_nbytes += len(parts) * size
+        costs.loads += len(parts)
+        costs.ram_hits += in_ram
+        return arrived
 
     def wait(self, until: float) -> None:
         self.costs.stall_seconds += max(0.0, until - self.now)
@@ -83,7 +97,7 @@ class ZeroInfinity(Baseline):
         self._arrives = self._stream(self.layers[0], 0.0)
 
     def _stream(self, layer: int, start: float) -> float:
-        return self.move(self.num_experts[layer] * self.nbytes, start, 1)
+        return self.move(layer_keys(layer, self.num_experts[layer]), start, 1)
 
     def access(self, access: LayerAccess) -> None:
         self.count(0, len(access.experts))
@@ -102,7 +116,7 @@ class UnifiedMemory(Baseline):
     """
 
     FAULT_NBYTES = 64 << 10
-    BLOCK_NBYTES = 2 << 20
+    BLOCK_NBYTES = part_nbytes = 2 << 20
     FAULT_SECONDS = 30e-6
 
     def __init__(
@@ -130,21 +144,21 @@ class UnifiedMemory(Baseline):
         hits = 0
         for expert in access.experts:
             start = self._starts[access.layer] + expert * self.nbytes
-            absent = 0
+            absent: list[int] = []
             for block in range(
                 start // self.BLOCK_NBYTES, (start + self.nbytes - 1) // self.BLOCK_NBYTES + 1
             ):
                 if block in self._blocks:
                     del self._blocks[block]
                 else:
-                    absent += 1
+                    absent.append(block)
                     if len(self._blocks) >= self._limit:
                         del self._blocks[next(iter(self._blocks))]
                 self._blocks[block] = None
-            hits += absent == 0
+            hits += not absent
             if absent:
-                faults = absent * self.faults_of_block() * self.FAULT_SECONDS
-                self.wait(self.move(absent * self.BLOCK_NBYTES, self.now, 0) + faults)
+                faults = len(absent) * self.faults_of_block() * self.FAULT_SECONDS
+                self.wait(self.move(absent, self.now, 0) + faults)
         self.count(hits, len(access.experts) - hits)
         self.compute(access)
 
@@ -171,15 +185,18 @@ class BrainStorm(Baseline):
         missing = [expert for expert in access.experts if expert not in held]
         self.count(len(access.experts) - len(missing), len(missing))
         if missing:
-            self.wait(self.move(len(missing) * self.nbytes, self.now, len(missing)))
+            self.wait(self._bring(layer, missing))
         following = self.layers[(self.position[layer] + 1) % len(self.layers)]
         likely = np.argsort(-self._counts[following], kind="stable")[: self._share].tolist()
         fresh = [expert for expert in likely if expert not in self._held[following]]
         if fresh:
             self.costs.prefetch_nbytes += len(fresh) * self.nbytes
-            self.move(len(fresh) * self.nbytes, self.now, len(fresh))
+            self._bring(following, fresh)
             self._held[following] = set(likely)
         self.compute(access)
+
+    def _bring(self, layer: int, experts: Sequence[int]) -> float:
+        return self.move([ExpertKey(layer, expert) for expert in experts], self.now, len(experts))
 
 
 BASELINES: dict[str, type[Baseline]] = {

@@ -8,7 +8,7 @@ layer into what becomes free, and prefetches use what the link has left.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
 from moei_core.scheduler import ExpertScheduler
@@ -45,9 +45,9 @@ class RamTier:
     """Experts that RAM holds beside VRAM, the least recently read going first."""
 
     capacity: int
-    held: dict[ExpertKey, None] = field(default_factory=dict)
+    held: dict[Hashable, None] = field(default_factory=dict)
 
-    def read(self, key: ExpertKey) -> bool:
+    def read(self, key: Hashable) -> bool:
         """Whether ``key`` was in RAM; afterwards it is."""
         found = key in self.held
         if found:

@@ -84,7 +84,9 @@ class Result:
             "policy": self.run.policy,
             "slots": self.run.slots,
             "hit_rate": round(self.hit_rate, 5),
-            "ram_hit_rate": round(costs.ram_hits / costs.loads, 5) if costs.loads else None,
+            "ram_hit_rate": round(costs.ram_hits / costs.loads, 5)
+            if costs.loads and self.run.hardware.has_gpu
+            else None,
             "hits": self.hits,
             "misses": self.misses,
             "bypasses": self.bypasses,
