@@ -90,7 +90,7 @@ def test_on_any_events(data: st.DataObject) -> None:
         if kind in ("access", "prefill"):
             layer = data.draw(st.sampled_from(list(num_experts)))
             experts = data.draw(st.sets(st.integers(0, num_experts[layer] - 1)))
-            counts = tuple(data.draw(st.integers(1, 5)) for _ in experts) if kind == "prefill" else ()
+            counts = tuple(data.draw(st.integers(1, 12)) for _ in experts) if kind == "prefill" else ()
             event = access(layer, *experts, counts=counts)
             assert brains[0].access(event) == brains[1].access(event)
         elif kind == "token":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -170,6 +172,16 @@ def test_static_keeps_its_list() -> None:
         scheduler.forward_pass(access(0, 0).phase)
         scheduler.access(access(0, number % 2, 2 + number % 2) if number < 4 else access(0, 6, 7))
     assert [key.expert for key in scheduler.residents()] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("tokens", [2, 4])
+def test_the_default_learns_from_passes_over_a_few_tokens(tokens: int) -> None:
+    """Several users' tokens at once are evidence as one user's are, of single steps and not of many."""
+    one_by_one = make_trace(sequences=4, length=200 * tokens, layers=3, num_experts=64, top_k=4, seed=5)
+    bounds = np.arange(0, one_by_one.tokens + 1, tokens)
+    trace = replace(one_by_one, pass_offsets=bounds.astype(np.int64))
+    rates = {name: run(name, 16 * 3, trace)[0].statistics.hit_rate for name in (DEFAULT_POLICY, "layer-lru")}
+    assert rates[DEFAULT_POLICY] > rates["layer-lru"] + 0.01
 
 
 def test_allocation_is_optimal() -> None:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from moei_core.cache.policies.base import ValuePolicy
 from moei_core.cache.policies.same_numbers import GRID, on_grid, power, powers, solve
-from moei_core.types import ExpertKey, LayerAccess
+from moei_core.types import ExpertKey, LayerAccess, Phase
 
 Array = NDArray[np.float32]
 
@@ -45,6 +45,8 @@ FORGET = 0.9999
 SHRINK = 5.0
 """An affinity seen n times counts n / (n + SHRINK); the rest is popularity."""
 RECENT = 0.8
+FEW = {Phase.PREFILL: 8, Phase.DECODE: 32}
+"""A pass over no more tokens is one step to learn from: several users' tokens or drafts, or the end of a prompt."""
 FEATURES = len(PRIOR)
 _FREQUENCIES, _SLOW, _OWN, _BEFORE, _OWN_RECENT = slice(0, 4), 4, 5, 6, 7
 _FIRST_FITS = 8
@@ -148,7 +150,7 @@ class LearnedMixture(ValuePolicy):
         i, width, experts = self.position[access.layer], self.width, access.experts
         if self._request_started[i]:
             self._start_request(i)
-        if max(access.token_counts, default=0) > 1:
+        if self._is_long(access):
             self._absorb_many(i, access)
             self._previous = []
             return
@@ -157,7 +159,7 @@ class LearnedMixture(ValuePolicy):
             self._learn(i)
             at = 0
         self._filled[i] = at + 1
-        own = self._decode_width = len(experts)
+        own = len(experts)
         indices = np.array([*experts, *self._previous], np.intp)
         sources = self._sources[i, at]
         sources[indices] = 1
@@ -183,6 +185,18 @@ class LearnedMixture(ValuePolicy):
         np.add(affinities, added_pair, affinities)
         self._previous = [expert + width for expert in experts]
         self._value(i, features)
+
+    def _is_long(self, access: LayerAccess) -> bool:
+        """Whether ``access`` is of more tokens than one step can stand for."""
+        if max(access.token_counts, default=0) > 1:
+            return self._tokens(access) > FEW[access.phase]
+        self._decode_width = len(access.experts)
+        return False
+
+    def _tokens(self, access: LayerAccess) -> int:
+        """How many tokens a pass over many has, as far as its counts show."""
+        width = min(self._decode_width or len(access.experts), len(access.experts))
+        return max(max(access.token_counts), round(sum(access.token_counts) / width))
 
     def _mean(self, own: int, before: int) -> Array:
         """Takes the means over the experts of this layer and of the one before, in one product."""
@@ -214,8 +228,7 @@ class LearnedMixture(ValuePolicy):
         self._learn(i)
         experts = list(access.experts)
         counts = np.asarray(access.token_counts, np.float32)
-        width = min(self._decode_width or len(experts), len(experts))
-        tokens = max(max(access.token_counts), round(sum(access.token_counts) / width))
+        tokens = self._tokens(access)
         share = counts / np.float32(tokens)
         features = self._batches[i, -1]
         kept = np.array([[power(decay, tokens)] for decay in DECAYS], np.float32)

@@ -71,11 +71,10 @@ class NativeMixture(LearnedMixture):
         i = self.position[access.layer]
         if self._request_started[i]:
             self._start_request(i)
-        if max(access.token_counts, default=0) > 1:
+        if self._is_long(access):
             self._absorb_many(i, access)
             self._core.break_off()
             return
-        self._decode_width = len(access.experts)
         self._core.account(i, access.experts)
 
     def _learn(self, i: int) -> None:
