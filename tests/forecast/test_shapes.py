@@ -91,6 +91,8 @@ def test_a_packed_model_has_its_experts_in_blocks(moei: Callable[..., Outcome]) 
         ({"num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 8}, "num_hidden_layers"),
         ({"num_experts": 8, "num_experts_per_tok": 2, "hidden_size": None, "num_hidden_layers": 2,
           "vocab_size": 9, "intermediate_size": 4}, "cannot be understood"),
+        ({"num_experts": 8, "num_experts_per_tok": 9, "hidden_size": 8}, "9 of 8 experts"),
+        ({"num_experts": 8, "num_experts_per_tok": 2, "hidden_size": "big"}, "hidden_size is 'big'"),
     ],
 )  # fmt: skip
 def test_configs_that_cannot_be_counted(config: dict[str, object], sentence: str) -> None:

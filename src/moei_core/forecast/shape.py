@@ -168,13 +168,24 @@ def shape_of_config(name: str, config: Config, stored: str = "", source: str = "
             "moei plan needs one; `moei list` shows those here.",
         )
     try:
-        return _count(name, text, experts, top_k, stored or _stored(config), source)
+        why = _nonsense(text, experts, top_k)
+        if not why:
+            return _count(name, text, experts, top_k, stored or _stored(config), source)
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise UnsupportedModelError(
-            f"The config of {name} cannot be understood.",
-            f"It lacks {error}.",
-            "moei plan needs its dimensions.",
-        ) from None
+        why = f"It lacks {error}."
+    raise UnsupportedModelError(
+        f"The config of {name} cannot be understood.", why, "moei plan needs its dimensions."
+    )
+
+
+def _nonsense(text: Config, experts: int, top_k: int) -> str:
+    """What a config says that no model can have; empty if nothing."""
+    if top_k > experts:
+        return f"A token would use {top_k} of {experts} experts."
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads"):
+        if not isinstance(text[key], int) or text[key] < 1:
+            return f"Its {key} is {text[key]!r}."
+    return ""
 
 
 def _stored(config: Config) -> str:
