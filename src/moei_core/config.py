@@ -63,7 +63,7 @@ def parse_size(text: str, option: str = "size") -> int:
     Raises: UsageError, naming ``option``.
     """
     match = _SIZE.fullmatch(text)
-    if match is None:
+    if match is None or len(text) > 100:
         raise UsageError(
             f"{option}: '{text}' is not a size.",
             hint="Write a number with a unit, such as 600MiB, 8GiB or 8G.",
@@ -135,7 +135,13 @@ class GenerationSettings:
             (self.top_k >= 0, "top_k must be at least 0 (0: off)"),
             (0 < self.top_p <= 1, "top_p must be above 0 and at most 1 (1: off)"),
             (0 <= self.min_p < 1, "min_p must be at least 0 and below 1 (0: off)"),
-            (self.repetition_penalty > 0, "repetition_penalty must be above 0 (1: off)"),
+            # Beyond, scores leave what a float holds.
+            (
+                0.01 <= self.repetition_penalty <= 100,
+                "repetition_penalty must be between 0.01 and 100 (1: off)",
+            ),
+            # What torch's generator takes.
+            (self.seed is None or -(2**63) <= self.seed < 2**64, "seed must be a number of at most 64 bits"),
             (all(self.stop), "a stop string must not be empty"),
         )
         for fine, sentence in checks:

@@ -38,7 +38,9 @@ def test_sizes(text: str, nbytes: int) -> None:
     assert parse_size(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "8GG", "-1GiB", "eight", "8 GiB extra", "1e9", "0x10"])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "8GG", "-1GiB", "eight", "8 GiB extra", "1e9", "0x10", "9" * 400]
+)
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UsageError, match="--ram"):
         parse_size(text, "--ram")
