@@ -91,7 +91,7 @@ def resolve_all(**flags: object) -> dict[str, Setting]:
 def _read_config(path: Path) -> dict[str, Setting]:
     try:
         content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path} cannot be read.", f"{error}.", "Correct it, or delete it.") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moei_cli.settings import SETTINGS, config_path, resolve, resolve_all
+from moei_cli.settings import AUTOMATIC, SETTINGS, config_path, resolve, resolve_all
 from moei_core.errors import UsageError
 from tests.cli.conftest import Outcome
 
@@ -77,6 +77,12 @@ def test_a_wrong_variable_is_refused_by_name(name: str, value: str, monkeypatch:
     monkeypatch.setenv(f"MOEI_{name}", value)
     with pytest.raises(UsageError, match=f"MOEI_{name}: "):
         resolve_all()
+
+
+def test_a_home_that_is_a_file_has_no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MOEI_HOME", str(tmp_path / "file"))
+    assert resolve_all() == dict.fromkeys(SETTINGS, AUTOMATIC)
 
 
 def test_a_chat_follows_them(moei: Moei, monkeypatch: pytest.MonkeyPatch) -> None:
