@@ -5,15 +5,17 @@ Nothing here or at the top of a command's file imports torch or transformers, so
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moei_cli.commands import COMMANDS
 from moei_core import __version__
-from moei_core.errors import MoeiError, UsageError
+from moei_core.errors import DoesNotFitError, MoeiError, UsageError
 
 app = typer.Typer(
     name="moei",
@@ -49,6 +51,7 @@ for _register in COMMANDS:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: run the command line, turn errors into sentences and exit codes."""
+    _open_closed_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     # --debug is understood anywhere, since people add it to the end of the command that has just failed.
@@ -62,15 +65,22 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         _print_error(error)
         _exit(error.exit_code)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print("Interrupted.", file=sys.stderr)
-        _exit(130)
+    except SystemExit as stop:
+        # Typer makes its own silent exit of a Ctrl-C. Who stopped with a word of their own did not raise one.
+        if isinstance(getattr(stop.__context__, "__cause__", None), KeyboardInterrupt):
+            print("Interrupted.", file=sys.stderr)
+        raise
     except BrokenPipeError:
         # The reader of our output has gone (`moei ... | head`); there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         _exit(1)
+    except OSError as error:
+        if debug:
+            raise
+        failure = _refused_by_the_system(error)
+        _print_error(failure)
+        _drop_output()
+        _exit(failure.exit_code)
     except Exception as error:
         if debug:
             raise
@@ -81,6 +91,25 @@ def main(arguments: list[str] | None = None) -> None:
         )
         _print_error(failure)
         _exit(1)
+
+
+def _open_closed_streams() -> None:
+    """A shell's ``<&-`` or ``2>&-``, or a service manager, leaves None where Python has its streams."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def _drop_output() -> None:
+    """What is still in our buffer cannot be written, and must not be tried again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _refused_by_the_system(error: OSError) -> MoeiError:
+    what = f"{error.filename or 'Reading or writing'}: {error.strerror or error}."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DoesNotFitError(what, hint="Make room, and run the same command again.")
+    return MoeiError(what, "The system refused it.", "Run the same command with --debug for the traceback.")
 
 
 def _print_error(error: MoeiError) -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from moei_core.errors import ExpertReadError
+from moei_core.hub.resolve import bundled_folder
 from moei_core.store.safetensors_store import SafetensorsStore
 from tests.cli.conftest import Outcome
 
 Moei = Callable[..., Outcome]
+MOEI = [sys.executable, "-c", "from moei_cli.main import main; main()"]
 QUESTION = "What does moei do?"
 
 
@@ -64,6 +68,10 @@ def test_the_last_model_is_remembered(moei: Moei, chat_folder: Callable[..., Pat
         (["moei-demo", "hi", "--experts", "lots"], 2, "--experts: 'lots' is not a size"),
         (["moei-demo", "hi", "--ram", "-3"], 2, "--ram"),
         (["moei-demo", "hi", "--temperature", "-1"], 2, "temperature"),
+        (["moei-demo", "hi", "--seed", str(2**64)], 2, "seed"),
+        (["moei-demo", "hi", "--repetition-penalty", "1e-300"], 2, "repetition_penalty"),
+        (["moei-demo", " "], 2, "the prompt was empty"),
+        (["moei-demo", "hi \udcff"], 2, "no text in UTF-8"),
         (["moei-demo", "hi", "--policy", "magic"], 2, "layer-lru"),
         (["moei-demo", "hi", "--dtype", "int8"], 2, "bfloat16"),
         (["moei-demo", "hi", "--context", "5"], 2, "--context 5"),
@@ -181,6 +189,58 @@ def test_quantised_checkpoints_are_refused_by_name(
     done = moei("chat", str(folder), "hi")
     assert done.code == 1
     assert "fp8" in done.err
+
+
+def test_a_folder_without_a_tokenizer(moei: Moei, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundled_folder(), tmp_path / "m"))
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    done = moei("chat", str(folder), "hi")
+    assert done.code == 6
+    assert "tokenizer.json" in done.err
+
+
+def test_bad_defaults_of_a_model_leave_nothing_loaded(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundled_folder(), tmp_path / "m"))
+    (folder / "generation_config.json").write_text("{")
+    done = subprocess.run([*MOEI, "chat", folder, "hi"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 6
+    # What is not closed, native code complains about at exit.
+    assert len(done.stderr.splitlines()) == 3, done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_closed_stream_is_no_bug(closed: str) -> None:
+    command = ["sh", "-c", f'"$@" {closed}', "sh", *MOEI, "chat", "moei-demo", "hello"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "bug" in done.stderr) == (0, False)
+    assert bool(done.stdout) == (closed != ">&-")
+
+
+@pytest.mark.parametrize("arguments", ["list", "--version", "chat moei-demo hello --json"])
+def test_a_full_disk_is_no_bug(arguments: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*MOEI, *arguments.split()], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert done.returncode == 4
+    assert "No space left on device" in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+
+
+def test_ctrl_c_while_a_model_is_loaded_says_so(moei: Moei, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moei_core.engine.loaded_model.LoadedModel.__init__", interrupted)
+    done = moei("chat", "moei-demo", "hello")
+    assert (done.code, done.err) == (130, "Interrupted.\n")
+
+
+def test_piped_bytes_that_are_no_text(moei: Moei) -> None:
+    done = subprocess.run([*MOEI, "chat"], input=b"caf\xe9", capture_output=True, timeout=120)
+    assert done.returncode == 2
+    assert b"no text in UTF-8" in done.stderr
 
 
 def test_debug_shows_the_traceback(moei: Moei) -> None:

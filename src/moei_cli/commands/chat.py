@@ -97,11 +97,9 @@ def chat(
 
     files, prompt = _model_and_prompt(model, prompt)
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().strip()
-        if not prompt:
-            raise UsageError(
-                "There is nothing to answer: standard input was empty.", hint=_EPILOG.split("   ")[0]
-            )
+        prompt = _piped()
+    elif prompt is not None:
+        prompt = _text(prompt, "the prompt")
     if as_json and prompt is None:
         raise UsageError("--json answers one prompt.", hint='Add it: moei chat moei-demo "..." --json')
     if prompt is None and not sys.stdout.isatty():
@@ -142,6 +140,29 @@ def chat(
             _answer_once(session, files, prompt, as_json, prediction)
     finally:
         session.model.close()
+
+
+def _piped() -> str:
+    try:
+        return _text(sys.stdin.read().strip(), "standard input")
+    except UnicodeDecodeError as error:
+        raise _no_text("Standard input") from error
+
+
+def _text(prompt: str, what: str) -> str:
+    """``prompt`` if it can be asked. Raises: UsageError, naming ``what``."""
+    if not prompt.strip():
+        raise UsageError(f"There is nothing to answer: {what} was empty.", hint=_EPILOG.split("   ")[0])
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        # Bytes that are no UTF-8 come as lone surrogates, which no tokenizer takes.
+        raise _no_text(f"{what[0].upper()}{what[1:]}") from error
+    return prompt
+
+
+def _no_text(what: str) -> UsageError:
+    return UsageError(f"{what} is no text in UTF-8.", hint="For example: iconv -f latin1 FILE | moei chat")
 
 
 def _model_and_prompt(model: str | None, prompt: str | None) -> tuple[ModelFiles, str | None]:
@@ -207,6 +228,11 @@ def _open(
                     **on_device,
                 ),
             )
+    try:
+        settings = replace(model.generation_defaults(), **given)
+    except BaseException:
+        model.close()
+        raise
     for sentence in model.notes:
         render.note(sentence)
     if not quiet:
@@ -221,7 +247,7 @@ def _open(
         )
         if (sentence := device_sentence(model)) is not None:
             render.note(sentence)
-    return ChatSession(model, replace(model.generation_defaults(), **given), system)
+    return ChatSession(model, settings, system)
 
 
 def _answer_once(

@@ -183,6 +183,8 @@ class ChatSession:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self._prompt(messages)
+        if not prompt:
+            raise UsageError("There is nothing to answer.")
         if len(prompt) >= self.model.context:
             raise UsageError(
                 "The conversation is longer than its context.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,13 @@ def context_length(config: Any, asked: int | None) -> int:
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder. Raises: DamagedFileError."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Without its files transformers makes some tokenizers all the same, for which every text is empty.
+        if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab():
+            raise ValueError("It has no words: its files, such as tokenizer.json, are missing.")
+        # A chat says itself when a conversation is too long; transformers would print a warning of its own.
+        tokenizer.model_max_length = sys.maxsize
+        return tokenizer
     except Exception as error:
         # Whatever transformers raises here: the folder has no usable tokenizer.
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
