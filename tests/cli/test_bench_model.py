@@ -125,6 +125,19 @@ def test_recording_a_file_of_questions(moei: Moei, tmp_path: Path) -> None:
     assert empty.code == 2
 
 
+def test_what_was_recorded_is_kept_when_a_conversation_outgrows_its_context(
+    moei: Moei, tmp_path: Path
+) -> None:
+    (tmp_path / "q").write_text("What does moei do?\n" + "long " * 6000)
+    arguments = ("trace", "record", "moei-demo", "--prompts", str(tmp_path / "q"), "-o")
+    done = moei(*arguments, str(tmp_path / "t"))
+    assert done.code == 2
+    assert "longer than its context" in done.err
+    assert len(read_trace(tmp_path / "t").requests) - 1 == 1
+    early = moei(*arguments, str(tmp_path / "nowhere" / "t"))
+    assert (early.code, "cannot be written" in early.err) == (2, True)
+
+
 def test_a_predictor_is_recorded_for_trained_and_used(moei: Moei, tmp_path: Path) -> None:
     questions = "\n\n".join(f"What is {word}?" for word in ("moei", "an expert", "a router", "a cache"))
     (tmp_path / "q").write_text(questions)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moei_core.errors import UsageError
+from moei_core.errors import InterruptedTurnError, UsageError
 
 _EPILOG = (
     "Examples:  moei trace show T.safetensors        moei trace show T.safetensors --request 3 --png eam.png"
@@ -97,12 +98,14 @@ def record(
     from dataclasses import replace
 
     from moei_cli import render
+    from moei_cli.interrupts import stopping_on_interrupt
     from moei_core.config import ExpertBudget, parse_size
     from moei_core.hub.resolve import resolve_model
 
     if hidden < 0:
         raise UsageError(f"--hidden: {hidden} is not a number of tokens.")
     conversations = _conversations(prompts)
+    _check_writable(output)
     files = resolve_model(model)
     budget = ExpertBudget.parse(experts) if experts else None
     limit = parse_size(ram, "--ram") if ram else None
@@ -121,21 +124,34 @@ def record(
         if hidden:
             loaded.runtime.sampler = HiddenSampler(hidden, spec.moe_layers, spec.hidden_size)
         settings = replace(loaded.generation_defaults(), temperature=0.0, max_new_tokens=max_tokens)
-        with render.progress("recording", sum(map(len, conversations))) as advance:
-            for questions in conversations:
-                session = ChatSession(loaded, settings)
-                writer.begin_sequence()
-                for question in questions:
-                    writer.begin_request()
-                    for _ in session.reply(question):
-                        pass
-                    advance()
+        session, early = ChatSession(loaded, settings), None
+        # Both errors come between two passes, so that what was recorded until then is whole, and is kept.
+        with (
+            stopping_on_interrupt(lambda: session.stop()),
+            render.progress("recording", sum(map(len, conversations))) as advance,
+        ):
+            try:
+                for questions in conversations:
+                    session = ChatSession(loaded, settings)
+                    writer.begin_sequence()
+                    for question in questions:
+                        writer.begin_request()
+                        for _ in session.reply(question):
+                            pass
+                        if session.report is not None and session.report.finish_reason == "interrupted":
+                            raise InterruptedTurnError("Interrupted.")
+                        advance()
+            except (InterruptedTurnError, UsageError) as error:
+                early = error
         written = writer.trace()
-        writer.close()
+        if not writer.close() and early is not None:
+            raise early
         if loaded.runtime.sampler is not None:
             kept = loaded.runtime.sampler.save(sidecar(output))
             render.note(f"{sidecar(output)}: the layer inputs of {kept} tokens.")
     render.note(f"{output}: {written.tokens} tokens of {written.sequences} conversations.")
+    if early is not None:
+        raise early
 
 
 def train(
@@ -153,6 +169,7 @@ def train(
     from moei_core.trace import read_trace
     from moei_core.trace.hidden import read_hidden, sidecar
 
+    _check_writable(output)
     recorded = read_trace(trace)
     hidden = read_hidden(sidecar(trace), recorded)
     from moei_core.engine import stride as engine
@@ -179,6 +196,15 @@ def train(
         f"{output}: names {mean:.0%} of the experts that are chosen {stride + 1} MoE layers later "
         f"(by chance: {report['chance']:.0%}), on conversations that it did not learn from."
     )
+
+
+def _check_writable(output: Path) -> None:
+    """Refuse before hours of work what could not be written after them. Raises: UsageError."""
+    if output.is_dir() or not os.access(output.parent, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"--output: {output} cannot be written.",
+            hint="Name a file in a folder that is there and is yours.",
+        )
 
 
 def _conversations(path: Path) -> list[list[str]]:
