@@ -191,6 +191,16 @@ def test_quantised_checkpoints_are_refused_by_name(
     assert "fp8" in done.err
 
 
+@pytest.mark.parametrize("noted", [b"\xff\xfe", b"/nowhere/model.gguf\n"])
+def test_a_note_of_the_last_model_that_means_nothing_is_passed_over(
+    noted: bytes, moei: Moei, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MOEI_HOME", str(tmp_path))
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "last-model").write_bytes(noted)
+    assert moei("chat", "--max-tokens", "2", stdin="hello").code == 0
+
+
 def test_a_folder_without_a_tokenizer(moei: Moei, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(bundled_folder(), tmp_path / "m"))
     for file in folder.glob("tokenizer*"):
