@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -209,3 +210,18 @@ def test_summaries_of_a_trace_worked_out_by_hand() -> None:
     assert layer.touched == 3
     assert layer.reuse == pytest.approx(5 / 8)
     assert request_matrix(trace, 0).tolist() == [[4, 2, 2, 0]]
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    writer = TraceWriter(tmp_path / "t", "a-model", {0: 8}, 2)
+    writer.begin_pass(Phase.DECODE, 1)
+    writer.record(0, np.array([[1, 2]]))
+    # The library writes past the end of what this process may write.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+    try:
+        with pytest.raises(MoeiError, match="cannot be written"):
+            writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
+from moei_core.errors import MoeiError
 from moei_core.trace.format import Trace, TraceEvent, write_trace
 from moei_core.types import Phase, ScoredExpert
 
@@ -140,10 +142,16 @@ class TraceWriter:
         )
 
     def close(self) -> bool:
-        """Write the file, unless no token was recorded. Returns whether there is one."""
+        """Write the file, unless no token was recorded. Returns whether there is one. Raises: MoeiError, OSError."""
         if not self._end:
             return False
-        write_trace(self.trace(), self._path)
+        try:
+            write_trace(self.trace(), self._path)
+        except SafetensorError as error:
+            why = f"{error}."
+            raise MoeiError(
+                f"{self._path} cannot be written.", why, "Make room, or name another disk."
+            ) from error
         return True
 
     def _empty(self, tokens: int, width: int) -> NDArray[Any]:
