@@ -201,14 +201,15 @@ void call_router(const RouterLayout& router, std::string_view type, int64_t x, i
     });
 }
 
-std::vector<int64_t> call_early(const RouterLayout& router, const RmsNorm& norm, std::string_view type, int64_t residual) {
-    require(residual != 0, "an address is missing");
-    require(static_cast<int64_t>(norm.weight.size()) == router.weights.matrix.cols, "the norm does not fit the router");
+std::vector<int64_t> call_early(const RouterLayout& router, const RmsNorm* norm, std::string_view type, int64_t x) {
+    require(x != 0, "an address is missing");
+    require(!norm || static_cast<int64_t>(norm->weight.size()) == router.weights.matrix.cols, "the norm does not fit the router");
     const Format stored = float_type(type);
     std::vector<int64_t> experts(static_cast<size_t>(router.top_k));
+    const Norm through{norm ? norm->weight.data() : nullptr, norm ? static_cast<float>(norm->eps) : 0.0f};
     exclusively([&](ThreadPool& pool, Workspace& workspace) {
-        route_early({norm.weight.data(), static_cast<float>(norm.eps)}, router, stored, reinterpret_cast<const uint8_t*>(residual),
-                    experts.data(), runtime().scratch, pool, workspace);
+        route_early(norm ? &through : nullptr, router, stored, reinterpret_cast<const uint8_t*>(x), experts.data(), runtime().scratch,
+                    pool, workspace);
     });
     return experts;
 }
@@ -342,7 +343,7 @@ NB_MODULE(_native, m) {
     nb::class_<RmsNorm>(m, "RmsNorm")
         .def("__init__", [](RmsNorm* self, const std::vector<float>& weight, double eps) { new (self) RmsNorm{weight, eps}; })
         .def("__call__", &call_rms_norm);
-    nb::class_<RouterLayout>(m, "Router").def("__init__", &make_router).def("__call__", &call_router).def("early", &call_early);
+    nb::class_<RouterLayout>(m, "Router").def("__init__", &make_router).def("__call__", &call_router).def("early", &call_early, nb::arg().none(), nb::arg(), nb::arg());
     nb::class_<ExpertTable>(m, "ExpertTable").def("__init__", [](ExpertTable* self, const FfnLayout& layout, const nb::list& experts) {
         new (self) ExpertTable{layout, {}};
         for (const nb::handle expert : experts) self->parts.push_back(nb::cast<const ExpertParts&>(expert));

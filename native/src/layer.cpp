@@ -94,16 +94,17 @@ void route(const RouterLayout& router, Format type, const uint8_t* x, uint8_t* l
     widen(type, narrowed, k, weights);
 }
 
-void route_early(const Norm& norm, const RouterLayout& router, Format type, const uint8_t* residual, int64_t* experts,
+void route_early(const Norm* norm, const RouterLayout& router, Format type, const uint8_t* x, int64_t* experts,
                  LayerScratch& scratch, ThreadPool& pool, Workspace& workspace) {
     const int64_t hidden = router.weights.matrix.cols;
-    uint8_t* const normed = room(scratch.mixed, row_nbytes(type, hidden));
-    {
+    if (norm) {
         const DefaultFloatingPoint guard;
-        norm_row(norm, type, residual, hidden, normed, scratch);
+        uint8_t* const normed = room(scratch.mixed, row_nbytes(type, hidden));
+        norm_row(*norm, type, x, hidden, normed, scratch);
+        x = normed;
     }
     uint8_t* const logits = room(scratch.logits, row_nbytes(router.wide ? Format::F32 : type, router.weights.matrix.rows));
-    route(router, type, normed, logits, experts, room(scratch.weight, router.top_k), scratch, pool, workspace);
+    route(router, type, x, logits, experts, room(scratch.weight, router.top_k), scratch, pool, workspace);
 }
 
 void moe_token(const FfnLayout& layout, int64_t count, const ExpertParts* parts, const float* weights, Format type,

@@ -37,9 +37,9 @@ struct LayerScratch {
 void route(const RouterLayout& router, Format type, const uint8_t* x, uint8_t* logits, int64_t* experts, float* weights,
            LayerScratch& scratch, ThreadPool& pool, Workspace& workspace);
 
-// What the router of a later layer chooses for the residual stream as it is now, through its own norm: a prediction.
-// residual: [hidden] of `type`. experts: [top_k].
-void route_early(const Norm& norm, const RouterLayout& router, Format type, const uint8_t* residual, int64_t* experts,
+// What the router of a later layer chooses for this layer's input as it is, or through `norm`, its own, for the residual
+// stream: a prediction. x: [hidden] of `type`. experts: [top_k].
+void route_early(const Norm* norm, const RouterLayout& router, Format type, const uint8_t* x, int64_t* experts,
                  LayerScratch& scratch, ThreadPool& pool, Workspace& workspace);
 
 // out = the outputs of `count` experts times their weights, summed in the order given. x, out: [hidden] of `type`.

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from moei_core.engine import transfers
-from moei_core.engine.transfers import Load, Step, TransferQueue
+from moei_core.engine.loads import Load, Step
+from moei_core.engine.transfers import TransferQueue
 from moei_core.errors import ExpertReadError
 from moei_core.store.base import PAGE, Extent, StoredTensor, lay_out
 from moei_core.types import ExpertKey

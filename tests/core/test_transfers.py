@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from moei_core.engine.transfers import Load, Step, TransferQueue
+from moei_core.engine.loads import Load, Step
+from moei_core.engine.transfers import TransferQueue
 from moei_core.errors import ExpertReadError
 from moei_core.store.base import PAGE, ExpertLayout, Extent, StoredTensor, chunks, lay_out
 from moei_core.store.checksums import RunningChecksum, checksum

@@ -128,6 +128,7 @@ def test_pressure_of_the_group_comes_before_the_machines(tmp_path: Path) -> None
         {
             "proc/self/stat": stat,
             "proc/self/cgroup": "0::/job\n",
+            "sys/fs/cgroup/job/memory.current": "1\n",
             "proc/pressure/memory": "some avg10=1.50 avg60=0 avg300=0 total=1\nfull avg10=9 avg60=0 total=1\n",
         },
     )

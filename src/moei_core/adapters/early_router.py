@@ -30,7 +30,8 @@ class _Router:
     dimensions: int
     block: nn.Module
     norm: nn.Module | None = None
-    native: tuple[NativeRouter, NativeNorm] | None = None
+    native: NativeRouter | None = None
+    native_norm: NativeNorm | None = None
     """Both as native calls, if they are."""
 
 
@@ -110,6 +111,9 @@ class EarlyRouters:
 
         hidden_states: [1, hidden_size], as the layer's experts would be given it.
         """
+        native = self._routers[layer].native
+        if native is not None and (chosen := native.early(hidden_states)) is not None:
+            return chosen
         # The engine knows hidden states of the host; the routers may be on a device.
         given = hidden_states.to(next(self._routers[layer].module.parameters()).device)
         with torch.inference_mode():
@@ -170,10 +174,10 @@ class EarlyRouters:
         router, residual = self._routers[layer], self._residual.pop(source, None)
         if router.norm is None or residual is None or not _is_single(residual):
             return None
-        if router.native is not None:
-            kernel, norm = router.native
-            if norm.takes(residual):
-                return kernel.early(norm, residual)
+        if router.native is not None and router.native_norm is not None:
+            chosen = router.native.early(residual, router.native_norm)
+            if chosen is not None:
+                return chosen
         with torch.inference_mode():
             output = self._normed(layer, residual)
         return self.route(layer, output.reshape(1, -1))
@@ -221,9 +225,10 @@ def _find(model: nn.Module, run_token: Callable[[], Mapping[int, torch.Tensor]])
                     ),
                     None,
                 )
-                kernel, norm = module.forward, None if router.norm is None else router.norm.forward
-                if isinstance(kernel, NativeRouter) and isinstance(norm, NativeNorm):
-                    router.native = kernel, norm
+                if isinstance(module.forward, NativeRouter):
+                    router.native = module.forward
+                if router.norm is not None and isinstance(router.norm.forward, NativeNorm):
+                    router.native_norm = router.norm.forward
                 break
     return routers
 

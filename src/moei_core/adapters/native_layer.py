@@ -49,9 +49,9 @@ class NativeRouter:
         self._logits = torch.float32 if kind.wide else weight.dtype
 
     def __call__(self, hidden_states: torch.Tensor) -> Any:
-        rows = hidden_states.numel() // self._width
-        if rows > FEW_ROWS or hidden_states.dtype != self._weight.dtype or not hidden_states.is_contiguous():
+        if not self._takes(hidden_states):
             return self._own(hidden_states)
+        rows = hidden_states.numel() // self._width
         logits = torch.empty((rows, self._experts), dtype=self._logits)
         experts = torch.empty((rows, self.top_k), dtype=torch.long)
         weights = torch.empty((rows, self.top_k), dtype=torch.float32)
@@ -65,9 +65,16 @@ class NativeRouter:
         )
         return logits, weights.to(self._scores), experts
 
-    def early(self, norm: NativeNorm, residual: torch.Tensor) -> list[int]:
-        """What it would choose for this residual stream through ``norm``, which takes it. residual: [.., hidden]."""
-        return self.kernel.early(norm.kernel, self._type, residual.data_ptr())
+    def _takes(self, hidden_states: torch.Tensor) -> bool:
+        few = hidden_states.numel() <= FEW_ROWS * self._width
+        return few and hidden_states.dtype == self._weight.dtype and hidden_states.is_contiguous()
+
+    def early(self, hidden_states: torch.Tensor, norm: NativeNorm | None = None) -> list[int] | None:
+        """What it would choose for one token, [.., hidden], through ``norm`` if there is one, in one call; None: the
+        kernels do not take that."""
+        if not (self._takes(hidden_states) if norm is None else norm.takes(hidden_states)):
+            return None
+        return self.kernel.early(None if norm is None else norm.kernel, self._type, hidden_states.data_ptr())
 
 
 def use_native_routers(model: nn.Module) -> None:

@@ -50,6 +50,7 @@ class ForcedRouting:
         self._layers = tuple(spec.num_experts)
         self._none = trace.num_experts
         self._start = self._end = 0
+        self._forced: torch.Tensor | None = None
         self._numbers = {layer: number for number, layer in enumerate(trace.moe_layers)}
         self._hinted, self._hints = -1, dict[int, tuple[ScoredExpert, ...]]()
 
@@ -60,15 +61,22 @@ class ForcedRouting:
 
     def forward_pass(self, tokens: int) -> None:
         """A pass over the next ``tokens`` tokens starts."""
-        self._start, self._end = self._end, self._end + tokens
+        self._start, self._end, self._forced = self._end, self._end + tokens, None
 
     def top_k_index(self, layer: int, chosen: torch.Tensor) -> torch.Tensor:
         """The trace's experts for one layer of this pass, in the shape [tokens, top_k] of ``chosen``."""
+        # At once for all layers of a pass: what following a trace takes is measured as the engine's time.
+        if self._forced is None or self._forced.shape[1:] != chosen.shape:
+            self._forced = self._of_pass(chosen)
+        return self._forced[self._position[layer]]
+
+    def _of_pass(self, chosen: torch.Tensor) -> torch.Tensor:
+        """The trace's experts of this pass, [layers, tokens, top_k]."""
         rows = np.arange(self._start, self._start + chosen.shape[0]) % len(self._experts)
-        experts = np.asarray(self._experts[rows, self._position[layer]]).astype(np.int64)
-        forced = torch.full_like(chosen, self._none)
-        forced[:, : experts.shape[1]] = torch.from_numpy(experts)
-        return forced
+        experts = np.asarray(self._experts[rows, : len(self._layers)]).astype(np.int64)
+        forced = torch.full((len(self._layers), *chosen.shape), self._none, dtype=chosen.dtype)
+        forced[..., : experts.shape[2]] = torch.from_numpy(experts).transpose(0, 1)
+        return forced.to(chosen.device)
 
     def hints(self, layer: int) -> tuple[ScoredExpert, ...]:
         """What the trace says that the single token of this pass hints at ``layer``."""

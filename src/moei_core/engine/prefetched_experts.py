@@ -7,9 +7,10 @@ import time
 import torch
 
 from moei_core.engine.hints import Hinter
+from moei_core.engine.loads import Load, Step
 from moei_core.engine.slots import SlotPool
 from moei_core.engine.statistics import RuntimeStatistics
-from moei_core.engine.transfers import Load, Step, TransferQueue
+from moei_core.engine.transfers import TransferQueue
 from moei_core.scheduler import ExpertScheduler
 from moei_core.trace.format import TraceEvent
 from moei_core.trace.writer import TraceWriter

@@ -28,12 +28,13 @@ from moei_core.engine.expert_compute import HeldExpert, stored_alike
 from moei_core.engine.forced_routing import ForcedRouting
 from moei_core.engine.hints import Hinter
 from moei_core.engine.layer_work import Choice, LayerWork, TokenWork
+from moei_core.engine.loads import Load
 from moei_core.engine.native_compute import NativeExperts, native_experts
 from moei_core.engine.prefetched_experts import PrefetchedExperts
 from moei_core.engine.resident_layers import ResidentLayers
 from moei_core.engine.slots import SlotPool
 from moei_core.engine.statistics import LayerClock, RuntimeStatistics
-from moei_core.engine.transfers import Load, TransferQueue
+from moei_core.engine.transfers import TransferQueue
 from moei_core.engine.turns import Turns
 from moei_core.hardware.budget import residents
 from moei_core.hardware.pressure import MemoryGovernor

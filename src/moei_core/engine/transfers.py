@@ -13,10 +13,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sized
-from dataclasses import dataclass
-from enum import Enum
 
 from moei_core.config import CHUNK_NBYTES, READERS
+from moei_core.engine.loads import Load, Step
 from moei_core.engine.second_tries import complete, read_chunk
 from moei_core.errors import ExpertReadError
 from moei_core.store.base import ExpertStore, Extent, chunks
@@ -29,38 +28,6 @@ PATIENCE_S = 60.0
 _CLOSING_S = 5.0
 _PREFETCH_DEPTH = 2
 """Chunks under way, of demand too, below which a prefetch may begin one: a disk is not busy with a single one."""
-
-
-class Step(Enum):
-    """What can happen to a prefetch."""
-
-    STARTED = 0
-    FINISHED = 1
-    FAILED = 2
-
-
-@dataclass(eq=False, slots=True)
-class Load:
-    """One expert on its way to ``slot``. waiting: chunks that no thread has begun. missing: not read yet.
-
-    borrowed: into a slot that goes back when it is not demanded. So are streamed ones, whose start and end are no
-        events. excused: begun in a turn that failed; if it fails too, that is not to be raised any more.
-    """
-
-    key: ExpertKey
-    slot: int
-    view: memoryview
-    nbytes: int
-    demand: bool
-    waiting: deque[Extent]
-    missing: int
-    running: RunningChecksum
-    borrowed: bool = False
-    readers: int = 0
-    abandoned: bool = False
-    settled: bool = False
-    excused: bool = False
-    failure: Exception | None = None
 
 
 class TransferQueue:
@@ -109,7 +76,7 @@ class TransferQueue:
             load = self._new(key, slot, demand=True)
             self._demand.append(load)
             self._progress = time.monotonic()
-            self._work.notify(load.missing)
+            self._wake()
 
     def next_ready(self) -> Load:
         """The demand load that is complete (or has failed) first; waits for it.
@@ -129,21 +96,19 @@ class TransferQueue:
         """Replace what is wished for: taken in this order while the link can take them and there is a spare slot."""
         with self._lock:
             self._wishes = deque(keys)
-            # A thread woken for nothing would still take the interpreter's lock from whoever computes.
-            if self._wishes:
-                self._work.notify(_PREFETCH_DEPTH)
+            self._wake()
 
     def stream(self, keys: Iterable[ExpertKey]) -> None:
         """Read these in this order into lent slots, as fast as the link is, while no demand waits for a reader."""
         with self._lock:
             self._stream = deque(keys)
-            self._work.notify_all()
+            self._wake()
 
     def lend(self, slot: int) -> None:
         """Give the queue a free slot to stream into. ``end_stream`` returns it if it was not needed."""
         with self._lock:
             self._lent.append(slot)
-            self._work.notify_all()
+            self._wake()
 
     def end_stream(self) -> None:
         """Begin no further streamed expert; slots that none has come back by ``take_returned``."""
@@ -156,7 +121,7 @@ class TransferQueue:
         """Give the queue a slot to prefetch into."""
         with self._lock:
             self._spares.append(slot)
-            self._work.notify(_PREFETCH_DEPTH)
+            self._wake()
 
     def end_prefetching(self) -> None:
         """Take back the slots to prefetch into, after every prefetch has been cancelled.
@@ -202,7 +167,7 @@ class TransferQueue:
                 self._ready.append(load)
             elif load.waiting:
                 self._demand.appendleft(load)
-                self._work.notify(len(load.waiting))
+                self._wake()
             return load
 
     def cancel(self, key: ExpertKey) -> int:
@@ -310,7 +275,7 @@ class TransferQueue:
             self._ready.append(load)
         elif not load.borrowed:
             self._events.append((Step.FINISHED if load.failure is None else Step.FAILED, load))
-        self._work.notify()
+        self._wake()
         self._news.notify_all()
 
     def _hanging(self) -> ExpertReadError:
@@ -349,12 +314,25 @@ class TransferQueue:
         self._reading += 1
         return load, chunk
 
+    def _wake(self) -> None:
+        """Wake as many readers as there are chunks that one could begin now.
+
+        One that is woken for nothing takes the interpreter's lock, and a processor, from whoever computes.
+        """
+        count = sum(len(load.waiting) for load in self._demand)
+        if self._streamed is not None or (self._stream and self._lent):
+            count = len(self._threads)
+        elif not count and ((self._current and self._current.waiting) or (self._wishes and self._spares)):
+            count = _PREFETCH_DEPTH - self._reading
+        if count > 0:
+            self._work.notify(count)
+
     def _read(self, load: Load, chunk: Extent) -> None:
         failure = read_chunk(self._store, load.key, chunk, load.view)
         with self._lock:
             self._reading -= 1
             # Somebody else has the link while this thread computes.
-            self._work.notify()
+            self._wake()
         if failure is None and not load.abandoned:
             load.running.arrived(chunk, load.view)
         with self._lock:

@@ -7,12 +7,14 @@ machine as files. What cannot be read is None or 0, never an error: the next num
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path("/")
+_MEMINFO = {"MemTotal", "MemAvailable", "MemFree", "Cached", "SwapTotal", "SwapFree"}
 _NO_LIMIT = 1 << 60
 """Control groups of version 1 write "no limit" as a huge number of whole pages."""
 
@@ -81,7 +83,7 @@ class Pressure:
 
 def read_memory(root: Path = ROOT) -> MemoryFacts:
     """The memory facts now. Where there is no ``/proc/meminfo``, psutil's."""
-    fields = _fields(root / "proc/meminfo")
+    fields = _fields(root / "proc/meminfo", _MEMINFO)
     if not fields and root == ROOT:
         import psutil
 
@@ -99,32 +101,55 @@ def read_memory(root: Path = ROOT) -> MemoryFacts:
     )
 
 
-def _fields(path: Path) -> dict[str, int]:
-    """``Name:  123 kB`` lines, in bytes."""
+def _fields(path: Path, names: Container[str]) -> dict[str, int]:
+    """``Name:  123 kB`` lines of these names, in bytes."""
     found = {}
     for line in _lines(path):
         name, _, value = line.partition(":")
-        with suppress(ValueError, IndexError):
-            found[name] = int(value.split()[0]) << (10 if value.rstrip().endswith("kB") else 0)
+        if name in names:
+            with suppress(ValueError, IndexError):
+                found[name] = int(value.split()[0]) << (10 if value.rstrip().endswith("kB") else 0)
     return found
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path | str) -> list[str]:
     with suppress(OSError, UnicodeDecodeError):
-        return path.read_text().splitlines()
+        return _text(path).splitlines()
     return []
 
 
-def _number(path: Path) -> int | None:
+def _number(path: Path | str) -> int | None:
     with suppress(OSError, ValueError):
-        return int(path.read_text())
+        return int(_text(path))
     return None
 
 
-def _groups(root: Path, controller: str) -> Iterator[tuple[int, Path]]:
+def _text(path: Path | str) -> str:
+    """A small file, by few calls: each of them lets go of the interpreter's lock, and others are waiting for it."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    try:
+        pieces = []
+        while piece := os.read(descriptor, 1 << 16):
+            pieces.append(piece)
+    finally:
+        os.close(descriptor)
+    return b"".join(pieces).decode()
+
+
+def _groups(root: Path, controller: str) -> tuple[tuple[int, Path], ...]:
     """(version, folder) of this process's control groups for ``controller``, from the innermost outwards."""
+    return _folders(root, controller, tuple(_lines(root / "proc/self/cgroup")))
+
+
+@lru_cache(maxsize=8)
+def _folders(root: Path, controller: str, groups: tuple[str, ...]) -> tuple[tuple[int, Path], ...]:
+    """groups: lines of ``/proc/self/cgroup``. As long as they stay the same, so do their folders."""
+    return tuple(_find_folders(root, controller, groups))
+
+
+def _find_folders(root: Path, controller: str, groups: Iterable[str]) -> Iterator[tuple[int, Path]]:
     base = root / "sys/fs/cgroup"
-    for line in _lines(root / "proc/self/cgroup"):
+    for line in groups:
         with suppress(ValueError):
             _, controllers, path = line.split(":", 2)
             if controllers and controller not in controllers.split(","):

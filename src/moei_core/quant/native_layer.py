@@ -50,9 +50,9 @@ class Router:
         """
         self.native(type, x, rows, logits, experts, weights)
 
-    def early(self, norm: native.RmsNorm, type: str, residual: int) -> list[int]:
-        """The experts that it chooses for a residual stream, [hidden] at the address, through ``norm``."""
-        return self.native.early(norm.native, type, residual)
+    def early(self, norm: native.RmsNorm | None, type: str, x: int) -> list[int]:
+        """The experts that it chooses for one row, [hidden] at the address, through ``norm`` if there is one."""
+        return self.native.early(None if norm is None else norm.native, type, x)
 
 
 class ExpertTable:
