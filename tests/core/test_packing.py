@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -193,6 +194,22 @@ def test_what_the_journal_names_is_not_made_again(source: Path, store: Path, tmp
     assert len({name.partition(" of ")[2] for name in made if " of " in name}) == total - 30
     assert first.stat().st_ino == before
     assert contents(target) == contents(store)
+
+
+def test_a_source_that_goes_away_is_named(source: Path, tmp_path: Path) -> None:
+    """And not the folder that is written, which has nothing to do with it."""
+    moved = Path(shutil.copytree(source, tmp_path / "source"))
+    steps: list[int] = []
+    pack_folder(moved, tmp_path / "first", "Q4_0", progress=steps.append)
+    left = [len(steps)]
+
+    def progress(_: int) -> None:
+        left[0] -= 1
+        if not left[0]:
+            shutil.rmtree(moved)
+
+    with pytest.raises(MoeiError, match=r"source/.* cannot be read"):
+        pack_folder(moved, tmp_path / "to", "Q4_0", progress=progress)
 
 
 def test_a_journal_is_not_believed_about_lost_bytes(source: Path, store: Path, tmp_path: Path) -> None:

@@ -79,12 +79,15 @@ class Bench:
         )
         # What readers begin, in the order in which they are told to; they may come to the store in another one.
         self.order: list[ExpertKey] = []
+        self.looked_in_vain = 0
         begin = self.queue._begin_chunk
 
         def noted() -> object:
             task = begin()
             if task is not None:
                 self.order.append(task[0].key)
+            else:
+                self.looked_in_vain += 1
             return task
 
         self.queue._begin_chunk = noted  # type: ignore[method-assign, assignment]
@@ -111,6 +114,23 @@ def bench() -> Iterator[Bench]:
     bench.queue.close()
     assert bench.store.closed
     assert not any(thread.name.startswith("moei-reader") for thread in threading.enumerate())
+
+
+def test_readers_are_woken_for_what_they_can_begin() -> None:
+    """Others would take the interpreter's lock from whoever computes."""
+    bench = Bench(readers=4, chunk=NBYTES)
+    bench.wait_until(lambda: len(bench.queue._work._waiters) == 4)  # type: ignore[attr-defined]
+    before = bench.looked_in_vain
+    for number in range(40):
+        key = KEYS[number % 4]
+        bench.queue.demand(key, key.expert)
+        bench.queue.next_ready()
+    bench.queue.add_spare(5)
+    bench.queue.prefetch([KEYS[5]])
+    bench.wait_until(lambda: len(bench.order) == 41)
+    bench.queue.close()
+    # Who has read a chunk looks for another one, and may find that who was woken for it has come too late.
+    assert bench.looked_in_vain - before < 1.5 * 41
 
 
 def test_chunks_cover_an_expert_at_page_boundaries() -> None:

@@ -174,6 +174,11 @@ def test_the_one_used_longest_ago_goes(small_models: None) -> None:
     assert len(made_models()) == 2
 
 
+def test_layers_are_an_option_and_no_part_of_the_name() -> None:
+    with pytest.raises(ModelNotFoundError, match="--layers"):
+        make_synthetic("olmoe-1b-7b@4")
+
+
 def test_the_limit_can_be_set(small_models: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEI_SYNTHETIC_LIMIT", "1KB")
     with pytest.raises(DoesNotFitError):

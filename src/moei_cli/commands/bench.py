@@ -115,7 +115,7 @@ def bench(
     ablation: Annotated[
         bool, typer.Option("--ablation", help="What each part is worth: a ladder, one part more in each row.")
     ] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes; left out: one a core.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; left out: one a core.", min=1)] = None,
     device: DeviceOption = None,
     vram: VramOption = None,
     misses: MissesOption = None,

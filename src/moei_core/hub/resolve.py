@@ -127,7 +127,7 @@ def _names_gguf(text: str) -> bool:
 
 def unknown_name(text: str) -> ModelNotFoundError:
     """The error for a name that means nothing, with what might have been meant."""
-    near = near_matches(text, [cache.repo for cache in cached_repos(default_cache_dir())])
+    near = near_matches(text, [DEMO_NAME, *(cache.repo for cache in cached_repos(default_cache_dir()))])
     return ModelNotFoundError(
         f"There is no model called '{text}'.",
         f"Did you mean {' or '.join(near)}?"

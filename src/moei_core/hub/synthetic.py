@@ -90,7 +90,9 @@ def make_synthetic(
     model = SYNTHETIC_MODELS.get(name)
     if model is None:
         raise ModelNotFoundError(
-            f"There is no synthetic model '{name}'.", f"There are: {', '.join(SYNTHETIC_MODELS)}."
+            f"There is no synthetic model '{name}'.",
+            f"There are: {', '.join(SYNTHETIC_MODELS)}.",
+            "How many layers it has, --layers says; its format --quant." if "@" in name else "",
         )
     layers = model.moe_layers if layers is None else layers
     if not 1 <= layers <= model.moe_layers:

@@ -328,6 +328,12 @@ def _disk_errors(folder: Path) -> Iterator[None]:
                 f"The disk is full: {folder} has no space left.",
                 hint="Free some space and run the same command: what is packed is kept.",
             ) from error
+        if error.filename and not Path(error.filename).is_relative_to(folder):
+            raise MoeiError(
+                f"{error.filename} cannot be read.",
+                f"{error.strerror or error}.",
+                "Run the same command when it is there again: what is packed is kept.",
+            ) from error
         raise MoeiError(
             f"{folder} cannot be written.",
             f"{error.strerror or error}.",
