@@ -155,7 +155,7 @@ def carry_out(
     how: the device is ``threads`` that may be late, or works when it is waited for, which is as late as can be:
     ``lazy``; or computes so and copies as early as can be: ``eager``.
     """
-    rng = random.Random(f"{misses} {predictor} {how}")
+    rng, many = random.Random(f"{misses} {predictor} {how}"), plans >= MANY
     torch.manual_seed(rng.randrange(1000))
 
     def delay() -> float:
@@ -225,7 +225,9 @@ def carry_out(
             if rng.random() < 0.1:
                 brain.request_end()
         work = engine.statistics
-        assert all(failed.values()) and work.copies > 0 and (how == "eager" or watched.most_copying > 0)
+        # Of few plans one kind may meet none.
+        assert all(failed.values()) if many else any(failed.values())
+        assert work.copies > 0 and (how == "eager" or watched.most_copying > 0)
         assert (work.copies_ahead > 0) == (predictor is not None)
         watched.settle()
 
