@@ -156,6 +156,7 @@ def carry_out(
     ``lazy``; or computes so and copies as early as can be: ``eager``.
     """
     rng, many = random.Random(f"{misses} {predictor} {how}"), plans >= MANY
+    rate = 0.02 if many else 0.06
     torch.manual_seed(rng.randrange(1000))
 
     def delay() -> float:
@@ -201,7 +202,7 @@ def carry_out(
                     weights = torch.full(index.shape, 0.25, dtype=model.adapter.dtype)
                     broken[:] = False, False
                     expected = experts.mixed(module, layer, hidden[:tokens], index, 0.25)
-                    broken[:] = rng.random() < 0.02, rng.random() < 0.02
+                    broken[:] = rng.random() < rate, rng.random() < rate
                     plans -= 1
                     found = engine.run_layer(module, layer, hidden[:tokens], index, weights)
                     if misses == "copy":

@@ -90,6 +90,8 @@ class PrefetchedExperts:
                 else:
                     self._transfers.add_spare(load.slot)
         if failure is not None:
+            # The turn has failed: what else was begun in it must not fail the next one, too.
+            self._transfers.abandon_demand()
             raise failure
 
     def _share_with_prefetches(self, wanted: int) -> None:
