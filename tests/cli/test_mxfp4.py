@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from moei_cli import measured_machine
 from tests.cli.conftest import Outcome
+from tests.hardware.fakes import made_profile
 from tests.mxfp4_checkpoint import save_mxfp4
 
 Moei = Callable[..., Outcome]
@@ -37,7 +39,9 @@ def test_it_runs_as_published_and_packed_and_says_the_same(moei: Moei, folder: P
     assert [one["format"] for one in shown] == ["mxfp4"]
 
 
-def test_bench_and_plan(moei: Moei, folder: Path) -> None:
+def test_bench_and_plan(moei: Moei, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = made_profile()
+    monkeypatch.setattr(measured_machine, "stored_profile", lambda folders=(): profile)
     done = moei("bench", str(folder), "--experts", "50%", "--json")
     assert done.code == 0, done.err
     report = json.loads(moei("plan", str(folder), "--experts", "50%", "--json").out)

@@ -66,6 +66,7 @@ def test_fused_kernels_in_the_engine(
     assert (runs[0] - plain).abs().max() < 1e-4 * plain.std()
 
 
+@pytest.mark.slow
 def test_experts_that_begin_at_other_places_in_their_slots(
     tmp_path: Path, chat_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
