@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -201,29 +202,31 @@ def test_allocation_is_optimal() -> None:
         assert cost == min(options)
 
 
-def test_allocation_moves_slots_to_where_they_help() -> None:
-    """Layer 0 cycles through more experts than fit; layer 1 has a working set that needs one slot more."""
-    policy = AllocatedLRU(6, {0: 16, 1: 16})
-    policy.FIRST = policy._next = 64
-    scheduler = ExpertScheduler(ExpertCache(6, policy), 1)
+def allocated(
+    slots: int, first: int, experts: Callable[[int], tuple[int, int]]
+) -> tuple[AllocatedLRU, ExpertScheduler]:
+    """200 passes over two layers of 16. first: passes before quotas. experts: of both layers, by the pass's number."""
+    policy = AllocatedLRU(slots, {0: 16, 1: 16})
+    policy.FIRST = policy._next = first
+    scheduler = ExpertScheduler(ExpertCache(slots, policy), 1)
     for number in range(200):
         scheduler.forward_pass(access(0, 0).phase)
-        scheduler.access(access(0, number % 16))
-        scheduler.access(access(1, number % 5))
+        for layer, expert in enumerate(experts(number)):
+            scheduler.access(access(layer, expert))
+    return policy, scheduler
+
+
+def test_allocation_moves_slots_to_where_they_help() -> None:
+    """Layer 0 cycles through more experts than fit; layer 1 has a working set that needs one slot more."""
+    policy, scheduler = allocated(6, 64, lambda number: (number % 16, number % 5))
     assert policy.quota(1) >= 5
     assert scheduler.resident_count <= 6
 
 
 def test_allocation_leaves_no_slot_unused() -> None:
     """With room for all experts each misses once, also one that is first used after quotas were computed."""
-    policy = AllocatedLRU(32, {0: 16, 1: 16})
-    policy.FIRST = policy._next = 8
-    scheduler = ExpertScheduler(ExpertCache(32, policy), 1)
-    for number in range(200):
-        scheduler.forward_pass(access(0, 0).phase)
-        # Quotas are computed after 8, 16, 32, 64 and 128 passes, which have met a third of these at most.
-        scheduler.access(access(0, number // 10 % 16))
-        scheduler.access(access(1, number % 2))
+    # Quotas are computed after 8, 16, 32, 64 and 128 passes, which have met a third of these at most.
+    _, scheduler = allocated(32, 8, lambda number: (number // 10 % 16, number % 2))
     assert scheduler.statistics.misses == 16 + 2
     assert scheduler.statistics.evictions == 0
 

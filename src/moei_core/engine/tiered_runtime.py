@@ -350,6 +350,7 @@ class TieredRuntime(ExpertRuntime):
         return True
 
     def _leave_device(self, keys: Iterable[ExpertKey]) -> None:
+        """Give back their slots. A method, so that no variable refers to their memory when it goes back."""
         for key in keys:
             gone = self._on_device.pop(key, None) or self._ahead.cancel(key)
             if gone is not None:

@@ -322,7 +322,7 @@ class TransferQueue:
         count = sum(len(load.waiting) for load in self._demand)
         if self._streamed is not None or (self._stream and self._lent):
             count = len(self._threads)
-        elif not count and ((self._current and self._current.waiting) or (self._wishes and self._spares)):
+        elif not count and self._can_prefetch:
             count = _PREFETCH_DEPTH - self._reading
         if count > 0:
             self._work.notify(count)
@@ -365,13 +365,17 @@ class TransferQueue:
             self._streamed = self._prefetches[load.key] = load
         return self._streamed
 
+    @property
+    def _can_prefetch(self) -> bool:
+        """Whether a prefetch has a chunk left to read, or another one can begin."""
+        under_way = self._current is not None and bool(self._current.waiting)
+        return under_way or bool(self._wishes and self._spares)
+
     def _spare_link_task(self) -> Load | None:
         """A prefetch with a chunk left to read, if the link can take one."""
-        if self._reading >= _PREFETCH_DEPTH:
+        if self._reading >= _PREFETCH_DEPTH or not self._can_prefetch:
             return None
         if self._current is None or not self._current.waiting:
-            if not self._wishes or not self._spares:
-                return None
             load = self._new(self._wishes.popleft(), self._spares.pop(), demand=False)
             self._current = self._prefetches[load.key] = load
             self._events.append((Step.STARTED, load))

@@ -112,19 +112,19 @@ def _fields(path: Path, names: Container[str]) -> dict[str, int]:
     return found
 
 
-def _lines(path: Path | str) -> list[str]:
+def _lines(path: Path) -> list[str]:
     with suppress(OSError, UnicodeDecodeError):
         return _text(path).splitlines()
     return []
 
 
-def _number(path: Path | str) -> int | None:
+def _number(path: Path) -> int | None:
     with suppress(OSError, ValueError):
         return int(_text(path))
     return None
 
 
-def _text(path: Path | str) -> str:
+def _text(path: Path) -> str:
     """A small file, by few calls: each of them lets go of the interpreter's lock, and others are waiting for it."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     try:

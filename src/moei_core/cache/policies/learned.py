@@ -187,7 +187,7 @@ class LearnedMixture(ValuePolicy):
         self._value(i, features)
 
     def _is_long(self, access: LayerAccess) -> bool:
-        """Whether ``access`` is of more tokens than one step can stand for."""
+        """Whether ``access`` is of more tokens than one step can stand for. Notes how many experts a single one has."""
         if max(access.token_counts, default=0) > 1:
             return self._tokens(access) > FEW[access.phase]
         self._decode_width = len(access.experts)
