@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from moei_core.cache.policies import DEFAULT_POLICY
-from moei_core.sim.hardware import PRESETS, expert_nbytes
+from moei_core.sim.hardware import PRESETS, UNKNOWN_EXPERT, expert_nbytes
 from moei_core.sim.sweep import Run, simulate
 from moei_core.trace import Trace, read_trace
 
@@ -50,7 +50,7 @@ def hit_rates(path: Path, trace: Trace, last: int) -> dict[str, float]:
         if a_layer < 1:
             continue
         slots = a_layer * len(trace.moe_layers)
-        nbytes = expert_nbytes(trace.model)[0]
+        nbytes = (expert_nbytes(trace.model) or UNKNOWN_EXPERT)[0]
         run = Run(str(path), DEFAULT_POLICY, slots, PRESETS["disk-1g"], nbytes, last_sequence=last)
         result = simulate(run)
         share = a_layer / trace.num_experts

@@ -141,6 +141,14 @@ def _find(options: ModelBenchOptions) -> ModelFiles:
 
     form = check_format(options.quant or UNPACKED, UNPACKED)
     made = SYNTHETIC_MODELS.get(options.synthetic)
+    if options.trace is not None and made is not None:
+        from moei_core.engine.forced_routing import check_fits
+        from moei_core.hub.summary import expert_count, expert_top_k
+        from moei_core.trace import read_trace
+
+        # Before gigabytes are made.
+        experts = [expert_count(made.config)] * (options.layers or made.moe_layers)
+        check_fits(read_trace(options.trace), experts, expert_top_k(made.config))
     if form != UNPACKED and made is not None:
         # What was packed once needs its source no more.
         with suppress(ModelNotFoundError):

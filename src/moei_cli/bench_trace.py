@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from moei_cli.prefetch_options import one_of, parse_predictor, parse_prefetch
 from moei_core.cache.policies import DEFAULT_POLICY
 from moei_core.config import ExpertBudget, format_size, parse_size
-from moei_core.errors import UsageError
-from moei_core.sim.hardware import Hardware, checked, expert_nbytes, load_hardware
+from moei_core.errors import MoeiError, UsageError
+from moei_core.sim.hardware import UNKNOWN_EXPERT, Hardware, checked, expert_nbytes, load_hardware
 from moei_core.sim.sweep import NAMES, Result, Run, resident_slots, sweep
 from moei_core.trace import Trace, read_trace
 
@@ -46,11 +47,7 @@ def run_trace_bench(options: TraceBenchOptions, *, json: bool) -> None:
     trace = read_trace(options.trace)
     first, last = _sequences(options, trace)
     hardware = _hardware(options)
-    nbytes, reason = expert_nbytes(trace.model)
-    if options.expert_size is not None:
-        nbytes, reason = parse_size(options.expert_size, "--expert-size"), "--expert-size"
-    if nbytes < 1:
-        raise UsageError("--expert-size must be at least one byte.")
+    nbytes, reason = _expert_nbytes(options, trace)
     policies = _choices(options.policy, NAMES, "--policy")
     predictor = parse_predictor(options.predictor)
     mode = parse_prefetch(options.prefetch)
@@ -162,6 +159,25 @@ def _sequences(options: TraceBenchOptions, trace: Trace) -> tuple[int, int]:
     if options.sequences is not None:
         last = min(last, first + _count(str(options.sequences), "--sequences"))
     return first, last
+
+
+def _expert_nbytes(options: TraceBenchOptions, trace: Trace) -> tuple[int, str]:
+    """(bytes of one expert, why)."""
+    if options.expert_size is not None:
+        nbytes = parse_size(options.expert_size, "--expert-size")
+        if nbytes < 1:
+            raise UsageError("--expert-size must be at least one byte.")
+        return nbytes, "--expert-size"
+    if (known := expert_nbytes(trace.model)) is not None:
+        return known
+    from moei_core.hub.library import describe
+
+    # A trace that was recorded here names a model that is here, most often.
+    with suppress(MoeiError):
+        for model in describe(trace.model):
+            if model.summary is not None and model.summary.expert_nbytes:
+                return model.summary.expert_nbytes, f"as {model.name} has it"
+    return UNKNOWN_EXPERT
 
 
 def _hardware(options: TraceBenchOptions) -> Hardware:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moei_cli.prefetch_options import one_of
 from moei_core.config import format_size, parse_size
+from moei_core.errors import UsageError
 
 if TYPE_CHECKING:
+    from moei_cli.settings import Setting
     from moei_core.engine.chat_session import ChatSession
     from moei_core.engine.loaded_model import LoadedModel
 
@@ -26,13 +31,32 @@ MissesOption = Annotated[
 ]
 
 
+def check_misses(text: str, where: str = "--misses") -> str:
+    """What ``--misses`` may say. Raises: UsageError, naming ``where``."""
+    return one_of(text, {way: way for way in ("auto", "copy")}, where)
+
+
+def check_device(text: str, where: str = "--device") -> str:
+    """What ``--device`` may say. Raises: UsageError, naming ``where``."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
+        raise UsageError(
+            f"{where}: there is no device '{text}'.", hint="Choose from: auto, cpu, cuda, cuda:1."
+        )
+    return text
+
+
 def device_settings(device: str | None, vram: str | None, misses: str | None) -> dict[str, Any]:
-    """Fields of ``LoadOptions``. Raises: UsageError for a size that is none."""
+    """Fields of ``LoadOptions``. Raises: UsageError for what means nothing."""
     return {
-        "device": device or "auto",
+        "device": check_device(device or "auto"),
         "vram": parse_size(vram, "--vram") if vram else None,
-        "misses": misses or "auto",
+        "misses": check_misses(misses or "auto"),
     }
+
+
+def chosen_device(chosen: Mapping[str, Setting]) -> dict[str, Any]:
+    """As ``device_settings``, of settings."""
+    return device_settings(*(chosen[name].text for name in ("device", "vram", "misses")))
 
 
 def device_sentence(model: LoadedModel) -> str | None:

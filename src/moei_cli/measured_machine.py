@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moei_cli.device_options import check_device
 from moei_core.errors import UsageError
 from moei_core.forecast.gpu import GpuSpeeds
 from moei_core.hardware.disks import DiskFacts, read_disk
@@ -74,10 +74,7 @@ def gpu_for(profile: HardwareProfile, name: str | None, vram: str | None) -> Gpu
 
     Raises: UsageError if one was asked for, by name or by ``vram``, that a forecast knows nothing of.
     """
-    name = name or "auto"
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
-        raise UsageError(f"There is no device '{name}'.", hint="Choose from: auto, cpu, cuda, cuda:1.")
-    found = None
+    name, found = check_device(name or "auto"), None
     if name != "cpu":
         number = int(name.partition(":")[2] or 0)
         seen = visible_gpus([gpu.facts for gpu in profile.gpus], os.environ.get("CUDA_VISIBLE_DEVICES"))

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moei_cli.forecasts import speed_of_the_smallest
-from moei_cli.settings import DEFAULT_CONTEXT
-from moei_core.config import ExpertBudget, format_size
+from moei_core.config import DEFAULT_CONTEXT, ExpertBudget, conversation_tokens, format_size
 from moei_core.errors import DoesNotFitError, UsageError
 from moei_core.forecast.changes import Change, Resources, what_would_help
 from moei_core.forecast.forecast import Forecast, corrected
@@ -20,6 +19,7 @@ from moei_core.forecast.speed import Speeds
 from moei_core.hardware.budget import BudgetLine
 from moei_core.hardware.profile import HardwareProfile
 from moei_core.hardware.system import read_memory
+from moei_core.hub.runnable import why_not
 
 _PROMPT = 1024
 """Tokens of the prompt whose first token is forecast."""
@@ -189,6 +189,8 @@ class Planner:
 
     def _notes(self, chosen: Candidate) -> list[str]:
         notes = []
+        if (reason := why_not(chosen.shape.config)) is not None:
+            notes.append(f"moei cannot run this checkpoint. {' '.join(reason)}")
         if not self._speeds().is_measured(chosen.form):
             notes.append(
                 f"No product in {chosen.form.name} was measured here: reckoned at {chosen.form.share:.0%} of the "
@@ -254,20 +256,19 @@ def lengths(shape: ModelShape, context: int | None, prompt: int | None) -> tuple
 
     Raises: UsageError for what a chat would refuse.
     """
-    longest = shape.config.get("max_position_embeddings")
-    most = longest if isinstance(longest, int) and longest > 0 else None
-    for flag, asked in (("--context", context), ("--prompt-tokens", prompt)):
-        if asked is not None and most is not None and asked > most:
-            raise UsageError(
-                f"{flag} {asked} is out of range.", f"{shape.name} was made for up to {most} tokens."
-            )
-    if context is not None and prompt is not None and prompt > context:
+    found = shape.config.get("max_position_embeddings")
+    longest = found if isinstance(found, int) and found > 0 else DEFAULT_CONTEXT
+    if prompt is not None and prompt > longest:
         raise UsageError(
-            f"A prompt of {prompt} tokens does not fit --context {context}.",
+            f"--prompt-tokens {prompt} is out of range.", f"{shape.name} was made for up to {longest} tokens."
+        )
+    tokens = conversation_tokens(context or max(prompt or 0, min(DEFAULT_CONTEXT, longest)), longest)
+    if prompt is not None and prompt > tokens:
+        raise UsageError(
+            f"A prompt of {prompt} tokens does not fit --context {tokens}.",
             hint="Ask for a longer context, or for a shorter prompt with --prompt-tokens.",
         )
-    context = context or max(prompt or 0, min(DEFAULT_CONTEXT, most or DEFAULT_CONTEXT))
-    return context, prompt or min(_PROMPT, context)
+    return tokens, prompt or min(_PROMPT, tokens)
 
 
 def formats_of(shape: ModelShape) -> list[StorageFormat]:

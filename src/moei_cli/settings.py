@@ -6,18 +6,21 @@ example ``ram = "8GiB"``; the variables are their upper-case names after ``MOEI_
 
 from __future__ import annotations
 
+import difflib
 import os
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moei_cli.device_options import check_device, check_misses
 from moei_cli.prefetch_options import parse_predictor, parse_prefetch
 from moei_core.cache.policies import LIVE_POLICIES
 from moei_core.config import ExpertBudget, parse_size
-from moei_core.errors import UsageError
+from moei_core.errors import MoeiError, UsageError
 from moei_core.paths import config_dir
 
 
@@ -42,8 +45,13 @@ SETTINGS: dict[str, Callable[[str, str], object]] = {
     "policy": _policy,
     "predictor": partial(parse_predictor, live=True),
     "prefetch": parse_prefetch,
+    "device": check_device,
+    "vram": parse_size,
+    "misses": check_misses,
 }
 """Each with what checks its text; the second argument says where the text comes from."""
+
+_OTHER_VARIABLES = frozenset({"MOEI_HOME", "MOEI_NATIVE_ISA", "MOEI_SYNTHETIC_LIMIT"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +63,6 @@ class Setting:
 
 
 AUTOMATIC = Setting(None, "automatic")
-DEFAULT_CONTEXT = 4096
-"""Tokens of a conversation, or the model's longest if that is less."""
 
 
 def config_path() -> Path:
@@ -69,6 +75,7 @@ def resolve(**flags: object) -> dict[str, Setting]:
 
     Raises: UsageError that names the variable, or the file and the key, for a value or key that means nothing.
     """
+    _refuse_unknown_variables()
     written = _read_config(config_path())
     found = {}
     for name, flag in flags.items():
@@ -86,6 +93,29 @@ def resolve(**flags: object) -> dict[str, Setting]:
 def resolve_all(**flags: object) -> dict[str, Setting]:
     """As ``resolve``, of all ``SETTINGS``."""
     return resolve(**dict.fromkeys(SETTINGS) | flags)
+
+
+@contextmanager
+def naming_origins(chosen: Mapping[str, Setting]) -> Iterator[None]:
+    """An error that speaks of a flag says so where nobody gave that flag: a variable or the file set it."""
+    try:
+        yield
+    except MoeiError as error:
+        for name, one in chosen.items():
+            if one.text is not None and one.origin != f"--{name}" and f"--{name}" in str(error):
+                error.hint = f"{error.hint} {one.origin} sets {name} to {one.text}.".strip()
+        raise
+
+
+def _refuse_unknown_variables() -> None:
+    """A mistyped variable would be ignored in silence."""
+    known = {f"MOEI_{name.upper()}" for name in SETTINGS} | _OTHER_VARIABLES
+    for variable in sorted(os.environ):
+        if variable.startswith("MOEI_") and variable not in known:
+            near = difflib.get_close_matches(variable, known, n=1) or sorted(known)
+            raise UsageError(
+                f"{variable} means nothing to moei.", hint=f"Unset it, or set {', '.join(near)} instead."
+            )
 
 
 def _read_config(path: Path) -> dict[str, Setting]:

@@ -11,9 +11,10 @@ from moei_cli import render
 from moei_cli.forecasts import shape_of, speed_of_the_smallest
 from moei_cli.measured_machine import stored_profile
 from moei_cli.plan_view import print_budget
-from moei_cli.settings import DEFAULT_CONTEXT, Setting
+from moei_cli.planner import lengths
+from moei_cli.settings import Setting, naming_origins
 from moei_core.cache.policies import DEFAULT_POLICY
-from moei_core.config import CHUNK_NBYTES, READERS, ExpertBudget, format_size, parse_size
+from moei_core.config import CHUNK_NBYTES, DEFAULT_CONTEXT, READERS, ExpertBudget, format_size, parse_size
 from moei_core.errors import DoesNotFitError
 from moei_core.forecast.forecast import plan_budget
 from moei_core.forecast.speed import ASSUMED_FRAMEWORK, Speeds
@@ -33,20 +34,31 @@ _WITHOUT_MODEL = {
     "policy": f"{DEFAULT_POLICY}, the best of docs/policies.md",
     "predictor": "default: what is followed must prove faster",
     "prefetch": "auto: a predictor is followed only while that is faster",
+    "device": "the first GPU, if the model's dense part fits there",
+    "vram": "what is free decides",
+    "misses": "auto: what costs less, a copy or the processor",
 }
 
 
-def _device_row() -> tuple[str, str, str]:
+def _device_rows(chosen: Mapping[str, Setting]) -> list[tuple[str, str, str]]:
     """The GPU that a chat would use, without starting CUDA."""
     gpus, _ = read_gpus(load_nvml(), os.getpid())
     seen = visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if not seen:
-        return "device", "cpu", "no GPU" if not gpus else "CUDA_VISIBLE_DEVICES hides every GPU"
-    why = "automatic: if the model's dense part fits there"
+    device, vram, misses = (chosen[name] for name in ("device", "vram", "misses"))
+    name, why = "cpu", "no GPU" if not gpus else "CUDA_VISIBLE_DEVICES hides every GPU"
+    if seen:
+        name, why = f"cuda:0 {seen[0].name}", "automatic: if the model's dense part fits there"
     if len(seen) > 1:
         others = ", ".join(f"cuda:{i} {gpu.name}" for i, gpu in enumerate(seen) if i)
         why += f"; one GPU of {len(seen)} is used, not {others}: --device chooses"
-    return "device", f"cuda:0 {seen[0].name}", why
+    rows = [("device", device.text or name, device.origin if device.text else why)]
+    if seen or vram.text:
+        rows.append(("vram", vram.text or "no bound", _origin(vram, _WITHOUT_MODEL["vram"])))
+    if seen or misses.text:
+        rows.append(
+            ("misses", misses.text or "auto", _origin(misses, "what costs less, a copy or the processor"))
+        )
+    return rows
 
 
 def show_settings(model: str | None, chosen: Mapping[str, Setting], *, as_json: bool) -> None:
@@ -74,21 +86,22 @@ def show_settings(model: str | None, chosen: Mapping[str, Setting], *, as_json: 
         # A budget needs no speeds but the memory of the process, of which a typical value is known.
         speeds = Speeds(0.0, ASSUMED_FRAMEWORK, None)
     ram, experts, context = (chosen[name].text for name in ("ram", "experts", "context"))
-    longest = int(shape.config.get("max_position_embeddings") or DEFAULT_CONTEXT)
-    tokens = int(context) if context else min(longest, DEFAULT_CONTEXT)
+    with naming_origins(chosen):
+        tokens, _ = lengths(shape, int(context) if context else None, None)
     limit = parse_size(ram, "--ram") if ram else None
     bound = ExpertBudget.parse(experts) if experts else None
-    try:
-        budget = plan_budget(shape, shape.format, speeds, memory.usable, tokens, limit, bound)
-    except DoesNotFitError as error:
-        error.hint += speed_of_the_smallest(error, shape, shape.format, profile, folder)
-        raise
+    with naming_origins(chosen):
+        try:
+            budget = plan_budget(shape, shape.format, speeds, memory.usable, tokens, limit, bound)
+        except DoesNotFitError as error:
+            error.hint += speed_of_the_smallest(error, shape, shape.format, profile, folder)
+            raise
     rows = [
         ("ram", format_size(limit) if limit else "no bound", _origin(chosen["ram"], "what is free decides")),
         ("experts", f"{budget.slots} slots of {format_size(budget.slot_nbytes)}",
          _origin(chosen["experts"], budget.reason)),
         ("working set", f"{budget.working} slots", "one token's experts of a layer, so that an access never fails"),
-        ("context", f"{tokens} tokens", _origin(chosen["context"], "the model's, at most 4096")),
+        ("context", f"{tokens} tokens", _origin(chosen["context"], _WITHOUT_MODEL["context"])),
         ("policy", chosen["policy"].text or DEFAULT_POLICY,
          _origin(chosen["policy"], "the best of docs/policies.md")),
         ("predictor", chosen["predictor"].text or "default",
@@ -100,7 +113,7 @@ def show_settings(model: str | None, chosen: Mapping[str, Setting], *, as_json: 
         ("readers", f"{READERS}, {format_size(CHUNK_NBYTES)} at a time",
          "fixed: a disk reaches its bandwidth at a few megabytes in flight"),
         ("free memory", format_size(memory.usable), memory.reason),
-        _device_row(),
+        *_device_rows(chosen),
     ]  # fmt: skip
     if as_json:
         report: dict[str, Any] = {

@@ -36,6 +36,10 @@ CHUNK_NBYTES = 2 << 20
 """What is read at a time. Larger chunks make a demand load wait longer for a prefetch that has begun."""
 
 
+DEFAULT_CONTEXT = 4096
+"""Tokens of a conversation, or the model's longest if that is less."""
+
+
 @dataclass(frozen=True, slots=True)
 class Overlap:
     """How moving and computing share the time. ``FULL_OVERLAP``, except to measure what each part is worth.
@@ -79,6 +83,20 @@ def format_size(nbytes: float) -> str:
             return f"{value:.0f} {unit}" if unit == "B" or abs(value) >= 100 else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} TiB"
+
+
+def conversation_tokens(asked: int | None, longest: int | None) -> int:
+    """Tokens that a conversation may have. longest: what the model was made for, if it says so.
+
+    Raises: UsageError.
+    """
+    longest = longest or DEFAULT_CONTEXT
+    if asked is not None and not 16 <= asked <= longest:
+        raise UsageError(
+            f"--context {asked} is out of range.",
+            f"This model was made for 16 to {longest} tokens of context.",
+        )
+    return asked or min(longest, DEFAULT_CONTEXT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,19 +148,25 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         checks = (
-            (self.max_new_tokens >= 1, "max_new_tokens must be at least 1"),
-            (0 <= self.temperature <= 100, "temperature must be between 0 and 100"),
-            (self.top_k >= 0, "top_k must be at least 0 (0: off)"),
-            (0 < self.top_p <= 1, "top_p must be above 0 and at most 1 (1: off)"),
-            (0 <= self.min_p < 1, "min_p must be at least 0 and below 1 (0: off)"),
+            (self.max_new_tokens >= 1, "A reply must have at least 1 token"),
+            (0 <= self.temperature <= 100, "The temperature must be between 0 and 100"),
+            (
+                isinstance(self.top_k, int) and self.top_k >= 0,
+                "top-k must be a whole number of at least 0 (0: off)",
+            ),
+            (0 < self.top_p <= 1, "top-p must be above 0 and at most 1 (1: off)"),
+            (0 <= self.min_p < 1, "min-p must be at least 0 and below 1 (0: off)"),
             # Beyond, scores leave what a float holds.
             (
                 0.01 <= self.repetition_penalty <= 100,
-                "repetition_penalty must be between 0.01 and 100 (1: off)",
+                "The repetition penalty must be between 0.01 and 100 (1: off)",
             ),
             # What torch's generator takes.
-            (self.seed is None or -(2**63) <= self.seed < 2**64, "seed must be a number of at most 64 bits"),
-            (all(self.stop), "a stop string must not be empty"),
+            (
+                self.seed is None or -(2**63) <= self.seed < 2**64,
+                "The seed must be a number of at most 64 bits",
+            ),
+            (all(self.stop), "A stop string must not be empty"),
         )
         for fine, sentence in checks:
             if not fine:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from moei_cli.main import main
-from moei_core.trace import TraceEvent, write_trace
+from moei_core.hub.library import describe
+from moei_core.trace import TraceEvent, read_trace, write_trace
 
 from .synthetic import make_trace
 
@@ -57,6 +58,22 @@ def test_the_report_is_one_json_object(path: str, capsys: pytest.CaptureFixture[
     assert set(first["learned"]["gap_closed_by_task"]) == {"task0", "task1"}
     assert first["learned"]["hits"] + first["learned"]["misses"] == 240 * 4 * 3
     assert report["hardware"]["name"] == "gpu-pcie4"
+
+
+def test_an_expert_is_as_large_as_that_of_the_model_which_the_trace_names(
+    path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for model, nbytes, why in (
+        ("moei-demo", describe("moei-demo")[0].summary.expert_nbytes, "as moei-demo has it"),  # type: ignore[union-attr]
+        ("nobody/nothing", 4_000_000, "the model is not known; set --expert-size"),
+    ):
+        named = tmp_path / "named"
+        write_trace(replace(read_trace(path), model=model), named)
+        _, out, _ = run(
+            capsys, "bench", "--trace", str(named), "--experts", "25%", "--workers", "1", "--json"
+        )
+        report = json.loads(out)
+        assert (report["expert_bytes"], report["expert_bytes_reason"]) == (nbytes, why)
 
 
 def test_the_table_fits_a_pipe(path: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,19 @@ def test_a_report_has_three_conditions_and_its_provenance(
     assert "decode tok/s" in shown.out
 
 
+def test_a_trace_that_does_not_fit_is_refused_before_gigabytes_are_made(
+    moei: Moei, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(*_: object, **__: object) -> None:
+        pytest.fail("made the model")
+
+    monkeypatch.setattr("moei_core.hub.synthetic.make_synthetic", made)
+    trace = str(make_trace(tmp_path / "t"))
+    done = moei("bench", "--synthetic", "mixtral-8x7b", "--layers", "1", "--trace", trace)
+    assert done.code == 2
+    assert "does not fit this model" in done.err
+
+
 def make_trace(path: Path, layers: int = 3, experts: int = 16, top_k: int = 4, tokens: int = 40) -> Path:
     generator = np.random.default_rng(0)
     rows = np.argsort(generator.random((tokens, layers, experts)), axis=2)[..., :top_k].astype(np.uint8)

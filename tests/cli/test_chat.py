@@ -69,7 +69,7 @@ def test_the_last_model_is_remembered(moei: Moei, chat_folder: Callable[..., Pat
         (["moei-demo", "hi", "--ram", "-3"], 2, "--ram"),
         (["moei-demo", "hi", "--temperature", "-1"], 2, "temperature"),
         (["moei-demo", "hi", "--seed", str(2**64)], 2, "seed"),
-        (["moei-demo", "hi", "--repetition-penalty", "1e-300"], 2, "repetition_penalty"),
+        (["moei-demo", "hi", "--repetition-penalty", "1e-300"], 2, "repetition penalty"),
         (["moei-demo", " "], 2, "the prompt was empty"),
         (["moei-demo", "hi \udcff"], 2, "no text in UTF-8"),
         (["moei-demo", "hi", "--policy", "magic"], 2, "layer-lru"),
@@ -191,6 +191,20 @@ def test_quantised_checkpoints_are_refused_by_name(
     assert "fp8" in done.err
 
 
+def test_what_a_model_cannot_do_is_no_option(moei: Moei) -> None:
+    done = moei("chat", "moei-demo", "hello", "--think")
+    assert done.code == 2
+    assert "thinking cannot be switched" in done.err
+    done = moei("chat", "moei-demo", "hello", "--max-tokens", "0")
+    assert (done.code, done.err) == (2, "usage: A reply must have at least 1 token.\n")
+
+
+def test_a_long_first_question_is_not_told_to_clear_the_conversation(moei: Moei) -> None:
+    done = moei("chat", "moei-demo", "expert " * 200, "--context", "128")
+    assert done.code == 2
+    assert "Shorten it, or run with a larger --context." in done.err
+
+
 @pytest.mark.parametrize("noted", [b"\xff\xfe", b"/nowhere/model.gguf\n"])
 def test_a_note_of_the_last_model_that_means_nothing_is_passed_over(
     noted: bytes, moei: Moei, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -210,11 +224,13 @@ def test_a_folder_without_a_tokenizer(moei: Moei, tmp_path: Path) -> None:
     assert "tokenizer.json" in done.err
 
 
-def test_bad_defaults_of_a_model_leave_nothing_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["{", "[]", '{"temperature": -1}', '{"top_k": 1.5}'])
+def test_bad_defaults_of_a_model_leave_nothing_loaded(content: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(bundled_folder(), tmp_path / "m"))
-    (folder / "generation_config.json").write_text("{")
+    (folder / "generation_config.json").write_text(content)
     done = subprocess.run([*MOEI, "chat", folder, "hi"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 6
+    assert "generation_config.json is damaged" in done.stderr
     # What is not closed, native code complains about at exit.
     assert len(done.stderr.splitlines()) == 3, done.stderr
 

@@ -173,7 +173,7 @@ def test_comparing_ranks_by_speed_and_marks_the_model(moei: Moei, measured: None
         (["plan", "mixtral-8x7b", "--format", "q3_x"], 2, "There are: f32"),
         (["plan", "mixtral-8x7b", "--format", "f32", "--compare"], 2, "Leave --format out"),
         (["plan", "mixtral-8x7b", "--ram", "much"], 2, "--ram"),
-        (["plan", "mixtral-8x7b", "--context", "99999999"], 2, "up to 32768 tokens"),
+        (["plan", "mixtral-8x7b", "--context", "99999999"], 2, "16 to 32768 tokens"),
         (["plan", "mixtral-8x7b", "--device", "gpu"], 2, "Choose from: auto"),
         (["plan", "mixtral-8x7b", "--device", "cuda"], 2, "needs a GPU that was measured"),
         (["plan", "mixtral-8x7b", "--vram", "8GiB"], 2, "needs a GPU that was measured"),

@@ -71,12 +71,45 @@ def test_a_wrong_file_is_refused_by_name(text: str, sentence: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("RAM", "lots"), ("EXPERTS", "120%"), ("CONTEXT", "-1"), ("POLICY", "x"), ("PREFETCH", "y")],
+    [
+        ("RAM", "lots"),
+        ("EXPERTS", "120%"),
+        ("CONTEXT", "-1"),
+        ("POLICY", "x"),
+        ("PREFETCH", "y"),
+        ("DEVICE", "gpu"),
+        ("VRAM", "8 apples"),
+        ("MISSES", "z"),
+    ],
 )
 def test_a_wrong_variable_is_refused_by_name(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"MOEI_{name}", value)
     with pytest.raises(UsageError, match=f"MOEI_{name}: "):
         resolve_all()
+
+
+def test_a_mistyped_variable_is_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEI_EXPERT", "25%")
+    with pytest.raises(UsageError, match=r"MOEI_EXPERT means nothing.*set MOEI_EXPERTS instead"):
+        resolve_all()
+
+
+def test_an_error_says_where_the_value_of_a_flag_comes_from(
+    moei: Moei, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("context = 99999\n")
+    for command in (("chat", "moei-demo", "hello"), ("show", "moei-demo", "--settings")):
+        done = moei(*command)
+        assert done.code == 2
+        assert "--context 99999 is out of range" in done.err
+        assert f"{config_path()} sets context to 99999." in done.err
+    assert "sets context" not in moei("chat", "moei-demo", "hello", "--context", "99999").err
+    monkeypatch.setenv("MOEI_CONTEXT", "256")
+    monkeypatch.setenv("MOEI_VRAM", "1GiB")
+    done = moei("chat", "moei-demo", "hello", "--device", "cpu")
+    assert done.code == 2
+    assert "--vram needs a GPU" in done.err
+    assert "MOEI_VRAM sets vram to 1GiB." in done.err
 
 
 def test_a_home_that_is_a_file_has_no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -119,7 +152,7 @@ def test_without_a_model_the_origins_are_shown(moei: Moei) -> None:
     assert told["ram"] == {"value": "6GiB", "reason": str(config_path())}
     assert told["experts"] == {"value": "40%", "reason": "--experts"}
     assert told["policy"]["value"] == "automatic"
-    assert moei("show", "--settings").out.count("automatic") == 5
+    assert moei("show", "--settings").out.count("automatic") == len(SETTINGS) - 1
     assert moei("show").code == 2
 
 

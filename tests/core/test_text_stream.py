@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from moei_core.engine.text_stream import TextPiece, TextStream, thinking_markers
+from moei_core.engine.text_stream import TextPiece, TextStream, thinking_markers, thinking_switches
 
 ALPHABET = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 SPECIAL = ("<|im_end|>", "<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>")
@@ -77,3 +77,27 @@ def test_harmony_channels() -> None:
         "<|start|>assistant<|channel|>final<|message|>Hello!<|return|>"
     )
     assert joined(stream(text, "...<|channel|>...")[0]) == ("They greet.", "Hello!")
+
+
+@pytest.mark.parametrize(
+    ("template", "names"),
+    [
+        (
+            "{% if enable_thinking is defined and not enable_thinking %}</think>{% endif %}",
+            ("enable_thinking",),
+        ),
+        (
+            "{% if not thinking is defined %}{% set thinking = false %}{% endif %}{{ thinking }}",
+            ("thinking",),
+        ),
+        (
+            "{% for m in messages %}{{ m.thinking }}{% generation %}{% break %}{% endgeneration %}{% endfor %}",
+            (),
+        ),
+        ("{% set thinking = messages %}{{ thinking }}", ()),
+        ("{% no_such_tag enable_thinking %}", ("enable_thinking",)),
+        ("", ()),
+    ],
+)
+def test_switches_of_thinking_are_variables_of_the_template(template: str, names: tuple[str, ...]) -> None:
+    assert thinking_switches(template) == names

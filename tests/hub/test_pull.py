@@ -331,6 +331,23 @@ def test_a_dense_model_is_pulled_with_a_warning(place: Place, tiny: dict[str, by
     assert "does not look" not in place.run("pull", REPO).stderr
 
 
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"model_type": "mixtral", "quantization_config": {"quant_method": "awq"}}, "quantised with awq"),
+        ({"model_type": "of_tomorrow"}, "architecture 'of_tomorrow' is not part of transformers"),
+    ],
+)
+def test_what_cannot_run_is_not_downloaded(
+    config: dict[str, object], why: str, place: Place, tiny: dict[str, bytes]
+) -> None:
+    place.hub.add("some/other", dict(tiny) | {"config.json": json.dumps(config).encode()})
+    done = place.run("pull", "some/other")
+    assert done.returncode == 1
+    assert why in done.stderr
+    assert not list(place.cache.rglob("*.safetensors"))
+
+
 def test_unsuitable_repositories(place: Place) -> None:
     place.hub.add("a/gguf", {"x.gguf": b"GGUF"})
     with pytest.raises(UnsupportedModelError, match="GGUF"):

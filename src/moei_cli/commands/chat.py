@@ -11,8 +11,8 @@ from moei_cli.device_options import (
     DeviceOption,
     MissesOption,
     VramOption,
+    chosen_device,
     device_sentence,
-    device_settings,
 )
 from moei_core.errors import ModelNotFoundError, UsageError
 from moei_core.hub.resolve import DEMO_NAME, ModelFiles, resolve_model
@@ -116,16 +116,24 @@ def chat(
         "seed": seed,
         "stop": tuple(stop) if stop else None,
     }
-    on_device = device_settings(device, vram, misses)
-    from moei_cli.settings import resolve
+    from moei_cli.settings import naming_origins, resolve
 
     chosen = resolve(
-        ram=ram, experts=experts, context=context, policy=policy, predictor=predictor, prefetch=prefetch
+        ram=ram,
+        experts=experts,
+        context=context,
+        policy=policy,
+        predictor=predictor,
+        prefetch=prefetch,
+        device=device,
+        vram=vram,
+        misses=misses,
     )
-    session = _open(files, chosen, dtype, on_device, system, overrides, quiet=as_json)
-    session.thinking = think
-    last_model.remember(files)
+    with naming_origins(chosen):
+        session = _open(files, chosen, dtype, system, overrides, quiet=as_json)
     try:
+        session.thinking = think
+        last_model.remember(files)
         from moei_cli.forecasts import predict
 
         length = _USUAL_PROMPT if prompt is None else session.count_prompt(prompt)
@@ -185,7 +193,6 @@ def _open(
     files: ModelFiles,
     chosen: Mapping[str, Setting],
     dtype: str | None,
-    on_device: dict[str, Any],
     system: str | None,
     overrides: dict[str, Any],
     quiet: bool,
@@ -204,6 +211,7 @@ def _open(
         experts = DEMO_EXPERTS
     budget = ExpertBudget.parse(experts) if experts else None
     ram_nbytes = parse_size(ram, "--ram") if ram else None
+    on_device = chosen_device(chosen)
 
     from moei_cli import render
     from moei_cli.forecasts import refusals_with_speed

@@ -43,7 +43,7 @@ from moei_core.adapters.transformers_private import (
     wrap_attention,
 )
 from moei_core.errors import DamagedFileError, ModelNotFoundError, MoeiError, UnsupportedModelError
-from moei_core.quant.formats import FLOAT_FORMATS, FORMATS
+from moei_core.quant.formats import FLOAT_FORMATS, FORMATS, READ_QUANTISATIONS
 from moei_core.store.base import ExpertStore, StoredTensor
 from moei_core.store.packed_folder import is_packed
 from moei_core.store.packed_manifest import Manifest, PackedSource, read_manifest
@@ -92,7 +92,7 @@ def read_config(folder: Path) -> PretrainedConfig:
             f"The configuration of '{model_type}' cannot be used.", first, "Check the model's config.json."
         ) from error
     method = quantization(config)
-    if method not in ("", "mxfp4"):
+    if method not in READ_QUANTISATIONS:
         raise UnsupportedModelError(
             f"The weights are quantised with {method}, which moei does not read yet.",
             "It reads floats, MXFP4 as gpt-oss has it, and what `moei quantize` packs.",

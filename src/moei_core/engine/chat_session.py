@@ -14,7 +14,7 @@ from moei_core.engine.generate import GenerationTimes, Generator
 from moei_core.engine.kv_cache import ConversationCache
 from moei_core.engine.loaded_model import LoadedModel
 from moei_core.engine.statistics import RuntimeStatistics, prefetch_shares, prefetch_verdict
-from moei_core.engine.text_stream import TextPiece, TextStream, thinking_markers
+from moei_core.engine.text_stream import TextPiece, TextStream, thinking_markers, thinking_switches
 from moei_core.engine.time_split import decode_shares, percentiles, time_split
 from moei_core.errors import UsageError
 from moei_core.hardware.memory import peak_memory, resident_memory
@@ -153,7 +153,7 @@ class ChatSession:
     def __init__(self, model: LoadedModel, settings: GenerationSettings, system: str | None = None) -> None:
         self.model = model
         self.settings = settings
-        self.thinking: bool | None = None
+        self._thinking: bool | None = None
         self.messages: list[dict[str, str]] = []
         self.report: TurnReport | None = None
         self._system = system
@@ -162,10 +162,31 @@ class ChatSession:
         self._prompt_began: tuple[float, RuntimeStatistics] | None = None
         self.clear()
 
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the model shall think before it answers; None: as it likes. Raises, set to another value: UsageError
+        where the model's chat template has no switch."""
+        return self._thinking
+
+    @thinking.setter
+    def thinking(self, wanted: bool | None) -> None:
+        if wanted is not None and not thinking_switches(self.model.tokenizer.chat_template or ""):
+            raise UsageError(
+                "This model's thinking cannot be switched.",
+                "Its chat template has no variable for that.",
+                "Leave it as it is: without --think and --no-think, or /set thinking auto.",
+            )
+        self._thinking = wanted
+
     def clear(self) -> None:
         """Start a new conversation; the system message stays."""
         self.messages = [{"role": "system", "content": self._system}] if self._system else []
         self._cache.clear()
+
+    @property
+    def _talked(self) -> bool:
+        """Whether there was a turn before."""
+        return any(message["role"] == "user" for message in self.messages)
 
     def count_prompt(self, text: str) -> int:
         """Tokens of the prompt that ``reply(text)`` would read, those known from before included."""
@@ -189,7 +210,7 @@ class ChatSession:
             raise UsageError(
                 "The conversation is longer than its context.",
                 f"It has {len(prompt)} tokens, and {self.model.context} is the limit.",
-                "Start anew with /clear, or run with a larger --context.",
+                f"{'Begin a new conversation' if self._talked else 'Shorten it'}, or run with a larger --context.",
             )
         self._stop = False
         started = time.perf_counter()
@@ -293,8 +314,8 @@ class ChatSession:
             text = "\n".join(message["content"] for message in messages)
             return list(tokenizer(text)["input_ids"])
         extra = {}
-        if self.thinking is not None:
-            extra["enable_thinking"] = self.thinking
+        if self._thinking is not None:
+            extra = dict.fromkeys(thinking_switches(tokenizer.chat_template), self._thinking)
         try:
             encoded = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True, **extra
@@ -304,6 +325,6 @@ class ChatSession:
             raise UsageError(
                 "The model's chat template refuses this conversation.",
                 " ".join(str(error).split()) or type(error).__name__,
-                "Try again without a system message, or /clear.",
+                f"Try again without a system message{', or in a new conversation' if self._talked else ''}.",
             ) from error
         return list(encoded["input_ids"])

@@ -6,6 +6,7 @@ either, and every report says so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -25,26 +26,30 @@ class Routed(Protocol):
     hinter: Hinter | None
 
 
+def check_fits(trace: Trace, num_experts: Sequence[int], num_experts_per_tok: int) -> None:
+    """Whether a model of so many experts in each MoE layer can follow ``trace``. Raises: UsageError."""
+    if len(num_experts) > len(trace.moe_layers) or set(num_experts) != {trace.num_experts}:
+        raise UsageError(
+            f"The trace of {trace.model} does not fit this model.",
+            f"It has {len(trace.moe_layers)} MoE layers of {trace.num_experts} experts; the model has "
+            f"{len(num_experts)} of {', '.join(map(str, sorted(set(num_experts))))}.",
+            f"Use a model of {trace.num_experts} experts a layer and at most {len(trace.moe_layers)} MoE layers.",
+        )
+    if trace.experts.shape[2] > num_experts_per_tok:
+        raise UsageError(
+            f"The trace of {trace.model} does not fit this model.",
+            f"It chooses {trace.experts.shape[2]} experts a token, the model only {num_experts_per_tok}.",
+            "Use a trace of the same top-k or less.",
+        )
+
+
 class ForcedRouting:
     """Replaces each layer's ``top_k_index``. The n-th token of all forward passes takes the trace's n-th row;
     at the end the trace starts again."""
 
     def __init__(self, trace: Trace, spec: ModelSpec) -> None:
         """The model's n-th MoE layer follows the trace's n-th. Raises: UsageError if they do not fit."""
-        counts = set(spec.num_experts.values())
-        if len(spec.num_experts) > len(trace.moe_layers) or counts != {trace.num_experts}:
-            raise UsageError(
-                f"The trace of {trace.model} does not fit this model.",
-                f"It has {len(trace.moe_layers)} MoE layers of {trace.num_experts} experts; the model has "
-                f"{len(spec.num_experts)} of {', '.join(map(str, sorted(counts)))}.",
-                f"Use a model of {trace.num_experts} experts a layer and at most {len(trace.moe_layers)} MoE layers.",
-            )
-        if trace.experts.shape[2] > spec.num_experts_per_tok:
-            raise UsageError(
-                f"The trace of {trace.model} does not fit this model.",
-                f"It chooses {trace.experts.shape[2]} experts a token, the model only {spec.num_experts_per_tok}.",
-                "Use a trace of the same top-k or less.",
-            )
+        check_fits(trace, list(spec.num_experts.values()), spec.num_experts_per_tok)
         self._trace, self._experts = trace, trace.experts
         self._position = {layer: number for number, layer in enumerate(spec.num_experts)}
         self._layers = tuple(spec.num_experts)

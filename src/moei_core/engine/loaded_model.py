@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from moei_core.adapters.skeleton import experts_modules
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.cache.expert_cache import CacheStatistics, ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, LIVE_POLICIES, POLICIES, CachePolicy
-from moei_core.config import FULL_OVERLAP, ExpertBudget, GenerationSettings, Overlap
+from moei_core.config import FULL_OVERLAP, ExpertBudget, GenerationSettings, Overlap, conversation_tokens
 from moei_core.engine.copies_ahead import AHEAD_S
 from moei_core.engine.decode_graphs import DecodeGraphs
 from moei_core.engine.device_compute import decoded_nbytes, why_not
@@ -25,13 +24,13 @@ from moei_core.engine.device_slots import DeviceSlots, LinkedSlotPool
 from moei_core.engine.devices import Device
 from moei_core.engine.expert_compute import DECODED_NBYTES
 from moei_core.engine.hints import Hinter, RouterHints, StrideHints
-from moei_core.engine.model_settings import context_length, float_type, load_tokenizer
+from moei_core.engine.model_settings import end_tokens, float_type, load_tokenizer, recommended_settings
 from moei_core.engine.placement import device_governor, device_tier, measure_costs, open_device
 from moei_core.engine.runtime import ExpertRuntime
 from moei_core.engine.slots import SlotPool
 from moei_core.engine.threads import compute_threads, physical_cores
 from moei_core.engine.tiered_runtime import TieredRuntime
-from moei_core.errors import DamagedFileError, DoesNotFitError, UsageError
+from moei_core.errors import DoesNotFitError, UsageError
 from moei_core.hardware.budget import (
     DeviceBudget,
     MemoryUse,
@@ -105,7 +104,8 @@ class LoadedModel:
         self.adapter = TransformersAdapter(folder, float_type(options.dtype), native_dense=device is None)
         self.spec: ModelSpec = self.adapter.spec()
         threads = compute_threads(self.spec)
-        self.context = context_length(self.adapter.config.get_text_config(), options.context)
+        longest = getattr(self.adapter.config.get_text_config(), "max_position_embeddings", None)
+        self.context = conversation_tokens(options.context, longest)
         self.tokenizer: Any = load_tokenizer(folder)
         store = self.adapter.open_store()
         try:
@@ -334,29 +334,13 @@ class LoadedModel:
         return self.runtime.recorder
 
     def generation_defaults(self) -> GenerationSettings:
-        """What the model's authors recommend in ``generation_config.json``, else ours."""
-        path = self.folder / "generation_config.json"
-        try:
-            given = json.loads(path.read_text()) if path.exists() else {}
-        except (OSError, ValueError):
-            raise DamagedFileError(
-                f"{path} is damaged.", "It is not valid JSON.", "Pull the model again."
-            ) from None
-        fields = {}
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
-            if isinstance(given.get(name), (int, float)):
-                fields[name] = given[name]
-        if given.get("do_sample") is False:
-            fields["temperature"] = 0.0
-        return GenerationSettings(**fields)
+        """What the model's authors recommend, else ours. Raises: DamagedFileError."""
+        return recommended_settings(self.folder)
 
     def end_tokens(self) -> frozenset[int]:
         """The token ids that end a reply."""
-        path = self.folder / "generation_config.json"
-        given = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-        found = [given, self.adapter.config.get_text_config().eos_token_id, self.tokenizer.eos_token_id]
-        flat = [entry for value in found for entry in (value if isinstance(value, list) else [value])]
-        return frozenset(entry for entry in flat if isinstance(entry, int))
+        named = self.adapter.config.get_text_config().eos_token_id, self.tokenizer.eos_token_id
+        return end_tokens(self.folder, named)
 
     def close(self) -> None:
         """End the reader threads, keep what was learned about the files, free the slots."""

@@ -1,17 +1,18 @@
-"""What some options mean for a model: the float type, the length of a conversation, its tokenizer."""
+"""What a model's folder and some options say: the float type, the tokenizer, how replies are made and end."""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
+from moei_core.config import GenerationSettings
 from moei_core.errors import DamagedFileError, UsageError
-
-DEFAULT_CONTEXT = 4096
 
 
 def float_type(name: str | None) -> torch.dtype | None:
@@ -24,19 +25,6 @@ def float_type(name: str | None) -> torch.dtype | None:
             f"'{name}' is not a dtype moei computes in.", hint=f"Choose from: {', '.join(known)}."
         )
     return known[name]
-
-
-def context_length(config: Any, asked: int | None) -> int:
-    """Tokens of one conversation. config: of the text model. Raises: UsageError."""
-    longest = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
-    if asked is None:
-        return int(min(longest, DEFAULT_CONTEXT))
-    if not 16 <= asked <= longest:
-        raise UsageError(
-            f"--context {asked} is out of range.",
-            f"This model was made for 16 to {longest} tokens of context.",
-        )
-    return asked
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -55,3 +43,44 @@ def load_tokenizer(folder: Path) -> Any:
         raise DamagedFileError(
             f"The tokenizer in {folder} cannot be loaded.", first, "Pull the model again."
         ) from error
+
+
+def recommended_settings(folder: Path) -> GenerationSettings:
+    """What the model's authors recommend in ``generation_config.json``, else ours. Raises: DamagedFileError."""
+    given = _generation_config(folder)
+    fields: dict[str, Any] = {}
+    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        value = given.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            fields[name] = int(value) if name == "top_k" and float(value).is_integer() else value
+    if given.get("do_sample") is False:
+        fields["temperature"] = 0.0
+    try:
+        return GenerationSettings(**fields)
+    except UsageError as error:
+        raise _damaged(folder, error.what) from None
+
+
+def end_tokens(folder: Path, named: Iterable[object]) -> frozenset[int]:
+    """The token ids that end a reply: what ``generation_config.json`` and others have ``named``, each one or a list.
+    Raises: DamagedFileError."""
+    found = [_generation_config(folder).get("eos_token_id"), *named]
+    flat = [entry for value in found for entry in (value if isinstance(value, list) else [value])]
+    return frozenset(entry for entry in flat if isinstance(entry, int))
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return {}
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise _damaged(folder, "It is not valid JSON.") from None
+    if not isinstance(given, dict):
+        raise _damaged(folder, "It is no JSON object.")
+    return given
+
+
+def _damaged(folder: Path, why: str) -> DamagedFileError:
+    return DamagedFileError(f"{folder / 'generation_config.json'} is damaged.", why, "Pull the model again.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import Environment, TemplateError, meta
 from tokenizers.decoders import DecodeStream
 
 
@@ -32,6 +34,21 @@ def thinking_markers(chat_template: str) -> dict[str, bool | None]:
     if "<|channel|>" in chat_template:
         return dict(_HARMONY)
     return dict(_THINK) if "</think>" in chat_template else {}
+
+
+_SWITCHES = ("enable_thinking", "thinking")
+_GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
+"""A tag that transformers adds to the language of chat templates."""
+
+
+def thinking_switches(chat_template: str) -> tuple[str, ...]:
+    """The variables of this chat template that switch thinking on and off; most have none."""
+    try:
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", chat_template))
+    except TemplateError:
+        # What transformers can still read may have a switch all the same.
+        return tuple(name for name in _SWITCHES[:1] if name in chat_template)
+    return tuple(name for name in _SWITCHES if name in meta.find_undeclared_variables(parsed))
 
 
 class TextStream:

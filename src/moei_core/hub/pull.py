@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from filelock import Timeout
 from huggingface_hub import constants
@@ -44,6 +45,7 @@ from moei_core.hub.layout import (
 from moei_core.hub.packed import packed_commit, repo_place
 from moei_core.hub.pull_plan import PullPlan, check_space, free_space
 from moei_core.hub.remote import Remote, Stopped
+from moei_core.hub.runnable import why_not
 from moei_core.hub.summary import expert_count
 from moei_core.hub.transfer import (
     PlannedFile,
@@ -100,7 +102,9 @@ def plan_pull(
     if packed_as is not None and is_packed(repo_place(repo) / commit / packed_as):
         return _nothing_to_do(cache, wanted, commit, packed_as, online=True)
     files = _choose(repo, info, commit, remote)
-    config = next(file.content for file in files if file.name == "config.json") or b""
+    config = _config(next(file.content for file in files if file.name == "config.json") or b"")
+    if (reason := why_not(config)) is not None:
+        raise UnsupportedModelError(f"moei cannot run {repo}, so it is not downloaded.", *reason)
     card = vars(info.card_data) if info.card_data is not None else {}
     return PullPlan(
         cache=cache,
@@ -111,7 +115,7 @@ def plan_pull(
         free_nbytes=free_space(cache.cache_dir),
         licence=_licence(card, info.tags or ()),
         gated=bool(info.gated),
-        is_moe=_counts_experts(config),
+        is_moe=expert_count(config) > 1,
         packed_as=packed_as or "",
     )
 
@@ -178,12 +182,12 @@ def _read(repo: str, commit: str, file: RepoSibling, remote: Remote) -> bytes:
     raise damaged_twice(file.rfilename, repo)
 
 
-def _counts_experts(config: bytes) -> bool:
+def _config(content: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(config)
+        config = json.loads(content)
     except ValueError as error:
         raise DamagedFileError("The model's config.json is not JSON.", f"{error}.") from error
-    return isinstance(content, dict) and expert_count(content) > 1
+    return config if isinstance(config, dict) else {}
 
 
 def _planned(repo: str, file: RepoSibling, content: bytes | None) -> PlannedFile:

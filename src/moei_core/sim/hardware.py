@@ -113,13 +113,13 @@ EXPERT_NBYTES = {
     "gemma-4-26b": 3_345_408,
 }
 """Bytes of one expert at about 4.5 bits a weight (gpt-oss: its own MXFP4), by the start of a model's name."""
-_UNKNOWN_EXPERT = 4_000_000
+UNKNOWN_EXPERT = 4_000_000, "the model is not known; set --expert-size"
 
 
-def expert_nbytes(model: str) -> tuple[int, str]:
-    """(bytes of one expert of ``model``, why), for traces, which do not say."""
+def expert_nbytes(model: str) -> tuple[int, str] | None:
+    """(bytes of one expert of ``model``, why), for traces, which do not say; None if it is not known."""
     plain = model.lower().rsplit("/", 1)[-1]
     for name, nbytes in EXPERT_NBYTES.items():
         if name in plain:
             return nbytes, f"{name} at about 4.5 bits a weight"
-    return _UNKNOWN_EXPERT, "the model is not known; set --expert-size"
+    return None

@@ -1,0 +1,53 @@
+"""Whether a model can run at all, told from its config: before gigabytes are downloaded, and without torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from moei_core.hub.summary import text_config
+from moei_core.quant.formats import READ_QUANTISATIONS
+
+
+def why_not(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(why moei cannot run a checkpoint of this ``config.json``, what to do); None: nothing speaks against it."""
+    for place in (config, text_config(config)):
+        method = place.get("quantization_config")
+        name = (
+            str(method.get("quant_method", "an unknown method"))
+            if isinstance(method, Mapping) and method
+            else ""
+        )
+        if name not in READ_QUANTISATIONS:
+            return (
+                f"Its weights are quantised with {name}, which moei does not read yet.",
+                "Use a bf16 version of the model.",
+            )
+    kind, known = config.get("model_type"), _known_types()
+    if isinstance(kind, str) and known and kind not in known:
+        return (
+            f"Its architecture '{kind}' is not part of transformers {version('transformers')}.",
+            "Look for a version of the model made for transformers, without code of its own.",
+        )
+    return None
+
+
+@cache
+def _known_types() -> frozenset[str]:
+    """The architectures of the installed transformers; empty if its table of them is not where it was.
+
+    Read as text: importing transformers takes seconds, and torch with it.
+    """
+    found = find_spec("transformers")
+    kinds: set[str] = set()
+    for folder in found.submodule_search_locations or () if found is not None else ():
+        for path in (Path(folder) / "models" / "auto").glob("*.py"):
+            kinds.update(
+                re.findall(r'"([\w.-]+)"(?:,|:|\] =) *"\w+Config"', path.read_text(encoding="utf-8"))
+            )
+    return frozenset(kinds if "mixtral" in kinds else ())
