@@ -6,7 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moei_cli.prefetch_options import one_of, parse_predictor, parse_prefetch
+from moei_cli.choices import one_of
+from moei_cli.prefetch_options import parse_predictor, parse_prefetch
 from moei_core.cache.policies import DEFAULT_POLICY
 from moei_core.config import ExpertBudget, format_size, parse_size
 from moei_core.errors import MoeiError, UsageError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moei_cli.prefetch_options import one_of
+from moei_cli.choices import one_of
 from moei_core.config import format_size, parse_size
 from moei_core.errors import UsageError
 

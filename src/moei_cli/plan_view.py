@@ -25,7 +25,8 @@ def _row(candidate: Candidate) -> tuple[str, ...]:
     name = (shape.name, candidate.form.name, format_size(shape.nbytes(candidate.form)))
     if one is None:
         assert candidate.problem is not None
-        return (*name, "does not fit", "", "", "", candidate.problem.what)
+        why = "does not fit" if candidate.form.runs else "not as it is"
+        return (*name, why, "", "", "", candidate.problem.what)
     return (
         *name,
         f"{one.budget.resident} of {shape.total_experts} ({one.residency:.0%})",

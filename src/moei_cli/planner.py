@@ -8,7 +8,7 @@ from typing import Any
 
 from moei_cli.forecasts import speed_of_the_smallest
 from moei_core.config import DEFAULT_CONTEXT, ExpertBudget, conversation_tokens, format_size
-from moei_core.errors import DoesNotFitError, UsageError
+from moei_core.errors import DoesNotFitError, MoeiError, UnsupportedModelError, UsageError
 from moei_core.forecast.changes import Change, Resources, what_would_help
 from moei_core.forecast.forecast import Forecast, corrected
 from moei_core.forecast.formats import FORMATS, QUANTISED, StorageFormat
@@ -32,12 +32,13 @@ def account(one: Forecast) -> tuple[BudgetLine, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One model in one format. one: corrected by what this machine has taught; None if it does not fit: why."""
+    """One model in one format. one: corrected by what this machine has taught; None if it does not fit, or does not run
+    as it is: why."""
 
     shape: ModelShape
     form: StorageFormat
     one: Forecast | None
-    problem: DoesNotFitError | None
+    problem: MoeiError | None
     disk_problem: str = ""
 
     @property
@@ -132,7 +133,12 @@ class Planner:
     past: list[Entry] = field(default_factory=entries)
 
     def candidate(self, shape: ModelShape, form: StorageFormat) -> Candidate:
-        """The forecast of one model in one format, or why it does not fit."""
+        """The forecast of one model in one format, or why it does not fit or run."""
+        if not form.runs:
+            problem = UnsupportedModelError(
+                f"{form.name} runs once it is packed.", hint=f"moei pull {shape.name} --quant q8_0 (or q4_0)"
+            )
+            return Candidate(shape, form, None, problem)
         try:
             one = self._resources().expect(shape, form, self.prompt_tokens)
         except DoesNotFitError as error:
@@ -273,7 +279,16 @@ def lengths(shape: ModelShape, context: int | None, prompt: int | None) -> tuple
 
 def formats_of(shape: ModelShape) -> list[StorageFormat]:
     """What the model is stored as, and what it could be packed to."""
-    return [shape.format] + [FORMATS[name] for name in QUANTISED if FORMATS[name].bits < shape.format.bits]
+    packed = [FORMATS[name] for name in QUANTISED]
+    return [
+        shape.format,
+        *(form for form in packed if form.bits < shape.format.bits or not shape.format.runs),
+    ]
+
+
+def usual_format(shape: ModelShape) -> StorageFormat:
+    """What a plan is about unless a person names another format."""
+    return next(form for form in formats_of(shape) if form.runs)
 
 
 def _taken(one: Forecast) -> int:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
+from moei_cli.choices import one_of
 from moei_core.errors import UsageError
 from moei_core.predict import DEFAULT_PREDICTOR, PREDICTORS
 from moei_core.prefetch import PrefetchMode
-
-T = TypeVar("T")
 
 
 def parse_predictor(text: str | None, option: str = "--predictor", *, live: bool = False) -> str | None:
@@ -34,10 +31,3 @@ def parse_predictor(text: str | None, option: str = "--predictor", *, live: bool
 def parse_prefetch(text: str, option: str = "--prefetch") -> PrefetchMode:
     """``off``, ``on`` or ``auto``. Raises: UsageError."""
     return one_of(text, {mode.name.lower(): mode for mode in PrefetchMode}, option)
-
-
-def one_of(text: str, known: dict[str, T], option: str) -> T:
-    """What ``text`` stands for. Raises: UsageError that names the choices."""
-    if text not in known:
-        raise UsageError(f"{option}: there is no '{text}'.", hint=f"Choose from: {', '.join(known)}.")
-    return known[text]

@@ -11,7 +11,7 @@ from moei_cli import render
 from moei_cli.forecasts import shape_of, speed_of_the_smallest
 from moei_cli.measured_machine import stored_profile
 from moei_cli.plan_view import print_budget
-from moei_cli.planner import lengths
+from moei_cli.planner import lengths, usual_format
 from moei_cli.settings import Setting, naming_origins
 from moei_core.cache.policies import DEFAULT_POLICY
 from moei_core.config import CHUNK_NBYTES, DEFAULT_CONTEXT, READERS, ExpertBudget, format_size, parse_size
@@ -86,15 +86,16 @@ def show_settings(model: str | None, chosen: Mapping[str, Setting], *, as_json: 
         # A budget needs no speeds but the memory of the process, of which a typical value is known.
         speeds = Speeds(0.0, ASSUMED_FRAMEWORK, None)
     ram, experts, context = (chosen[name].text for name in ("ram", "experts", "context"))
+    form = usual_format(shape)
     with naming_origins(chosen):
         tokens, _ = lengths(shape, int(context) if context else None, None)
     limit = parse_size(ram, "--ram") if ram else None
     bound = ExpertBudget.parse(experts) if experts else None
     with naming_origins(chosen):
         try:
-            budget = plan_budget(shape, shape.format, speeds, memory.usable, tokens, limit, bound)
+            budget = plan_budget(shape, form, speeds, memory.usable, tokens, limit, bound)
         except DoesNotFitError as error:
-            error.hint += speed_of_the_smallest(error, shape, shape.format, profile, folder)
+            error.hint += speed_of_the_smallest(error, shape, form, profile, folder)
             raise
     rows = [
         ("ram", format_size(limit) if limit else "no bound", _origin(chosen["ram"], "what is free decides")),

@@ -232,7 +232,7 @@ def test_what_is_damaged_or_not_supported_is_refused_by_name(folder: Path, tmp_p
     with pytest.raises(UnsupportedModelError, match="Dense"):
         TransformersAdapter(dense)
 
-    for method in ("fp8", "awq"):
+    for method in ("gptq", "awq"):
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"]["quant_method"] = method
         (dense / "config.json").write_text(json.dumps(config))

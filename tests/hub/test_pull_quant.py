@@ -17,6 +17,7 @@ from moei_core.hub.resolve import resolve_model
 from moei_core.store.packed_manifest import read_manifest
 from moei_core.types import ExpertKey
 from tests.core.test_packed_exactness import stored_matrices
+from tests.fp8_checkpoint import save_fp8
 from tests.hub.conftest import REPO, Place
 from tests.mxfp4_checkpoint import save_mxfp4
 
@@ -63,6 +64,21 @@ def test_what_is_published_in_mxfp4_is_packed_without_loss(place: Place, tmp_pat
     assert all(np.array_equal(ours[name], values) for name, values in theirs.items())
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert abs(read_manifest(files.folder).nbytes / weights - 1) < 0.5
+
+
+def test_what_is_published_in_fp8_runs_once_it_is_packed(place: Place, tmp_path: Path) -> None:
+    folder = save_fp8(tmp_path / "fp8")
+    place.hub.add(REPO, {path.name: path.read_bytes() for path in folder.iterdir()})
+    done = place.run("pull", REPO)
+    assert done.returncode == 0, done.stderr
+    assert f"moei pull {REPO} --quant q8_0" in done.stderr
+    plan = plan_pull(REPO, cache_dir=place.cache, remote=place.remote(), packed_as="q8_0")
+    assert plan.packed_nbytes == int(plan.total_nbytes * 8.5 / 8)
+    done = place.run("pull", REPO, "--quant", "q8_0")
+    assert done.returncode == 0, done.stderr
+    assert "runs once it is packed" not in done.stderr
+    told = place.run("chat", REPO, "hello there", "--max-tokens", "3", "--temperature", "0")
+    assert told.returncode == 0, told.stderr
 
 
 def test_a_dropped_source_is_not_needed_again(place: Place, real: dict[str, bytes]) -> None:

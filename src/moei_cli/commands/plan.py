@@ -50,7 +50,7 @@ def plan(
     from moei_cli.forecasts import shape_of
     from moei_cli.measured_machine import gpu_for, measure_now, model_folders, stored_profile
     from moei_cli.plan_view import print_comparison, print_plan
-    from moei_cli.planner import Planner, lengths
+    from moei_cli.planner import Planner, lengths, usual_format
     from moei_cli.settings import naming_origins, resolve
     from moei_core.config import ExpertBudget, parse_size
     from moei_core.errors import DoesNotFitError, UsageError
@@ -90,7 +90,7 @@ def plan(
         if not any(one.runs for one in ranking):
             raise typer.Exit(DoesNotFitError.exit_code)
         return
-    made = planner.plan(shape, FORMATS[form] if form else shape.format)
+    made = planner.plan(shape, FORMATS[form] if form else usual_format(shape))
     if as_json:
         render.print_json(made.report())
     else:

@@ -70,6 +70,11 @@ def pull(
         before = plan.needed_nbytes
         if not plan.is_moe:
             bar.note(f"{plan.repo} does not look like a Mixture-of-Experts model; moei may not run it.")
+        if plan.quant_method == "fp8" and not packs:
+            bar.note(
+                f"{plan.repo} is published in FP8, which runs once it is packed: "
+                f"moei pull {name.text} --quant q8_0 (or q4_0)."
+            )
         if not dry_run and not plan.is_packed:
             try:
                 folder = hub.pull(plan, bar, remote=remote)

@@ -114,9 +114,26 @@ def _print_model(model: LibraryModel, alias: Alias | None) -> None:
                 f"{format_size(summary.active_nbytes)} ({active_share})",
             ),
         ]
+        if (obstacle := _obstacle(model)) is not None:
+            facts.append(("to run it", obstacle))
         if summary.unused_nbytes:
             facts.append(("unused", f"{format_size(summary.unused_nbytes)} (layers that a chat never runs)"))
     print_facts(facts)
+
+
+def _obstacle(model: LibraryModel) -> str | None:
+    """Why a chat would refuse it, and what to do; None if nothing is known."""
+    from moei_core.hub.runnable import quant_method, why_not
+    from moei_core.hub.summary import read_config
+
+    if model.source == "packed":
+        return None
+    config = read_config(model.folder)
+    if (reason := why_not(config)) is not None:
+        return f"cannot be done. {' '.join(reason)}"
+    if quant_method(config) == "fp8":
+        return f"pack it first: moei quantize {model.name} q8_0 (or q4_0)"
+    return None
 
 
 def _print_alias(alias: Alias) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from moei_core.adapters.transformers_private import Source, UnknownConversionError, map_checkpoint
 from moei_core.errors import DamagedFileError, ModelNotFoundError, UnsupportedModelError
 from moei_core.quant.formats import FLOAT_FORMATS, FORMATS
+from moei_core.quant.fp8 import F8_E4M3, SCALES_SUFFIX
 from moei_core.quant.layouts import PLAIN, ROWS16, can_interleave
 from moei_core.quant.mxfp4 import BLOCK, BLOCK_NBYTES, MXFP4
-from moei_core.store.base import FileRange, StoredTensor
+from moei_core.store.base import StoredTensor
+from moei_core.store.file_range import FileRange, ScaleGrid
 from moei_core.store.safetensors_header import TensorEntry, read_header
 from moei_core.types import ExpertKey
 
@@ -82,6 +86,34 @@ def join_mxfp4(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
         joined[stem] = TensorEntry(
             blocks.file, MXFP4, shape, blocks.offset, blocks.nbytes + scales.nbytes, scales=scales
         )
+    return joined
+
+
+def join_fp8(tensors: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> dict[str, TensorEntry]:
+    """``tensors`` with each FP8 matrix ``X`` and its ``X_scale_inv``, as DeepSeek publishes it, as one.
+
+    config: ``quantization_config``. Raises: DamagedFileError if the two do not fit together, UnsupportedModelError for
+    FP8 with other scales.
+    """
+    joined = dict(tensors)
+    height, width = config.get("weight_block_size") or (0, 0)
+    for name, weights in tensors.items():
+        if weights.dtype != F8_E4M3:
+            continue
+        scales = joined.pop(f"{name}{SCALES_SUFFIX}", None)
+        if scales is None or scales.dtype not in FLOAT_FORMATS or min(height, width) < 1:
+            raise UnsupportedModelError(
+                "The weights are stored in a kind of FP8 that moei does not read.",
+                f"'{name}' has no scales for squares of it, as DeepSeek-V3 has them.",
+                "Use a bf16 version of the model.",
+            )
+        *several, rows, columns = weights.shape if len(weights.shape) > 1 else (0, 0)
+        grid = (*several, -(-rows // height), -(-columns // width))
+        if scales.shape != grid:
+            raise _mismatch(f"'{name}' and its scales have shapes {weights.shape} and {scales.shape}.")
+        place = FileRange(scales.file, scales.offset, scales.nbytes)
+        shape = math.prod(grid[:-1]), grid[-1]
+        joined[name] = replace(weights, grid=ScaleGrid(place, scales.dtype, shape, (height, width)))
     return joined
 
 
@@ -210,8 +242,10 @@ def _stored(
 ) -> StoredTensor:
     nbytes = entry.nbytes // of
     if entry.scales is None:
+        grid = entry.grid.share(place, of) if entry.grid is not None else None
+        offset = entry.offset + place * nbytes
         return StoredTensor(
-            leaf, index, entry.file, entry.offset + place * nbytes, nbytes, entry.dtype, shape, transposed
+            leaf, index, entry.file, offset, nbytes, entry.dtype, shape, transposed, grid=grid
         )
     each = entry.scales.nbytes // of
     scales = FileRange(entry.scales.file, entry.scales.offset + place * each, each)
@@ -233,6 +267,8 @@ def _joined_shape(pieces: list[StoredTensor]) -> tuple[int, ...]:
 
 
 def _known_entry(name: str, entry: TensorEntry) -> TensorEntry:
+    if entry.grid is not None:
+        return entry
     if entry.dtype not in FLOAT_FORMATS and entry.scales is None:
         raise UnsupportedModelError(
             f"The experts of this checkpoint are stored as {entry.dtype}, which moei does not read yet.",

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from moei_core.adapters.base import ExpertsRuntime, NothingResident
-from moei_core.adapters.checkpoint import check_shapes, join_mxfp4, read_tensors, take_apart
+from moei_core.adapters.checkpoint import check_shapes, join_fp8, join_mxfp4, read_tensors, take_apart
 from moei_core.adapters.dense_clock import Timed, time_leaves
 from moei_core.adapters.dense_linear import use_native_linears
 from moei_core.adapters.early_router import EarlyRouters
@@ -43,7 +43,8 @@ from moei_core.adapters.transformers_private import (
     wrap_attention,
 )
 from moei_core.errors import DamagedFileError, ModelNotFoundError, MoeiError, UnsupportedModelError
-from moei_core.quant.formats import FLOAT_FORMATS, FORMATS, READ_QUANTISATIONS
+from moei_core.quant import READ_QUANTISATIONS
+from moei_core.quant.formats import FLOAT_FORMATS, FORMATS
 from moei_core.store.base import ExpertStore, StoredTensor
 from moei_core.store.packed_folder import is_packed
 from moei_core.store.packed_manifest import Manifest, PackedSource, read_manifest
@@ -95,7 +96,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     if method not in READ_QUANTISATIONS:
         raise UnsupportedModelError(
             f"The weights are quantised with {method}, which moei does not read yet.",
-            "It reads floats, MXFP4 as gpt-oss has it, and what `moei quantize` packs.",
+            "It reads floats, MXFP4 as gpt-oss has it, FP8 as DeepSeek-V3 has it, and what `moei quantize` packs.",
             "Use a bf16 version of the model.",
         )
     assert isinstance(config, PretrainedConfig)
@@ -126,6 +127,9 @@ class TransformersAdapter:
         tensors = read_tensors(folder) if self.packed is None else self.packed.dense_entries(folder)
         if self.packed is None and quantization(self.config) == "mxfp4":
             tensors = join_mxfp4(tensors)
+        elif self.packed is None and quantization(self.config) == "fp8":
+            tensors = join_fp8(tensors, self.config.quantization_config)
+        self._only_packs = any(entry.grid is not None for entry in tensors.values())
         stored = self.config.dtype if isinstance(self.config.dtype, torch.dtype) else _first_dtype(tensors)
         self.dtype = dtype or stored
         self.model = build_skeleton(self.config, self.dtype)
@@ -178,9 +182,15 @@ class TransformersAdapter:
         )
 
     def open_store(self) -> ExpertStore:
-        """The experts' bytes. Raises: DamagedFileError."""
+        """The experts' bytes. Raises: DamagedFileError; UnsupportedModelError for what must be packed first."""
         if self.packed is not None:
             return PackedStore(self.folder, self.packed)
+        if self._only_packs:
+            raise UnsupportedModelError(
+                "The model is published in FP8, which moei reads to pack it and cannot run as it is.",
+                "",
+                "Once: moei quantize MODEL q8_0 (or q4_0). Then: moei chat MODEL:q8_0",
+            )
         return SafetensorsStore(self.experts)
 
     def pack_source(self, source: PackedSource) -> PackSource:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 class StorageFormat:
     """bits: of one weight, scales included. share: of the memory's read bandwidth that a product of one row reaches
     where none was measured: plain numbers .6 (torch on processors of this kind), blocks of 8 bits .9, and
-    blocks of 4 bits .6 to .7, since unpacking them keeps the processor busy."""
+    blocks of 4 bits .6 to .7, since unpacking them keeps the processor busy. runs: or is only read to be packed."""
 
     name: str
     bits: float
     share: float
+    runs: bool = True
 
     def nbytes(self, weights: int) -> int:
         """Bytes of so many weights."""
@@ -26,7 +27,7 @@ FORMATS = {
         StorageFormat("f32", 32, 0.6),
         StorageFormat("bf16", 16, 0.6),
         StorageFormat("f16", 16, 0.6),
-        StorageFormat("fp8", 8, 0.6),
+        StorageFormat("fp8", 8, 0.6, runs=False),
         StorageFormat("q8_0", 8.5, 0.9),
         StorageFormat("q4_0", 4.5, 0.6),
         StorageFormat("mxfp4", 4.25, 0.7),

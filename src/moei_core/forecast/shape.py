@@ -126,8 +126,9 @@ class ModelShape:
 
         Packing makes Q8_0 blocks of it, and where the native kernels are, they stay blocks.
         """
-        stays_packed = form.name in QUANTISED and native.available()
-        return FORMATS["q8_0"] if stays_packed else self.dense_format
+        if form.name in QUANTISED and native.available():
+            return FORMATS["q8_0"]
+        return self.dense_format if self.dense_format.runs or not form.runs else FORMATS["bf16"]
 
     def dense_nbytes(self, form: StorageFormat) -> int:
         """Bytes of the dense part in memory when the experts are in ``form``."""

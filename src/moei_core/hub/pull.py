@@ -45,7 +45,7 @@ from moei_core.hub.layout import (
 from moei_core.hub.packed import packed_commit, repo_place
 from moei_core.hub.pull_plan import PullPlan, check_space, free_space
 from moei_core.hub.remote import Remote, Stopped
-from moei_core.hub.runnable import why_not
+from moei_core.hub.runnable import quant_method, why_not
 from moei_core.hub.summary import expert_count
 from moei_core.hub.transfer import (
     PlannedFile,
@@ -117,6 +117,7 @@ def plan_pull(
         gated=bool(info.gated),
         is_moe=expert_count(config) > 1,
         packed_as=packed_as or "",
+        quant_method=quant_method(config),
     )
 
 

@@ -36,6 +36,7 @@ class PullPlan:
     online: bool = True
     packed_as: str = ""
     is_packed: bool = False
+    quant_method: str = ""
 
     @property
     def repo(self) -> str:
@@ -61,7 +62,8 @@ class PullPlan:
 
         What is published as MXFP4 keeps its size.
         """
-        share = {"": 0.0, "q8_0": 8.5 / 16, "q4_0": 4.5 / 16, "mxfp4": 1.0}[self.packed_as]
+        stored = 8 if self.quant_method == "fp8" else 16
+        share = {"": 0.0, "q8_0": 8.5 / stored, "q4_0": 4.5 / stored, "mxfp4": 1.0}[self.packed_as]
         return 0 if self.is_packed else int(self.total_nbytes * share)
 
     @property

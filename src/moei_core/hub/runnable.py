@@ -11,23 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from moei_core.hub.summary import text_config
-from moei_core.quant.formats import READ_QUANTISATIONS
+from moei_core.quant import READ_QUANTISATIONS
+
+
+def quant_method(config: Mapping[str, Any]) -> str:
+    """How the weights of a checkpoint are quantised, as its ``config.json`` says; empty if they are not."""
+    for place in (config, text_config(config)):
+        method = place.get("quantization_config")
+        if isinstance(method, Mapping) and method:
+            return str(method.get("quant_method", "an unknown method"))
+    return ""
 
 
 def why_not(config: Mapping[str, Any]) -> tuple[str, str] | None:
     """(why moei cannot run a checkpoint of this ``config.json``, what to do); None: nothing speaks against it."""
-    for place in (config, text_config(config)):
-        method = place.get("quantization_config")
-        name = (
-            str(method.get("quant_method", "an unknown method"))
-            if isinstance(method, Mapping) and method
-            else ""
+    if (method := quant_method(config)) not in READ_QUANTISATIONS:
+        return (
+            f"Its weights are quantised with {method}, which moei does not read yet.",
+            "Use a bf16 version of the model.",
         )
-        if name not in READ_QUANTISATIONS:
-            return (
-                f"Its weights are quantised with {name}, which moei does not read yet.",
-                "Use a bf16 version of the model.",
-            )
     kind, known = config.get("model_type"), _known_types()
     if isinstance(kind, str) and known and kind not in known:
         return (

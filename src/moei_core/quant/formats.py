@@ -79,8 +79,6 @@ FORMATS: dict[str, BlockFormat] = {
     )
 }
 FLOAT_FORMATS = tuple(name for name, one in FORMATS.items() if one.is_float)
-READ_QUANTISATIONS = ("", "mxfp4")
-"""Values of ``quant_method`` in configs of checkpoints that can be read; empty: not quantised."""
 ENCODABLE_FORMATS = tuple(name for name, one in FORMATS.items() if one.encode is not None)
 """What moei can pack a model into."""
 

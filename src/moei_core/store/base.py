@@ -22,6 +22,7 @@ import numpy as np
 from moei_core.errors import ExpertReadError
 from moei_core.quant import mxfp4
 from moei_core.quant.layouts import PLAIN
+from moei_core.store.file_range import FileRange, ScaleGrid
 from moei_core.types import ExpertKey
 
 if TYPE_CHECKING:
@@ -41,15 +42,6 @@ def align_up(value: int, unit: int = PAGE) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class FileRange:
-    """Some bytes of a file."""
-
-    file: Path
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """One expert's share of one stored tensor.
 
@@ -59,7 +51,7 @@ class StoredTensor:
     transposed: stored with its two dimensions swapped, compared with the parameter.
     layout: how its blocks follow each other in a slot, see ``moei_core.quant.layouts``.
     scales: where its scales are if they are apart, as published MXFP4 has them: ``offset`` is then that of the blocks
-    without scales, and ``nbytes`` counts both.
+    without scales, and ``nbytes`` counts both. grid: of FP8 weights; ``nbytes`` is that of the weights alone.
     """
 
     param: str
@@ -72,6 +64,7 @@ class StoredTensor:
     transposed: bool = False
     layout: str = PLAIN
     scales: FileRange | None = None
+    grid: ScaleGrid | None = None
 
 
 @dataclass(frozen=True, slots=True)

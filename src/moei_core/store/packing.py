@@ -22,10 +22,13 @@ from numpy.typing import NDArray
 
 from moei_core.config import format_size
 from moei_core.errors import DoesNotFitError, MoeiError, UnsupportedModelError
-from moei_core.quant.formats import ENCODABLE_FORMATS, FLOAT_FORMATS, FORMATS, transcode
+from moei_core.quant import fp8
+from moei_core.quant.formats import ENCODABLE_FORMATS, FLOAT_FORMATS, FORMATS, decode, transcode
+from moei_core.quant.fp8 import F8_E4M3
 from moei_core.quant.layouts import PLAIN, ROWS16, can_interleave, from_layout, to_layout
 from moei_core.quant.mxfp4 import MXFP4
 from moei_core.store.base import ExpertLayout, StoredTensor, align_up, read_expert
+from moei_core.store.file_range import ScaleGrid
 from moei_core.store.file_reader import FileReader
 from moei_core.store.pack_files import CHUNK, Journal, PackFile, write_synced
 from moei_core.store.packed_folder import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
@@ -122,7 +125,8 @@ def plan_packing(
     dense: dict[str, PackedTensor] = {}
     end = 0
     for name, entry in source.dense.items():
-        form = entry.dtype if name in source.keep else _format_of(entry.dtype, entry.shape, dense_format)
+        wanted = OWN_FORMAT if name in source.keep else dense_format
+        form = _format_of(entry.dtype, entry.shape, wanted)
         nbytes = FORMATS[form].nbytes(entry.shape) if form in FORMATS else entry.nbytes
         dense[name] = PackedTensor(_DENSE_NAME, form, entry.shape, end, nbytes)
         end = align_up(end + nbytes, _ALIGNMENT)
@@ -136,7 +140,8 @@ def plan_packing(
 def _check_formats(source: PackSource, wanted: str) -> None:
     """Raises: UnsupportedModelError if blocks would be packed again, or MXFP4 made of what is not."""
     name = source.source.name
-    blocks = {one.format for stored in source.experts.values() for one in stored} - set(FLOAT_FORMATS)
+    blocks = {one.format for stored in source.experts.values() for one in stored}
+    blocks -= {*FLOAT_FORMATS, F8_E4M3}
     if blocks and blocks != {wanted}:
         form = min(blocks)
         raise UnsupportedModelError(
@@ -153,6 +158,9 @@ def _check_formats(source: PackSource, wanted: str) -> None:
 
 
 def _format_of(stored: str, shape: tuple[int, ...], wanted: str) -> str:
+    if stored == F8_E4M3:
+        # With its scales multiplied in.
+        stored = "F32"
     if wanted not in ENCODABLE_FORMATS:
         return stored
     fits = stored in FORMATS and FORMATS[stored].is_float and len(shape) == 2 and FORMATS[wanted].holds(shape)
@@ -223,11 +231,12 @@ def pack(plan: PackPlan, folder: Path, progress: Progress = lambda nbytes: None)
                 experts[key] = replace(expert, checksum=made)
                 progress(sum(tensor.nbytes for tensor in plan.source.experts[key]))
         dense = dict(plan.manifest.dense)
-        with _DenseReader() as reader:
+        with _Files() as sources:
             for name, packed in dense.items():
                 made, entry = done.get(name) or "", plan.source.dense[name]
                 if not made or not files[packed.file].holds(packed.offset, packed.nbytes, made):
-                    made = files[packed.file].write(packed.offset, reader.pieces(name, entry, packed.format))
+                    pieces = _dense_pieces(name, entry, packed.format, sources)
+                    made = files[packed.file].write(packed.offset, pieces)
                     journal.note(name, made)
                 dense[name] = replace(packed, checksum=made)
                 progress(entry.nbytes)
@@ -242,6 +251,33 @@ def pack(plan: PackPlan, folder: Path, progress: Progress = lambda nbytes: None)
     return manifest
 
 
+class _Files:
+    """Source files, opened when they are wanted first."""
+
+    def __init__(self) -> None:
+        self._readers: dict[Path, FileReader] = {}
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for reader in self._readers.values():
+            reader.close()
+
+    def chunks(self, file: Path, offset: int, nbytes: int, size: int) -> Iterator[Bytes]:
+        """A range of a file in pieces of ``size`` bytes, each valid until the next is asked for."""
+        if file not in self._readers:
+            self._readers[file] = FileReader(file)
+        for chunk in self._readers[file].chunks(offset, nbytes, size):
+            yield np.frombuffer(chunk, np.uint8)
+
+    def scales(self, grid: ScaleGrid) -> NDArray[np.float32]:
+        """[rows, columns] of them."""
+        place = grid.place
+        raw = next(self.chunks(place.file, place.offset, place.nbytes, place.nbytes))
+        return decode(grid.format, raw, grid.shape)
+
+
 class _ExpertMaker:
     """Experts of the source, read and converted one at a time through one buffer."""
 
@@ -250,11 +286,13 @@ class _ExpertMaker:
         self._store = SafetensorsStore(plan.source.experts)
         largest = max(self._store.layout(key).slot_nbytes for key in self._store.experts())
         self._slot = memoryview(mmap(-1, largest))
+        self._files = _Files()
 
     def __enter__(self) -> _ExpertMaker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._files.__exit__()
         self._store.close()
 
     def pieces(self, key: ExpertKey) -> Iterator[Bytes]:
@@ -267,40 +305,45 @@ class _ExpertMaker:
         stored = sorted(layout.parts, key=lambda part: _order(part.tensor))
         for source, part in zip(stored, self._plan.manifest.kinds[expert.kind], strict=True):
             yield np.zeros(part.offset - at, np.uint8)
-            tensor = source.tensor
+            tensor, form = source.tensor, source.tensor.format
             raw = np.frombuffer(self._slot, np.uint8, tensor.nbytes, source.slot_offset)
+            if tensor.grid is not None:
+                form, raw = _multiplied(raw, tensor.grid, self._files.scales(tensor.grid), tensor.shape)
             if _turns(tensor, transposed):
-                item = FORMATS[tensor.format].block_nbytes
+                item = FORMATS[form].block_nbytes
                 raw = np.ascontiguousarray(raw.reshape(*tensor.shape, item).swapaxes(0, 1)).reshape(-1)
-            if (tensor.format, tensor.layout) == (part.format, part.layout):
+            if (form, tensor.layout) == (part.format, part.layout):
                 yield raw
                 at = part.offset + part.nbytes
                 continue
-            raw = from_layout(tensor.layout, tensor.format, raw, tensor.shape)
-            packed = transcode(tensor.format, raw, part.format, f"{tensor.param} of {key}")
+            raw = from_layout(tensor.layout, form, raw, tensor.shape)
+            packed = transcode(form, raw, part.format, f"{tensor.param} of {key}")
             yield to_layout(part.layout, part.format, packed, part.shape)
             at = part.offset + part.nbytes
 
 
-class _DenseReader:
-    """Dense weights of the source, read and converted chunk by chunk."""
+def _multiplied(
+    raw: Bytes, grid: ScaleGrid, scales: NDArray[np.float32], shape: tuple[int, ...]
+) -> tuple[str, Bytes]:
+    """FP8 weights of ``shape`` with their scales: (what they are then, their bytes)."""
+    return "F32", fp8.decode(raw, scales, shape, grid.square).view(np.uint8).reshape(-1)
 
-    def __init__(self) -> None:
-        self._readers: dict[Path, FileReader] = {}
 
-    def __enter__(self) -> _DenseReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for reader in self._readers.values():
-            reader.close()
-
-    def pieces(self, name: str, entry: TensorEntry, form: str) -> Iterator[Bytes]:
-        """The packed bytes of one weight. Rows are whole blocks, so chunks of whole blocks need no rows."""
-        if entry.file not in self._readers:
-            self._readers[entry.file] = FileReader(entry.file)
-        for chunk in self._readers[entry.file].chunks(entry.offset, entry.nbytes, CHUNK):
-            yield transcode(entry.dtype, np.frombuffer(chunk, np.uint8), form, name)
+def _dense_pieces(name: str, entry: TensorEntry, form: str, files: _Files) -> Iterator[Bytes]:
+    """The packed bytes of one dense weight. Rows are whole blocks, so chunks of whole blocks need no rows."""
+    if entry.grid is None:
+        for chunk in files.chunks(entry.file, entry.offset, entry.nbytes, CHUNK):
+            yield transcode(entry.dtype, chunk, form, name)
+        return
+    # Whole rows of squares.
+    (height, _), columns = entry.grid.square, entry.shape[1]
+    at_once = max(1, CHUNK // (height * columns))
+    scales, first = files.scales(entry.grid), 0
+    for chunk in files.chunks(entry.file, entry.offset, entry.nbytes, at_once * height * columns):
+        part = scales[first : first + at_once]
+        kind, raw = _multiplied(chunk, entry.grid, part, (len(chunk) // columns, columns))
+        yield transcode(kind, raw, form, name)
+        first += at_once
 
 
 def _check_space(plan: PackPlan, folder: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moei_core.errors import DamagedFileError
+from moei_core.store.file_range import ScaleGrid
 
 DTYPE_NBYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2,
@@ -27,6 +28,7 @@ class TensorEntry:
 
     dtype: safetensors' name, or a block format's in a packed store. checksum: xxh3 of its bytes, where known.
     scales: of blocks whose scales are a tensor of their own, see ``StoredTensor``; ``nbytes`` then counts both.
+    grid: of FP8 weights; ``nbytes`` is that of the weights alone.
     """
 
     file: Path
@@ -36,6 +38,7 @@ class TensorEntry:
     nbytes: int
     checksum: str = ""
     scales: TensorEntry | None = None
+    grid: ScaleGrid | None = None
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
