@@ -14,7 +14,7 @@ from moei_core.forecast.forecast import Forecast, corrected, forecast, plan_budg
 from moei_core.forecast.formats import StorageFormat
 from moei_core.forecast.gpu import GpuPlan
 from moei_core.forecast.ledger import Actual, correction, write_actual, write_prediction
-from moei_core.forecast.limits import agree, in_words
+from moei_core.forecast.limits import WORDS, agree, in_words
 from moei_core.forecast.shape import ModelShape, bundled_shape, shape_of_folder, shape_of_repo
 from moei_core.forecast.speed import Speeds
 from moei_core.hardware.profile import DiskProfile, HardwareProfile
@@ -238,7 +238,7 @@ def actual_of(report: TurnReport, model: LoadedModel, *, cold: bool = True) -> A
 
 
 def _names(limits: Sequence[str]) -> str:
-    return ", ".join(limits) or "?"
+    return ", ".join(WORDS[name] for name in limits) or "?"
 
 
 def print_beside(prediction: Prediction) -> None:

@@ -9,7 +9,7 @@ from moei_cli.forecasts import short
 from moei_cli.planner import Candidate, Plan, account
 from moei_core.config import format_size
 from moei_core.forecast.forecast import Forecast
-from moei_core.forecast.limits import DISK, EXPERTS, GPU, REST, in_words
+from moei_core.forecast.limits import WORDS, in_words
 from moei_core.forecast.routing import Range
 from moei_core.forecast.shape import ModelShape
 from moei_core.hardware.budget import BudgetLine, DeviceBudget
@@ -17,7 +17,6 @@ from moei_core.hardware.budget import BudgetLine, DeviceBudget
 _BAR = 48
 
 HEADINGS = ("model", "format", "size", "experts in RAM", "hits", "tokens/s", "first token", "limit")
-_LIMITS = {DISK: "disk", EXPERTS: "experts", REST: "dense + framework", GPU: "GPU + link"}
 
 
 def _row(candidate: Candidate) -> tuple[str, ...]:
@@ -33,7 +32,7 @@ def _row(candidate: Candidate) -> tuple[str, ...]:
         f"{one.hit.value:.0%}",
         _span(one.tokens_per_s),
         f"{_span(one.ttft_s)} s",
-        candidate.disk_problem or ", ".join(_LIMITS[name] for name in one.limits),
+        candidate.disk_problem or ", ".join(WORDS[name] for name in one.limits),
     )
 
 

@@ -263,6 +263,20 @@ def test_ctrl_c_while_a_model_is_loaded_says_so(moei: Moei, monkeypatch: pytest.
     assert (done.code, done.err) == (130, "Interrupted.\n")
 
 
+def test_ctrl_c_while_moei_is_imported_is_no_traceback() -> None:
+    program = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from moei_cli.__main__ import run\n"
+        "run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "Interrupted.\n")
+
+
 def test_piped_bytes_that_are_no_text(moei: Moei) -> None:
     done = subprocess.run([*MOEI, "chat"], input=b"caf\xe9", capture_output=True, timeout=120)
     assert done.returncode == 2

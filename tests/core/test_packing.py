@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -253,6 +254,18 @@ def test_a_full_disk_is_told_before_any_byte(
     with pytest.raises(DoesNotFitError, match="does not fit"):
         pack_folder(source, tmp_path / "store", "Q4_0")
     assert not list((tmp_path / "store").glob("*.bin"))
+
+
+def test_a_limit_of_file_sizes_is_told_and_nothing_is_lost(source: Path, store: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, hard))
+    try:
+        with pytest.raises(DoesNotFitError, match="takes no files as large"):
+            pack_folder(source, tmp_path / "again", "Q4_0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    pack_folder(source, tmp_path / "again", "Q4_0")
+    assert contents(tmp_path / "again") == contents(store)
 
 
 def test_a_flipped_bit_in_any_expert_is_named_at_its_first_read(store: Path) -> None:

@@ -144,12 +144,12 @@ def record(
             except (InterruptedTurnError, UsageError) as error:
                 early = error
         written = writer.trace()
-        if not writer.close() and early is not None:
-            raise early
-        if loaded.runtime.sampler is not None:
-            kept = loaded.runtime.sampler.save(sidecar(output))
-            render.note(f"{sidecar(output)}: the layer inputs of {kept} tokens.")
-    render.note(f"{output}: {written.tokens} tokens of {written.sequences} conversations.")
+        if writer.close():
+            if loaded.runtime.sampler is not None:
+                kept = loaded.runtime.sampler.save(sidecar(output))
+                render.note(f"{sidecar(output)}: the layer inputs of {kept} tokens.")
+            what = "conversation" if written.sequences == 1 else "conversations"
+            render.note(f"{output}: {written.tokens} tokens of {written.sequences} {what}.")
     if early is not None:
         raise early
 

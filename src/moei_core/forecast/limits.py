@@ -17,6 +17,9 @@ SENTENCES = {
     GPU: "the GPU and the link to it",
 }
 
+WORDS = {DISK: "disk", EXPERTS: "experts", REST: "dense + framework", GPU: "GPU + link"}
+"""The same where there is little room."""
+
 MODEL_ERROR = 0.12
 """How far the closed form itself may be off, beside what is uncertain in its inputs."""
 

@@ -371,6 +371,12 @@ def _disk_errors(folder: Path) -> Iterator[None]:
                 f"The disk is full: {folder} has no space left.",
                 hint="Free some space and run the same command: what is packed is kept.",
             ) from error
+        if error.errno == errno.EFBIG:
+            raise DoesNotFitError(
+                f"{folder} takes no files as large as are needed.",
+                "The file system, or a limit of this process (ulimit -f), ends them earlier.",
+                "Lift the limit, or set MOEI_HOME to another disk; what is packed is kept.",
+            ) from error
         if error.filename and not Path(error.filename).is_relative_to(folder):
             raise MoeiError(
                 f"{error.filename} cannot be read.",
