@@ -107,6 +107,20 @@ def test_growing_is_slow_and_shrinking_is_not() -> None:
     assert all(abs(one.after - one.before) <= 100 // 8 for one in governor.resizes if one.after > one.before)
 
 
+def test_growing_that_was_refused_memory_is_noted_as_what_came_of_it() -> None:
+    system = System()
+    governor = system.governor()
+    least = system.after(governor, 1, 300 * MIB)
+    assert least < 100 and governor.resizes[-1].after == least
+    noted = len(governor.resizes)
+    grown = system.after(governor, 5.2, 8 * GIB)
+    assert grown > least + 1 and len(governor.resizes) == noted + 1
+    governor.got(least + 1)
+    assert (governor.resizes[-1].before, governor.resizes[-1].after) == (least, least + 1)
+    governor.got(least)
+    assert governor.current == least and len(governor.resizes) == noted
+
+
 def test_stalls_and_major_faults_count_when_memory_is_not_plentiful() -> None:
     system = System(GIB)
     governor = system.governor()

@@ -65,8 +65,12 @@ class ForcedRouting:
         return tuple(sorted(set(self._trace.hint_distances))) or (1,)
 
     def forward_pass(self, tokens: int) -> None:
-        """A pass over the next ``tokens`` tokens starts."""
-        self._start, self._end, self._forced = self._end, self._end + tokens, None
+        """A pass over the next ``tokens`` tokens starts, again if the one before did not end."""
+        self._end, self._forced = self._start + tokens, None
+
+    def end_pass(self) -> None:
+        """The pass is complete."""
+        self._start = self._end
 
     def top_k_index(self, layer: int, chosen: torch.Tensor) -> torch.Tensor:
         """The trace's experts for one layer of this pass, in the shape [tokens, top_k] of ``chosen``."""

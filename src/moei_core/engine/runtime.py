@@ -135,6 +135,8 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
     def end_pass(self) -> None:
         """The forward pass is complete."""
         self.abandon_pass()
+        if self.routing is not None:
+            self.routing.end_pass()
         stall = self.statistics.stall_s - self._pass_stall
         ended = time.perf_counter()
         took = ended - self._pass_started

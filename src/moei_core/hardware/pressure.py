@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moei_core.hardware.system import MemoryFacts, Pressure, read_memory, read_pressure
 
@@ -104,7 +104,11 @@ class MemoryGovernor:
         return self._current
 
     def got(self, slots: int) -> None:
-        """Growing has been refused memory: there are only ``slots``."""
+        """The growing that was decided last has been refused memory: there are only ``slots``."""
+        if self.resizes and self.resizes[-1].after == self._current:
+            decided = self.resizes.pop()
+            if slots != decided.before:
+                self.resizes.append(replace(decided, after=slots))
         self._current = slots
         self._calm_since = self.clock()
 
