@@ -15,6 +15,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
 
@@ -63,6 +64,16 @@ _CONFIGS |= {
     "deepseek_v3": DeepseekV3Config(**_LATENT, norm_topk_prob=True),
     "deepseek_v3_halves": DeepseekV3Config(**_LATENT, rope_interleave=False, attention_bias=True),
 }
+_WIDE = {
+    "vocab_size": VOCABULARY + 4, "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8,
+    "num_experts_per_tok": 2, "max_position_embeddings": 512,
+}  # fmt: skip
+_CONFIGS |= {
+    "qwen3_moe_wide": Qwen3MoeConfig(**_WIDE, head_dim=64, norm_topk_prob=True, tie_word_embeddings=True),
+    "qwen2_moe_wide": Qwen2MoeConfig(**_WIDE, shared_expert_intermediate_size=512, norm_topk_prob=False),
+}
+"""Wide enough for blocks of 256 weights."""
 LATENT_FAMILIES = ("deepseek_v2", "deepseek_v2_low", "deepseek_v3", "deepseek_v3_halves")
 """Those that attend over latents: with and without a low-rank query, in every pairing of the values that turn."""
 

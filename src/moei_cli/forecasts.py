@@ -18,6 +18,7 @@ from moei_core.forecast.limits import WORDS, agree, in_words
 from moei_core.forecast.shape import ModelShape, bundled_shape, shape_of_folder, shape_of_repo
 from moei_core.forecast.speed import Speeds
 from moei_core.hardware.profile import DiskProfile, HardwareProfile
+from moei_core.hub.layout import weights_folder
 
 if TYPE_CHECKING:
     from moei_core.engine.chat_session import TurnReport
@@ -42,7 +43,7 @@ def shape_of(text: str) -> tuple[ModelShape, Path | None]:
         if name.kind != "hub":
             raise
         return shape_of_repo(name.repo, name.revision), None
-    return shape_of_files(files), files.folder
+    return shape_of_files(files), weights_folder(files.folder)
 
 
 def shape_of_files(files: ModelFiles) -> ModelShape:
@@ -143,7 +144,7 @@ def predict(
         shape = replace(shape, uniform_routing=False)
     if model.device_budget is not None and gpu is None:
         return None
-    disk = profile.disk_of(model.folder)
+    disk = profile.disk_of(weights_folder(model.folder))
     speeds = Speeds.of(profile, disk)
     plan = None
     if gpu is not None and model.device_budget is not None:
@@ -190,7 +191,9 @@ def refusals_with_speed(files: ModelFiles) -> Iterator[None]:
         profile = stored_profile()
         with suppress(MoeiError):
             shape = shape_of_files(files)
-            error.hint += speed_of_the_smallest(error, shape, shape.format, profile, files.folder)
+            error.hint += speed_of_the_smallest(
+                error, shape, shape.format, profile, weights_folder(files.folder)
+            )
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 from moei_core.errors import MoeiError
 from moei_core.hub.resolve import ModelFiles, resolve_model
@@ -12,6 +13,8 @@ from moei_core.paths import state_dir
 def remember(files: ModelFiles) -> None:
     """Note the model; a home that cannot be written is no reason not to chat."""
     name = str(files.folder) if files.source == "folder" else files.name
+    if files.source == "gguf":
+        name = str(Path(files.name).expanduser().absolute())
     # A path that is no text is not noted.
     with contextlib.suppress(OSError, UnicodeEncodeError):
         state_dir().mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,10 @@ def pack_model(files: ModelFiles, form: str, bar: PullBar, revision: str | None 
         raise UsageError(
             f"{files.name} is packed already.", hint="Give the model itself: packing twice loses twice."
         )
+    if files.source == "gguf":
+        raise UsageError(
+            f"{files.name} is quantised already.", hint=f"It runs as it is: moei chat {files.name}"
+        )
     source = packed_source(files, revision)
     place = place_of(source.kind, source.name, source.commit)
     target = place / form

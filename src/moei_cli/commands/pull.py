@@ -58,6 +58,7 @@ def pull(
         kinds = {
             "bundled": "part of moei",
             "folder": "a folder of yours",
+            "gguf": "a file of yours",
             "synthetic": "made by `moei bench`",
         }
         raise UsageError(f"{model} is not on the hub: it is {kinds[name.kind]}.")

@@ -81,6 +81,7 @@ def _print_model(model: LibraryModel, alias: Alias | None) -> None:
         "mixed": "downloaded in part by moei",
         "bundled": "part of moei",
         "folder": "a local folder",
+        "gguf": "a GGUF file, read where it is",
         "packed": "packed by moei from another one",
         "synthetic": "made by moei: real shapes, random weights",
     }

@@ -19,6 +19,7 @@ from moei_core.quant.layouts import PLAIN, ROWS16, can_interleave
 from moei_core.quant.mxfp4 import BLOCK, BLOCK_NBYTES, MXFP4
 from moei_core.store.base import StoredTensor
 from moei_core.store.file_range import FileRange, ScaleGrid
+from moei_core.store.gguf_table import is_gguf_folder, read_table
 from moei_core.store.safetensors_header import TensorEntry, read_header
 from moei_core.types import ExpertKey
 
@@ -33,6 +34,8 @@ def read_tensors(folder: Path) -> dict[str, TensorEntry]:
 
     Raises: ModelNotFoundError without weights; DamagedFileError for missing, truncated or swapped shards.
     """
+    if is_gguf_folder(folder):
+        return read_table(folder)
     index = folder / INDEX
     if not index.exists():
         if not (folder / SINGLE).exists():
@@ -269,7 +272,7 @@ def _joined_shape(pieces: list[StoredTensor]) -> tuple[int, ...]:
 def _known_entry(name: str, entry: TensorEntry) -> TensorEntry:
     if entry.grid is not None:
         return entry
-    if entry.dtype not in FLOAT_FORMATS and entry.scales is None:
+    if entry.dtype not in FORMATS:
         raise UnsupportedModelError(
             f"The experts of this checkpoint are stored as {entry.dtype}, which moei does not read yet.",
             f"Found at '{name}'; supported are {', '.join(FLOAT_FORMATS)}, and {MXFP4} as gpt-oss has it.",

@@ -31,14 +31,19 @@ FORMATS = {
         StorageFormat("q8_0", 8.5, 0.9),
         StorageFormat("q4_0", 4.5, 0.6),
         StorageFormat("mxfp4", 4.25, 0.7),
+        StorageFormat("q4_k", 4.5, 0.2),
+        StorageFormat("q5_k", 5.5, 0.2),
+        StorageFormat("q6_k", 6.5625, 0.2),
     )
 }
-"""q8_0 and q4_0: blocks of 32 weights with a 16-bit scale (GGUF); mxfp4: blocks of 32 with an 8-bit scale (OCP)."""
+"""q8_0 and q4_0: blocks of 32 weights with a 16-bit scale (GGUF); mxfp4: blocks of 32 with an 8-bit scale (OCP); q4_k,
+q5_k, q6_k: blocks of 256 with scales of their parts (GGUF)."""
 
 QUANTISED = ("q8_0", "q4_0")
 """What a model can be packed to, the larger first."""
 
 _STORED = {"BF16": "bf16", "F16": "f16", "F32": "f32", "F8_E4M3": "fp8", "U8": "mxfp4"}
+_STORED |= {name.upper(): name for name in ("q8_0", "q4_0", "q4_k", "q5_k", "q6_k")}
 
 
 def stored_format(dtype: str) -> str:

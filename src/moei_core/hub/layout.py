@@ -14,10 +14,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from moei_core.errors import DamagedFileError, MoeiError
+from moei_core.store.gguf_table import gguf_files, is_gguf_folder
 
 # hf's own tools list files that end so as incomplete downloads, so a person can find ours with them too.
 PARTIAL_SUFFIX = ".moei.incomplete"
@@ -165,10 +167,12 @@ def read_weight_map(index: Path | bytes) -> dict[str, str]:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The safetensors files that make up the model in ``folder``: the index's, or the single one.
+    """The safetensors files that make up the model in ``folder``: the index's, or the single one; or the GGUF files.
 
-    They are named whether they are there or not. Raises: MoeiError if the folder holds neither.
+    They are named whether they are there or not. Raises: MoeiError if the folder holds none of these.
     """
+    if is_gguf_folder(folder):
+        return gguf_files(folder)
     index = folder / INDEX_NAME
     if index.is_file():
         return sorted(set(read_weight_map(index).values()))
@@ -179,6 +183,13 @@ def weight_files(folder: Path) -> list[str]:
         f"Neither {INDEX_NAME} nor {SINGLE_NAME} is there.",
         "moei reads safetensors checkpoints only.",
     )
+
+
+def weights_folder(folder: Path) -> Path:
+    """Where the weights of the model in ``folder`` really are: a GGUF file may be on another disk."""
+    with suppress(MoeiError):
+        return (folder / weight_files(folder)[0]).resolve().parent
+    return folder
 
 
 def missing_files(folder: Path) -> list[str]:

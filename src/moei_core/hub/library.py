@@ -79,6 +79,8 @@ def describe(text: str, cache_dir: Path | None = None) -> list[LibraryModel]:
     stores = [_describe_store(store) for store in stores_of(name)]
     if name.format not in (None, UNPACKED):
         return stores
+    if name.kind == "gguf":
+        return [_describe_folder(name.text, resolve_model(text).folder, name.kind)]
     if name.kind != "hub":
         assert name.folder is not None
         if not name.folder.is_dir():

@@ -68,10 +68,11 @@ def _plan_source_removal(text: str, name: ModelName, cache: RepoCache, has_store
             return Removal(cache, name.text, (), (), (), ())
         folder = resolve_model(f"{name.text}:{UNPACKED}").folder
         return Removal(cache, name.text, (), tuple(files_below(folder)), (), (), folder=folder)
-    if name.kind == "folder":
+    if name.kind in ("folder", "gguf"):
+        what = "folder" if name.kind == "folder" else "file"
         raise UsageError(
-            f"{text} is a folder that moei did not make.",
-            hint="moei removes models of its library only; delete the folder yourself if you want that.",
+            f"{text} is a {what} that moei did not make.",
+            hint=f"moei removes models of its library only; delete the {what} yourself if you want that.",
         )
     try:
         commits, revisions = _chosen(cache, name)

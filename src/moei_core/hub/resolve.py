@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from moei_core.errors import ModelNotFoundError, UnsupportedModelError
 from moei_core.hub.aliases import aliases, find_alias, near_matches
+from moei_core.hub.gguf_model import gguf_folder
 from moei_core.hub.layout import (
     DEFAULT_REVISION,
     RepoCache,
@@ -41,7 +42,7 @@ SYNTHETIC_PREFIX = "synthetic:"
 class ModelFiles:
     """A complete model on this machine.
 
-    name: short, for people; a folder's own name. source: ``bundled``, ``folder``, ``hub`` or ``synthetic``.
+    name: short, for people; a folder's own name. source: ``bundled``, ``folder``, ``gguf``, ``hub`` or ``synthetic``.
     revision: the commit of a model from the hub, else empty. format: of a packed store (``q4_0``), else empty.
     """
 
@@ -54,7 +55,8 @@ class ModelFiles:
 
 @dataclass(frozen=True, slots=True)
 class ModelName:
-    """A name taken apart. kind: ``bundled``, ``folder``, ``synthetic`` or ``hub`` (with repo and revision).
+    """A name taken apart. kind: ``bundled``, ``folder``, ``gguf`` (``folder`` is then the file), ``synthetic`` or
+    ``hub`` (with repo and revision).
 
     text: without the format. format: ``q8_0``, ``q4_0``, ``none`` for the model's own, or None: not asked for.
     """
@@ -100,11 +102,12 @@ def _parse_plain(text: str) -> ModelName:
             raise unknown_name(text)
         return ModelName(text, "synthetic", folder=synthetic_root() / name)
     path = Path(text).expanduser()
-    if text.lower().endswith(".gguf") or _names_gguf(text):
+    if text.lower().endswith(".gguf"):
+        return ModelName(text, "gguf", folder=path.absolute())
+    if _names_gguf(text):
         raise UnsupportedModelError(
-            f"{text}: GGUF files are not supported yet.",
-            "moei reads safetensors checkpoints.",
-            "Pull the original model instead; `moei pull --help` shows how.",
+            f"{text}: GGUF files of the hub are not pulled yet.",
+            hint="Download the file, then name it: moei chat FILE.gguf. Or pull the original model.",
         )
     looks_like_path = text.startswith(("/", "./", "../", "~")) or text in (".", "..")
     if text and (looks_like_path or path.is_dir()):
@@ -155,6 +158,12 @@ def resolve_model(text: str) -> ModelFiles:
         return found
     if source.format:
         return source
+    if source.source == "gguf":
+        if name.format is not None:
+            raise UnsupportedModelError(
+                f"{name.text} has a format of its own.", hint=f"Name it alone: moei chat {name.text}"
+            )
+        return source
     place = place_of(source.source, _place_name(source), source.revision)
     store = choose_store(place, name.format, source.folder, name.text)
     return source if store is None else _packed(source, store)
@@ -199,6 +208,8 @@ def _resolve_source(name: ModelName) -> ModelFiles:
     if name.kind == "hub":
         return _resolve_cached(name)
     assert name.folder is not None
+    if name.kind == "gguf":
+        return ModelFiles(name.text, gguf_folder(name.folder), name.kind)
     if name.kind == "bundled" and not name.folder.is_dir():
         raise ModelNotFoundError(
             f"{DEMO_NAME} is not part of this installation.",

@@ -17,6 +17,7 @@ from typing import Any
 
 from moei_core.errors import DamagedFileError
 from moei_core.hub.layout import weight_files
+from moei_core.store.gguf_table import is_gguf_folder, read_table
 from moei_core.store.packed_folder import is_packed
 from moei_core.store.safetensors_header import TensorEntry, read_header
 
@@ -126,7 +127,10 @@ def _first_int(config: Mapping[str, Any], names: tuple[str, ...]) -> int:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, TensorEntry]]:
-    """The tensors of the index's files, or of the single one. Raises: DamagedFileError, MoeiError."""
+    """The tensors of the index's files, of the single one, or of a GGUF file. Raises: DamagedFileError, MoeiError."""
+    if is_gguf_folder(folder):
+        yield from read_table(folder).items()
+        return
     for name in weight_files(folder):
         yield from read_header(folder / name).items()
 
