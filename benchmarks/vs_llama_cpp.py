@@ -34,7 +34,7 @@ from memory_group import capped, join
 
 from moei_core.adapters.checkpoint import read_tensors
 from moei_core.adapters.transformers_adapter import TransformersAdapter
-from moei_core.config import CHUNK_NBYTES, parse_size
+from moei_core.config import CHUNK_NBYTES, READERS, parse_size
 from moei_core.engine.slots import SlotPool
 from moei_core.hub.resolve import resolve_model
 from moei_core.hub.synthetic import write_checkpoint
@@ -45,7 +45,6 @@ from moei_core.store.base import chunks
 _MOEI = [sys.executable, "-c", "from moei_cli.main import main; main()"]
 _PEER_SETTINGS = {"mapped": ["-lm", "mmap", "--repack", "0"], "repacked": ["-lm", "none", "--repack", "1"]}
 _READAHEAD_SECTORS = "256"
-_READERS = 4
 
 
 def main() -> None:
@@ -271,16 +270,16 @@ def _read_bandwidth(threads: int) -> float:
 
 
 def _disk_bandwidth(model: Path, seconds: float = 3.0) -> float:
-    """Bytes a second of experts in random order, past the page cache, read by four threads in the engine's chunks."""
+    """Bytes a second of experts in random order, past the page cache, by the engine's READERS in its chunks."""
     store = TransformersAdapter(model).open_store()
     experts = list(store.experts())
     random.Random(0).shuffle(experts)
-    pool = SlotPool(_READERS, max(store.layout(key).slot_nbytes for key in experts))
+    pool = SlotPool(READERS, max(store.layout(key).slot_nbytes for key in experts))
     ends = time.perf_counter() + seconds
 
     def read(reader: int) -> int:
         nbytes = 0
-        for key in itertools.cycle(experts[reader::_READERS]):
+        for key in itertools.cycle(experts[reader::READERS]):
             for extent in chunks(store.layout(key), CHUNK_NBYTES):
                 store.read_extent(key, extent, pool.view(reader))
             nbytes += store.layout(key).nbytes
@@ -289,8 +288,8 @@ def _disk_bandwidth(model: Path, seconds: float = 3.0) -> float:
         return nbytes
 
     started = time.perf_counter()
-    with ThreadPoolExecutor(_READERS) as readers:
-        total = sum(readers.map(read, range(_READERS)))
+    with ThreadPoolExecutor(READERS) as readers:
+        total = sum(readers.map(read, range(READERS)))
     taken = time.perf_counter() - started
     assert store.direct, "this file system refuses O_DIRECT: the page cache would be measured"
     store.close()

@@ -60,16 +60,16 @@ using ReadKernel = uint64_t (*)(const uint8_t* data, int64_t nbytes);
 // scores become exp(scale * score - the largest of these), in place; the result times them are probabilities. mask: for
 // each whether it counts; the others become 0. null: all count. A score that is no number makes the result NaN.
 using SoftmaxKernel = float (*)(float* scores, int64_t count, float scale, const uint8_t* mask);
-
-// out[32] = sum over the rows of `count` Q8_0 tiles of x[row] times the row's 32 weights. tiles: the first; `stride`: bytes
-// from one to the next. Sixteen partial sums, row modulo 16, each in ascending row of (scale * x[row]) * quant, every
-// operation rounded, then added in halves: all instruction sets give the same bits.
-using ColumnTilesKernel = void (*)(const uint8_t* tiles, int64_t stride, int64_t count, const float* x, float* out);
 // The same without the division, for a part of the scores: the largest (of scale * score) and the sum of the exponentials.
 struct SoftmaxPart {
     float largest, sum;
 };
 using SoftmaxPartKernel = SoftmaxPart (*)(float* scores, int64_t count, float scale, const uint8_t* mask);
+
+// out[32] = sum over the rows of `count` Q8_0 tiles of x[row] times the row's 32 weights. tiles: the first; `stride`: bytes
+// from one to the next. Sixteen partial sums, row modulo 16, each in ascending row of (scale * x[row]) * quant, every
+// operation rounded, then added in halves: all instruction sets give the same bits.
+using ColumnTilesKernel = void (*)(const uint8_t* tiles, int64_t stride, int64_t count, const float* x, float* out);
 
 struct FloatKernels {
     FloatKernel f32, f16, bf16;

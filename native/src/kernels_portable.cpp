@@ -75,7 +75,6 @@ Lanes load(BF16, const uint8_t* from) {
 namespace moei {
 namespace {
 
-// Four weights of one row, the unit that tiles are interleaved by, as signed values.
 inline float half_scale(const uint8_t* tile, int r) {
     uint16_t half;
     memcpy(&half, tile + 2 * r, sizeof half);

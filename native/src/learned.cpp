@@ -10,12 +10,12 @@ namespace moei {
 
 namespace {
 
-// The features' rows, as in Python: five frequencies, the last of them slow; then what follows the layer's own experts,
-// those of the layer before, and its own a few tokens back.
 // What Python calls GRID, and sources that are learned from together.
 constexpr double kGrid = 0x1p-16;
 constexpr int64_t kBlock = 16;
 
+// The features' rows, as in Python: five frequencies, the last of them slow; then what follows the layer's own experts,
+// those of the layer before, and its own a few tokens back.
 constexpr int64_t kSlow = 4, kOwn = 5, kBefore = 6, kOwnRecent = 7, kFloor = 3;
 
 // To the nearest whole number, to even between two: for less than 2^51, in two additions, which unlike a call of rint

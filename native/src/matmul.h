@@ -64,7 +64,6 @@ public:
     ~Workspace() { release(); }
     uint8_t* reserve(int64_t nbytes);  // aligned to 64 bytes; throws std::bad_alloc
     void release();
-    int64_t nbytes() const { return nbytes_; }
 
 private:
     uint8_t* memory_ = nullptr;

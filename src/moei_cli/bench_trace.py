@@ -151,7 +151,6 @@ def _remarks(trace: Trace, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _sequences(options: TraceBenchOptions, trace: Trace) -> tuple[int, int]:
-    first, last = 0, trace.sequences
     middle = trace.sequences // 2
     halves = {"all": (0, trace.sequences), "first": (0, middle), "second": (middle, trace.sequences)}
     first, last = one_of(options.half, halves, "--half")

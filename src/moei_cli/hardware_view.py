@@ -14,7 +14,6 @@ from moei_core.hardware.profile import (
 
 Row = tuple[str, str, str, str]
 HEADINGS = ("what", "measured", "spread", "what it means for MoE decode")
-_EXPERT = 4 << 20
 
 
 def rows(profile: HardwareProfile) -> list[Row]:

@@ -76,7 +76,7 @@ def print_plan(plan: Plan) -> None:
 
 def _print_chosen(plan: Plan, one: Forecast) -> None:
     shape, form = plan.chosen.shape, plan.chosen.form
-    facts = [(f"RAM   {bar(one, shape)}", legend(one, shape))]
+    facts = [(f"RAM   {bar(one)}", legend(one, shape))]
     nearer = 0
     if one.gpu is not None:
         nearer = one.gpu.budget.resident
@@ -120,7 +120,7 @@ def print_budget(lines: Sequence[BudgetLine]) -> None:
     render.print_table(("memory", "size", "why"), rows, right=("size",))
 
 
-def bar(one: Forecast, shape: ModelShape) -> str:
+def bar(one: Forecast) -> str:
     """RAM as a bar: # runtime and dense part, = expert slots, . what stays free of the budget."""
     lines = {line.name: line.nbytes for line in one.budget.lines}
     slots = lines.pop("expert slots")

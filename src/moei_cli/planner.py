@@ -82,7 +82,6 @@ class Plan:
     changes: tuple[Change, ...]
     notes: tuple[str, ...]
     prompt_tokens: int
-    disk_free: int
     here: bool
 
     @property
@@ -182,14 +181,12 @@ class Planner:
                     self._learned,
                 )
             )
-        disk = self.profile.disk_of(self.folder)
         return Plan(
             chosen,
             others,
             changes,
             tuple(self._notes(chosen)),
             self.prompt_tokens,
-            disk.facts.free if disk is not None else 0,
             self.folder is not None,
         )
 
@@ -252,7 +249,7 @@ class Planner:
                 continue
             seen.add(same)
             found += [self.candidate(one, form) for form in formats_of(one) if only in (None, form)]
-        fits = [one for one in found if one.one is not None and not one.disk_problem]
+        fits = [one for one in found if one.runs]
         rest = [one for one in found if one not in fits and one.shape == shape]
         return sorted(fits, key=_speed, reverse=True) + rest
 

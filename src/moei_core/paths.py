@@ -21,7 +21,7 @@ def _folder(kind: str, xdg_variable: str, xdg_default: str) -> Path:
 
 
 def data_dir() -> Path:
-    """What moei made or must remember: the record of downloads, packed stores, learned matrices."""
+    """What moei made or must remember: the record of downloads, packed stores."""
     return _folder("data", "XDG_DATA_HOME", ".local/share")
 
 
@@ -31,10 +31,10 @@ def config_dir() -> Path:
 
 
 def state_dir() -> Path:
-    """What can be lost without harm but is worth keeping: history, measurements of this machine."""
+    """What can be lost without harm but is worth keeping: history, measurements of this machine, forecasts."""
     return _folder("state", "XDG_STATE_HOME", ".local/state")
 
 
 def cache_dir() -> Path:
-    """What can be made again: synthetic models."""
+    """What can be made again: synthetic models, checksums of what was read, configs of models to plan."""
     return _folder("cache", "XDG_CACHE_HOME", ".cache")

@@ -43,7 +43,7 @@ def test_what_is_written_is_read(written: Path) -> None:
 
 
 def test_subsets_are_traces_of_their_own() -> None:
-    first, second = TRACE.halves()
+    first, second = TRACE.subset(0, 1), TRACE.subset(1, TRACE.sequences)
     assert (first.sequences, second.sequences) == (1, 2)
     np.testing.assert_array_equal(second.experts, TRACE.experts[8:])
     assert second.sequence_offsets.tolist() == [0, 8, 16]

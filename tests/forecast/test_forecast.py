@@ -401,7 +401,7 @@ def test_the_table_is_sane_and_names_its_sources() -> None:
 @pytest.mark.parametrize("name", bundled_configs())
 def test_hit_rates_of_every_model_grow_with_residency(name: str) -> None:
     shape = shape_of(name, uniform=False)
-    routing = routing_of(name, shape.experts, shape.top_k)
+    routing = routing_of(shape.experts, shape.top_k)
     rates = [routing.hit(share / 20).value for share in range(21)]
     assert rates == sorted(rates)
     assert rates[-1] == 1.0
@@ -417,7 +417,7 @@ def test_a_recorded_shape_weighs_most() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(routing, "recordings", lambda: (alike, other))
-        found = routing_of("x", 64, 6)
+        found = routing_of(64, 6)
     assert found.hit(0.25).value == pytest.approx(0.5, abs=0.01)
     assert found.hit(0.25).low < 0.5 < found.hit(0.25).high
 

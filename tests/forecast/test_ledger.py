@@ -12,7 +12,6 @@ from moei_core.forecast.forecast import Forecast, corrected, forecast, plan_budg
 from moei_core.forecast.formats import FORMATS
 from moei_core.forecast.ledger import (
     Actual,
-    clear,
     correction,
     entries,
     ledger_path,
@@ -93,7 +92,7 @@ def test_a_machine_that_is_always_slower_is_learned() -> None:
     assert shown.tokens_per_s.value == pytest.approx(one.tokens_per_s.value * 0.8, rel=0.03)
     assert shown.ttft_s.value == pytest.approx(one.ttft_s.value * 1.5, rel=0.05)
     assert correction("another machine", one).decode == 1.0
-    clear()
+    ledger_path().unlink()
     assert correction("this", one).runs == 0
 
 
@@ -127,7 +126,6 @@ def test_a_read_only_home_only_loses_the_learning(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MOEI_HOME", "/proc/self/nowhere")
     run(made(), 1.0, 1.0)
     assert entries() == []
-    clear()
 
 
 def test_the_ledger_does_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

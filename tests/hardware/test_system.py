@@ -170,7 +170,7 @@ def test_the_disk_under_a_folder(tmp_path: Path) -> None:
     assert (disk.rotational, disk.model, disk.read_only) == (False, "Fast Disk", False)
     assert read_disk(tmp_path / "a disk/inner", machine).read_only
     assert read_disk(tmp_path / "ram", machine).in_memory
-    assert read_disk(tmp_path / "net", machine).network
+    assert read_disk(tmp_path / "net", machine).file_system == "nfs4"
     # A name that only begins like a mount point is elsewhere.
     (tmp_path / "ram2").mkdir()
     assert read_disk(tmp_path / "ram2", machine).mount == "/"

@@ -1,4 +1,4 @@
-"""``moei trace``: look at recorded routing."""
+"""``moei trace``: record routing, look at it, train a predictor from it."""
 
 from __future__ import annotations
 

@@ -1,18 +1,14 @@
-"""The contract between the engine and a hooked model."""
+"""What a hooked model runs its experts through."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from moei_core.quant.native_layer import ExpertTable
-from moei_core.types import ModelSpec
-
-if TYPE_CHECKING:
-    from moei_core.adapters.early_router import EarlyRouters
 
 
 class ExpertsRuntime(Protocol):
@@ -52,25 +48,3 @@ class NothingResident:
 
     def computed(self, layer: int, experts: list[int], nanoseconds: int) -> None:
         raise AssertionError("no expert is resident")
-
-
-class ModelAdapter(Protocol):
-    """A model whose routed experts can be taken over."""
-
-    def load(self) -> None:
-        """Bring in everything but the experts, and prove that every MoE layer would run through a runtime.
-
-        Raises: UnsupportedModelError, DamagedFileError.
-        """
-
-    def spec(self) -> ModelSpec:
-        """The shape of the model's routed experts."""
-
-    def early_routers(self) -> EarlyRouters:
-        """The layers' own routers, to be applied early for hints; to be closed when no longer used."""
-
-    def install(self, runtime: ExpertsRuntime) -> None:
-        """Make every MoE layer run through ``runtime``."""
-
-    def uninstall(self) -> None:
-        """Give the model back as it was before ``install``."""

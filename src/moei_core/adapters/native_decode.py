@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
 from moei_core.adapters.dense_clock import DENSE_CLOCK
 from moei_core.adapters.dense_linear import TYPES, BlockLinear, NativeLinear
@@ -280,9 +280,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def use_native_attention(
-    model: PreTrainedModel, calls: Mapping[nn.Module, ModuleCall], dtype: torch.dtype
-) -> None:
+def use_native_attention(calls: Mapping[nn.Module, ModuleCall], dtype: torch.dtype) -> None:
     """Give attention modules the native forward. calls: what each was called with for one token."""
     if not native.available() or dtype not in TYPES:
         return

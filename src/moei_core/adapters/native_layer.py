@@ -279,7 +279,7 @@ def use_native_layers(
             continue
         try:
             found = NativeLayer(module, installed)
-            agrees = trial.agrees(module, found, calls[module])
+            agrees = trial.agrees(found, calls[module])
         except Exception:
             # Whatever a trial with arguments of our making raises: not the layer that we know.
             continue
@@ -314,7 +314,7 @@ class LayerTrial(NothingResident):
         self._seen.append((hidden_states.clone(), top_k_index.clone(), top_k_weights.to(torch.float32)))
         return hidden_states * 0.37
 
-    def agrees(self, module: Any, found: NativeLayer, call: ModuleCall) -> bool:
+    def agrees(self, found: NativeLayer, call: ModuleCall) -> bool:
         """Whether both forwards give the same bits for a token after some others."""
         attention, generator = found._attention, torch.Generator().manual_seed(0)
         turns = attention.random_turns(call.arguments["position_embeddings"], 1, generator)

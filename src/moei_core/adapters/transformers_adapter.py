@@ -168,6 +168,7 @@ class TransformersAdapter:
         return ModelSpec(self.config.model_type, counts, top_k, text.hidden_size, nbytes)
 
     def spec(self) -> ModelSpec:
+        """The shape of the model's routed experts."""
         return self._spec
 
     @property
@@ -205,7 +206,10 @@ class TransformersAdapter:
         return dense_nbytes(self.model)
 
     def load(self) -> None:
-        """Read the dense weights; the expert parameters are gone from the modules from here on."""
+        """Read the dense weights, and prove that every MoE layer would run through a runtime.
+
+        The expert parameters are gone from the modules from here on. Raises: UnsupportedModelError, DamagedFileError.
+        """
         load_dense_weights(self.model, self._dense, self.dtype, self._expert_parameters, self._kept)
         hooks = [
             module.register_forward_pre_hook(_note_call(self._calls), with_kwargs=True)
@@ -235,7 +239,7 @@ class TransformersAdapter:
                 use_native_norms(self.model)
                 use_native_routers(self.model)
                 use_native_ffns(self.model, self.dtype)
-                use_native_attention(self.model, self._calls, self.dtype)
+                use_native_attention(self._calls, self.dtype)
                 use_native_latent_attention(self.model, self._calls, self.dtype)
                 use_native_layers(self.model, self._calls, _installed.get, trial)
         finally:
@@ -278,12 +282,14 @@ class TransformersAdapter:
         return probe.top_k
 
     def install(self, runtime: ExpertsRuntime) -> None:
+        """Make every MoE layer run through ``runtime``."""
         self._previous = getattr(self.model.config, "_experts_implementation", None)
         self.model.set_experts_implementation(IMPLEMENTATION)
         for _, layer, module in experts_modules(self.model):
             _installed[module] = (runtime, layer)
 
     def uninstall(self) -> None:
+        """Give the model back as it was before ``install``."""
         for _, _, module in experts_modules(self.model):
             _installed.pop(module, None)
         if self._previous is not None:

@@ -137,11 +137,10 @@ class ExpertCache:
         self._used -= self.size_of(key.layer)
         self.policy.remove(key)
 
-    def resize(self, capacity: int, excluded: Container[ExpertKey] = ()) -> list[ExpertKey]:
+    def resize(self, capacity: int) -> list[ExpertKey]:
         """Change the capacity and return who must go at once, least valuable first.
 
-        A policy with quotas keeps its proportions: it is told first. Pinned experts of ``excluded`` stay, so
-        the cache may shrink further only at the next placements.
+        A policy with quotas keeps its proportions: it is told first.
         """
         self.capacity = capacity
         self.policy.resize(capacity)
@@ -149,16 +148,16 @@ class ExpertCache:
         for layer, resident in self._resident.items():
             quota = self.policy.quota(layer)
             while quota is not None and len(resident) > quota:
-                if not self._shed(layer, excluded, gone):
+                if not self._shed(layer, gone):
                     break
         while self._used > capacity:
             largest = max(self._resident, key=lambda layer: len(self._resident[layer]))
-            if not self._shed(largest, excluded, gone):
+            if not self._shed(largest, gone):
                 break
         return gone
 
-    def _shed(self, layer: int, excluded: Container[ExpertKey], gone: list[ExpertKey]) -> bool:
-        victim = self.policy.victim(ExpertKey(layer, -1), excluded)
+    def _shed(self, layer: int, gone: list[ExpertKey]) -> bool:
+        victim = self.policy.victim(ExpertKey(layer, -1), ())
         if victim is None:
             return False
         self.drop(victim)

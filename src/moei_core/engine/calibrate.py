@@ -81,20 +81,18 @@ class _LayerClock:
             hook.remove()
 
 
-def measure_framework(
-    folder: Path, tokens: int = 12, threads: int = 1, allowance: Allowance | None = None
-) -> FrameworkCost:
+def measure_framework(folder: Path, tokens: int = 12, allowance: Allowance | None = None) -> FrameworkCost:
     """Run the model in ``folder``, with every expert resident: one prompt chunk, and ``tokens`` tokens in each setting.
 
     allowance: with less time than that there are fewer tokens, but ``_LEAST``.
-    threads: that torch computes with; one, since waking others is part of what products are measured to take.
+    torch has one thread meanwhile, since waking others is part of what products are measured to take.
     Raises: what loading a model raises.
     """
     before = torch.get_num_threads()
     with LoadedModel(
         folder, LoadOptions(experts=ExpertBudget(fraction=1.0), context=512, device="cpu")
     ) as model:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)
         clock = _LayerClock(model)
         try:
             return _measure(model, clock, tokens, allowance or Allowance(math.inf))

@@ -78,7 +78,6 @@ class PrefetchedExperts:
             else:
                 stays, evicted = self._scheduler.finish_load(key)
                 self._note(TraceEvent.FINISH_LOAD, *key)
-                self.statistics.prefetches += 1
                 self.statistics.bytes_read += load.nbytes
                 self.statistics.bytes_prefetched += load.nbytes
                 for victim in evicted:

@@ -23,7 +23,6 @@ class RuntimeStatistics:
     """
 
     loads: int = 0
-    prefetches: int = 0
     bytes_read: int = 0
     bytes_prefetched: int = 0
     stall_s: float = 0.0

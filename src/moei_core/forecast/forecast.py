@@ -93,7 +93,7 @@ def forecast(
     gpu: GpuPlan | None = None,
 ) -> Forecast:
     """What the model does with ``budget``. routing: None for the one that fits it. gpu: what a GPU takes over."""
-    routing = routing or routing_of(shape.name, shape.experts, shape.top_k, uniform=shape.uniform_routing)
+    routing = routing or routing_of(shape.experts, shape.top_k, uniform=shape.uniform_routing)
     nearer = 0.0 if gpu is None else gpu.budget.resident / shape.total_experts
     # What moves up to the GPU ages out of RAM: together they hold as many as they have places.
     residency = min(1.0, nearer + budget.resident / shape.total_experts)

@@ -83,15 +83,12 @@ def _older() -> Path:
     return ledger_path().with_suffix(".old.jsonl")
 
 
-def write_prediction(
-    fingerprint: str, shape: ModelShape, one: Forecast, what: str, warm: bool = False
-) -> str:
+def write_prediction(fingerprint: str, shape: ModelShape, one: Forecast, what: str) -> str:
     """Write ``one`` (uncorrected) down before the run. Returns its id. what: ``chat`` or ``bench``.
 
-    warm: the first token will come from a warm cache. A home that cannot be written only loses the learning.
+    A home that cannot be written only loses the learning.
     """
     identity = uuid.uuid4().hex[:12]
-    ttft = one.warm_ttft_s if warm else one.ttft_s
     _append(
         {
             "prediction": identity,
@@ -106,8 +103,8 @@ def write_prediction(
             "hit_rate": round(one.hit.value, 4),
             "tokens_per_s": one.tokens_per_s.value,
             "tokens_per_s_range": [one.tokens_per_s.low, one.tokens_per_s.high],
-            "ttft_s": ttft.value,
-            "ttft_s_range": [ttft.low, ttft.high],
+            "ttft_s": one.ttft_s.value,
+            "ttft_s_range": [one.ttft_s.low, one.ttft_s.high],
             "bottleneck": one.decode.bottleneck,
             "limits": one.limits,
             "ttft_bottleneck": one.prefill.bottleneck,
@@ -150,13 +147,6 @@ def entries() -> list[Entry]:
                         lines.append(line)
     actuals = {line["actual"]: line for line in lines if "actual" in line}
     return [Entry(line, actuals.get(line["prediction"])) for line in lines if "prediction" in line]
-
-
-def clear() -> None:
-    """Forget what was learned."""
-    for path in (_older(), ledger_path()):
-        with suppress(OSError):
-            path.unlink()
 
 
 def correction(fingerprint: str, one: Forecast, past: Iterable[Entry] | None = None) -> Correction:

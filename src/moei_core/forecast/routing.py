@@ -1,7 +1,7 @@
 """What routing does to a cache: hit rates and touched experts, from a small table of real recordings.
 
-``routing.json`` is made by ``benchmarks/routing_table.py`` and names its sources. A model that is not in it gets the
-average of the recordings, the more alike in experts and top-k the heavier, and their spread as its range.
+``routing.json`` is made by ``benchmarks/routing_table.py`` and names its sources. A model gets the average of all
+recordings, the more alike in experts and top-k the heavier, and their spread as its range.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def recordings() -> tuple[Recording, ...]:
     )
 
 
-def routing_of(model: str, experts: int, top_k: int, *, uniform: bool = False) -> Routing:
-    """The routing to expect of ``model``. uniform: it has random weights."""
+def routing_of(experts: int, top_k: int, *, uniform: bool = False) -> Routing:
+    """The routing to expect of a model of this shape. uniform: it has random weights."""
     if uniform:
         return Routing(experts, top_k)
     weighed = []

@@ -12,7 +12,6 @@ from pathlib import Path
 from moei_core.hardware.system import ROOT
 
 _IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs"})
-_NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "lustre", "virtiofs"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +37,6 @@ class DiskFacts:
     def in_memory(self) -> bool:
         """Whether files there are memory: a model on it takes from the same RAM as its slots."""
         return self.file_system in _IN_MEMORY
-
-    @property
-    def network(self) -> bool:
-        return self.file_system in _NETWORK
 
 
 def existing_parent(folder: Path) -> Path:

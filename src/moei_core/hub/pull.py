@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
-from huggingface_hub import constants
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import WeakFileLock
 
@@ -332,8 +331,3 @@ def _remove_leftovers(cache: RepoCache, superseded: set[str]) -> None:
             if etag not in wanted and dead:
                 with WeakFileLock(cache.lock(etag), timeout=0.05):
                     path.unlink(missing_ok=True)
-
-
-def offline_mode() -> bool:
-    """Whether ``HF_HUB_OFFLINE`` forbids the network."""
-    return bool(constants.HF_HUB_OFFLINE)

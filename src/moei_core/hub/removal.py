@@ -174,7 +174,7 @@ def remove(removal: Removal, *, foreign: bool = False) -> int:
                     hint="Stop that download, then remove it.",
                 ) from error
         try:
-            _delete(cache, removal, doomed, foreign)
+            _delete(cache, removal, doomed)
         except OSError as error:
             raise MoeiError(
                 f"{error.filename or cache.folder} cannot be deleted.", f"{error.strerror or error}."
@@ -187,7 +187,7 @@ def remove(removal: Removal, *, foreign: bool = False) -> int:
     return freed
 
 
-def _delete(cache: RepoCache, removal: Removal, doomed: list[Path], foreign: bool) -> None:
+def _delete(cache: RepoCache, removal: Removal, doomed: list[Path]) -> None:
     blobs = set(doomed)
     for commit in removal.commits:
         # Links before blobs: a death in between leaves no link to nothing.

@@ -33,12 +33,11 @@ class EAMCPredictor(LayerOrder):
         capacity: int = 128,
         nearest: int = 3,
         match: str = "pass",
-        proximity: bool = True,
     ) -> None:
         super().__init__(num_experts)
         self.collections = {phase: ExpertActivationMatrixCollection(num_experts, capacity) for phase in Phase}
         self.matrix = ExpertActivationMatrix(num_experts)
-        self._nearest, self._by_request, self._proximity = nearest, match == "request", proximity
+        self._nearest, self._by_request = nearest, match == "request"
         self._phase = Phase.DECODE
         self._matcher: Matcher | None = None
         self._at = -1
@@ -98,7 +97,7 @@ class EAMCPredictor(LayerOrder):
         if row is None:
             return ()
         ahead = (i - self._at) % len(self.layers)
-        proximity = 1 - ahead / len(self.layers) if self._proximity else 1.0
+        proximity = 1 - ahead / len(self.layers)
         scores = np.minimum(row * np.float32(self._top_k), 1) * np.float32(proximity)
         return top(layer, scores, int(2 * self._top_k))
 

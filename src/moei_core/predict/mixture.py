@@ -42,7 +42,7 @@ class HintPredictor(LayerOrder):
 
 
 class MixedPredictor(LayerOrder):
-    """Weighs its parts by how well each has predicted lately, separately for one and for more layers ahead.
+    """Weighs its parts by how well each has lately predicted the next layer.
 
     The record of a part is the decayed mean of its squared error over the experts of a layer (Brier score);
     weights are (1 + excess error) to the power of -``SHARPNESS``. Judged on every ``SAMPLE``-th pass, to keep it cheap.

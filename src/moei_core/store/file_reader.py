@@ -42,7 +42,7 @@ class FileReader:
             ) from error
 
     def _open_direct(self) -> int:
-        """A descriptor for direct reads, or -1 where open or the first read refuses them."""
+        """A descriptor for direct reads, or -1 where the file system refuses to open one."""
         try:
             descriptor = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC | _O_DIRECT)
         except OSError as error:

@@ -37,10 +37,7 @@ class SafetensorsStore(FileStore):
                 "Nothing was computed with them. Check the disk, then pull the model again.",
             )
 
-    def save_checksums(self) -> None:
-        """Keep what first reads have taught for the next run."""
-        self._ledger.save()
-
     def close(self) -> None:
-        self.save_checksums()
+        # What first reads have taught, for the next run.
+        self._ledger.save()
         super().close()

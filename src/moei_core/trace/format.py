@@ -163,11 +163,6 @@ class Trace:
             source=self.source,
         )
 
-    def halves(self) -> tuple[Trace, Trace]:
-        """The first and the second half by sequence: fit on one, judge on the other, never by token."""
-        middle = self.sequences // 2
-        return self.subset(0, middle), self.subset(middle, self.sequences)
-
 
 def read_trace(path: str | Path) -> Trace:
     """Open and check a trace; the big arrays stay memory-mapped.

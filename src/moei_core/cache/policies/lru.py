@@ -54,7 +54,7 @@ class GlobalLRU(PolicyDefaults):
     """One LRU over the experts of all layers: the default of most earlier systems, and their cliff."""
 
     def __init__(self, capacity: int, num_experts: Mapping[int, int]) -> None:
-        self._capacity = capacity
+        """As ``LayerLRU``; the cache itself keeps to ``capacity``."""
         self._recency: dict[ExpertKey, bool] = {}
         self._keys = {layer: layer_keys(layer, count) for layer, count in num_experts.items()}
 
@@ -68,7 +68,7 @@ class GlobalLRU(PolicyDefaults):
         return None
 
     def resize(self, capacity: int) -> None:
-        self._capacity = capacity
+        return
 
     def insert(self, key: ExpertKey) -> None:
         self._recency[key] = True

@@ -1,4 +1,4 @@
-"""A fixed list of experts, and the empty one."""
+"""A list of experts that is fixed after a while, and the empty one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from moei_core.types import ExpertKey, LayerAccess
 
 
 class Static(ValuePolicy):
-    """The most frequent experts of a profile stay, nothing else is admitted once they are in.
+    """The most frequent experts of the first ``LEARNING`` passes stay, nothing else is admitted once they are in.
 
-    Without a profile the first ``LEARNING`` passes are one: from then on the list is frozen. What is popular
-    does not transfer between tasks, so this is a baseline, not a product.
+    What is popular does not transfer between tasks, so this is a baseline, not a product.
     """
 
     LEARNING = 512
