@@ -30,6 +30,8 @@ def moei_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     """Every test has an empty ``$MOEI_HOME`` of its own."""
     home = tmp_path_factory.mktemp("moei-home")
     monkeypatch.setenv("MOEI_HOME", str(home))
+    # Where a profile goes that no home takes.
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(home))
     return home
 
 

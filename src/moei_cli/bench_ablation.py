@@ -98,22 +98,24 @@ def _measure(
     ram: int | None,
     trace: Trace | None,
 ) -> dict[str, float]:
+    from moei_cli.bench_model import context_of, naming_the_request
     from moei_core.engine.forced_routing import follow
     from moei_core.engine.loaded_model import LoadedModel, LoadOptions
     from moei_core.engine.measure import measure_requests
     from moei_core.prefetch import PrefetchMode
 
-    context = max(16, options.context or options.prompt_tokens + options.new_tokens)
     load = LoadOptions(
         ram,
         budget,
-        context,
+        context_of(options),
         row.policy,
         predictor=row.predictor,
         prefetch=PrefetchMode.ON if row.always else PrefetchMode.AUTO,
         overlap=row.overlap,
     )
-    with LoadedModel(files.folder, load) as model:
+    with naming_the_request(options):
+        loaded = LoadedModel(files.folder, load)
+    with loaded as model:
         if trace is not None:
             follow(model.runtime, model.spec, trace)
         # The first request fills the cache; the second is measured.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moei_cli.device_options import device_sentence, device_settings
+from moei_cli.prefetch_options import prefetching
 from moei_core.config import ExpertBudget, format_size, parse_size
 from moei_core.errors import ModelNotFoundError, UsageError
 
@@ -49,9 +51,17 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
     """Load, measure, report. Raises: what resolving and loading raise; UsageError."""
     if min(options.prompt_tokens, options.repeats) < 1 or options.new_tokens < 2:
         raise UsageError("A measurement needs a prompt, two new tokens and one repeat at least.")
+    if options.context is not None and options.context < options.prompt_tokens + options.new_tokens:
+        # Before a model is loaded that could not be asked.
+        raise UsageError(
+            f"{options.prompt_tokens} prompt and {options.new_tokens} new tokens do not fit --context "
+            f"{options.context}.",
+            hint="Ask for fewer, or for a larger --context.",
+        )
     budget = ExpertBudget.parse(options.experts) if options.experts else None
     ram = parse_size(options.ram, "--ram") if options.ram else None
     on_device = device_settings(options.device, options.vram, options.misses)
+    predictor, mode = prefetching(options.predictor, options.prefetch, live=True)
     files = _find(options)
     name = files.name
     if options.ablation:
@@ -64,24 +74,22 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
     from moei_cli.forecasts import NEVER_MEASURED, predict, print_beside, refusals_with_speed
 
     with render.waiting(f"Loading {name}"):
-        from moei_cli.prefetch_options import parse_predictor, parse_prefetch
         from moei_core.cache.policies import DEFAULT_POLICY
         from moei_core.engine.forced_routing import follow
         from moei_core.engine.loaded_model import LoadedModel, LoadOptions
         from moei_core.engine.measure import measure_requests, summarise
         from moei_core.trace.hints import read_hinted
 
-        context = options.context or options.prompt_tokens + options.new_tokens
-        with refusals_with_speed(files):
+        with refusals_with_speed(files), naming_the_request(options):
             loaded = LoadedModel(
                 files.folder,
                 LoadOptions(
                     ram,
                     budget,
-                    max(context, 16),
+                    context_of(options),
                     options.policy or DEFAULT_POLICY,
-                    predictor=parse_predictor(options.predictor, live=True),
-                    prefetch=parse_prefetch(options.prefetch),
+                    predictor=predictor,
+                    prefetch=mode,
                     **on_device,
                 ),
             )
@@ -112,6 +120,26 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
         print_beside(prediction)
 
 
+def context_of(options: ModelBenchOptions) -> int:
+    """Tokens of context: as asked for, else what the requests need."""
+    # No model is opened for a conversation of fewer than 16.
+    return max(16, options.prompt_tokens + options.new_tokens) if options.context is None else options.context
+
+
+@contextmanager
+def naming_the_request(options: ModelBenchOptions) -> Iterator[None]:
+    """Who gave no --context is told of the tokens that it was made from."""
+    try:
+        yield
+    except UsageError as error:
+        asked = f"--context {context_of(options)} is"
+        if options.context is None and error.what.startswith(asked):
+            error.what = error.what.replace(
+                asked, f"--prompt-tokens {options.prompt_tokens} and --new-tokens {options.new_tokens} are"
+            )
+        raise
+
+
 def _actual(conditions: dict[str, Any]) -> Actual:
     """New prompts on a warm cache for the speed, the first one of all for the time to its first token."""
     from moei_core.forecast.ledger import Actual
@@ -140,6 +168,12 @@ def _find(options: ModelBenchOptions) -> ModelFiles:
     from moei_core.hub.synthetic_models import SYNTHETIC_MODELS
 
     form = check_format(options.quant or UNPACKED, UNPACKED)
+    if form == "mxfp4":
+        # Before gigabytes are made that could not be packed so.
+        raise UsageError(
+            "--quant mxfp4: synthetic models are made in bf16, and moei does not round to MXFP4.",
+            hint="Choose from: q8_0, q4_0, none.",
+        )
     made = SYNTHETIC_MODELS.get(options.synthetic)
     if options.trace is not None and made is not None:
         from moei_core.engine.forced_routing import check_fits

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moei_cli.choices import one_of
-from moei_cli.prefetch_options import parse_predictor, parse_prefetch
+from moei_cli.prefetch_options import prefetching
 from moei_core.cache.policies import DEFAULT_POLICY
 from moei_core.config import ExpertBudget, format_size, parse_size
 from moei_core.errors import MoeiError, UsageError
@@ -50,8 +50,7 @@ def run_trace_bench(options: TraceBenchOptions, *, json: bool) -> None:
     hardware = _hardware(options)
     nbytes, reason = _expert_nbytes(options, trace)
     policies = _choices(options.policy, NAMES, "--policy")
-    predictor = parse_predictor(options.predictor)
-    mode = parse_prefetch(options.prefetch)
+    predictor, mode = prefetching(options.predictor, options.prefetch)
     budgets = [part.strip() for part in options.experts.split(",") if part.strip()]
     if not budgets:
         raise UsageError("--experts: give at least one budget, such as 25%.")
@@ -198,19 +197,17 @@ def _hardware(options: TraceBenchOptions) -> Hardware:
 
 def _choices(text: str, known: tuple[str, ...], option: str) -> list[str]:
     names = [part.strip() for part in text.split(",") if part.strip()]
-    if names == ["all"]:
-        return list(known)
     for name in names:
-        if name not in known:
+        if name not in (*known, "all"):
             raise UsageError(
                 f"{option}: there is no '{name}'.", hint=f"Choose from: all, {', '.join(known)}."
             )
     if not names:
         raise UsageError(f"{option}: give at least one.", hint=f"Choose from: all, {', '.join(known)}.")
-    return list(dict.fromkeys(names))
+    return list(known) if "all" in names else list(dict.fromkeys(names))
 
 
 def _count(text: str, option: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
+    if not text.isascii() or not text.strip().isdigit() or int(text) < 1:
         raise UsageError(f"{option}: '{text}' is not a positive number.")
     return int(text)

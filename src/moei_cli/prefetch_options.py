@@ -31,3 +31,15 @@ def parse_predictor(text: str | None, option: str = "--predictor", *, live: bool
 def parse_prefetch(text: str, option: str = "--prefetch") -> PrefetchMode:
     """``off``, ``on`` or ``auto``. Raises: UsageError."""
     return one_of(text, {mode.name.lower(): mode for mode in PrefetchMode}, option)
+
+
+def prefetching(
+    predictor: str | None, prefetch: str, *, live: bool = False
+) -> tuple[str | None, PrefetchMode]:
+    """(the predictor, the mode) of both texts. Raises: UsageError, also where there is nothing to prefetch by."""
+    name, mode = parse_predictor(predictor, live=live), parse_prefetch(prefetch)
+    if name is None and mode is PrefetchMode.ON:
+        raise UsageError(
+            "--prefetch on has nothing to prefetch by.", hint="Name a predictor: --predictor default"
+        )
+    return name, mode

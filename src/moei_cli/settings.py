@@ -81,6 +81,9 @@ def resolve(**flags: object) -> dict[str, Setting]:
     for name, flag in flags.items():
         variable = f"MOEI_{name.upper()}"
         if flag is not None:
+            if not str(flag).strip():
+                # Of a script's --ram "$RAM", say: a bound that got lost must not become none.
+                raise UsageError(f"--{name} is empty.", hint="Give it a value, or leave it out.")
             found[name] = Setting(str(flag), f"--{name}")
         elif os.environ.get(variable):
             SETTINGS[name](os.environ[variable], variable)

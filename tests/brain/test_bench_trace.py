@@ -114,8 +114,11 @@ def test_what_if_flags_change_the_machine(path: str, capsys: pytest.CaptureFixtu
         (["bench", "--trace", "PATH", "--experts", "lots"], 2, "is not a size"),
         (["bench", "--trace", "PATH", "--experts", "1kB"], 2, "less than the experts of one token"),
         (["bench", "--trace", "PATH", "--predictor", "oracle"], 2, "Choose from: mixed"),
+        (["bench", "--trace", "PATH", "--prefetch", "on"], 2, "nothing to prefetch by"),
         (["bench", "--trace", "PATH", "--half", "third"], 2, "Choose from: all, first, second"),
         (["bench", "--trace", "PATH", "--interleave", "0"], 2, "not a positive number"),
+        (["bench", "--trace", "PATH", "--interleave", "\u00b2"], 2, "not a positive number"),
+        (["bench", "--trace", "PATH", "--policy", "all,lru"], 2, "there is no 'lru'"),
         (["bench", "--trace", "PATH", "--hardware", "none.json"], 3, "no file"),
         (["bench", "--trace", "PATH", "--hardware", "disk-1g", "--ram", "8GiB"], 2, "no GPU"),
         (["trace", "show", "PATH", "--request", "99"], 2, "not one of 0 to 5"),
@@ -128,6 +131,15 @@ def test_errors_are_sentences(
     assert (got, out) == (code, "")
     assert sentence in err
     assert len(err.strip().splitlines()) <= 3
+
+
+def test_all_policies_may_be_among_others(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    replay = ["bench", "--trace", path, "--experts", "25%", "--workers", "1", "--json", "--sequences", "1"]
+    found = []
+    for policy in ("all", "learned,all"):
+        _, out, _ = run(capsys, *replay, "--policy", policy)
+        found.append([row["policy"] for row in json.loads(out)["results"]])
+    assert found[0] == found[1]
 
 
 def test_a_damaged_trace_has_its_own_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,13 @@ def test_what_is_written_is_read(written: Path) -> None:
     assert [p.name for p in written.parent.iterdir()] == [written.name], "no temporary file is left"
 
 
+def test_others_may_read_what_the_umask_lets_them(written: Path) -> None:
+    plain = written.with_name("plain")
+    plain.touch()
+    assert written.stat().st_mode == plain.stat().st_mode
+    assert [path.name for path in written.parent.iterdir() if "part" in path.name] == []
+
+
 def test_subsets_are_traces_of_their_own() -> None:
     first, second = TRACE.subset(0, 1), TRACE.subset(1, TRACE.sequences)
     assert (first.sequences, second.sequences) == (1, 2)

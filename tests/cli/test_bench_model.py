@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,7 +113,20 @@ def test_a_trace_of_the_wrong_shape(
         (["moei-demo", "--layers", "2"], "--layers cuts a --synthetic model"),
         (["moei-demo", "--synthetic", "mixtral-8x7b"], "not both"),
         (["moei-demo", "--new-tokens", "1"], "two new tokens"),
-        (["moei-demo", "--prompt-tokens", "100000"], "context"),
+        (
+            ["moei-demo", "--prompt-tokens", "100000"],
+            "--prompt-tokens 100000 and --new-tokens 32 are out of range",
+        ),
+        (["moei-demo", "--ablation", "--new-tokens", "99999"], "--new-tokens 99999 are out of range"),
+        (["moei-demo", "--context", "0"], "do not fit --context 0"),
+        (["moei-demo", "--context", "15"], "do not fit --context 15"),
+        (
+            ["moei-demo", "--context", "15", "--prompt-tokens", "4", "--new-tokens", "4"],
+            "--context 15 is out of range",
+        ),
+        (["moei-demo", "--ram", ""], "--ram has no value"),
+        (["moei-demo", "--experts", ""], "--experts has no value"),
+        (["--synthetic", "olmoe-1b-7b", "--layers", "1", "--quant", "mxfp4"], "does not round to MXFP4"),
         (["moei-demo", "--policy", "all"], "no cache policy 'all'"),
         (["moei-demo", "--hints", "0.8"], "--hints are made for a --trace"),
         (["moei-demo", "--trace", "t", "--hints", "0.8"], "--predictor router or default"),
@@ -136,6 +150,51 @@ def test_recording_a_file_of_questions(moei: Moei, tmp_path: Path) -> None:
     assert moei("trace", "show", str(tmp_path / "t")).code == 0
     empty = moei("trace", "record", "moei-demo", "--prompts", "/dev/null", "-o", str(tmp_path / "t"))
     assert empty.code == 2
+
+
+@pytest.mark.parametrize("command", ["record", "train"])
+def test_what_is_read_is_never_written_over(moei: Moei, tmp_path: Path, command: str) -> None:
+    names = {"record": ["q"], "train": ["t", "t.hidden.safetensors"]}[command]
+    for name in names:
+        (tmp_path / name).write_text("Hello!")
+    (tmp_path / "link").symlink_to(tmp_path / names[0])
+    for name in (*names, "link"):
+        read = (
+            ["moei-demo", "--prompts", str(tmp_path / "q")] if command == "record" else [str(tmp_path / "t")]
+        )
+        done = moei("trace", command, *read, "-o", str(tmp_path / name))
+        assert (done.code, done.out) == (2, "")
+        assert "it would be replaced" in done.err
+    assert [(tmp_path / name).read_text() for name in names] == ["Hello!"] * len(names)
+
+
+def test_a_trace_does_not_take_the_place_of_a_device(moei: Moei, tmp_path: Path) -> None:
+    (tmp_path / "q").write_text("Hello!")
+    os.mkfifo(tmp_path / "pipe")
+    done = moei(
+        "trace", "record", "moei-demo", "--prompts", str(tmp_path / "q"), "-o", str(tmp_path / "pipe")
+    )
+    assert done.code == 2
+    assert "is a device, not a file" in done.err
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("tokens", [10**12, 10**21, 10**40])
+def test_more_layer_inputs_than_memory_are_refused(moei: Moei, tmp_path: Path, tokens: int) -> None:
+    (tmp_path / "q").write_text("Hello!")
+    asked = ["--prompts", str(tmp_path / "q"), "-o", str(tmp_path / "t"), "--hidden", str(tokens)]
+    done = moei("trace", "record", "moei-demo", *asked)
+    assert done.code == 4
+    assert "do not fit into memory" in done.err
+
+
+@pytest.mark.parametrize("option", ["--ram", "--experts"])
+def test_recording_never_takes_an_empty_bound_for_none(moei: Moei, tmp_path: Path, option: str) -> None:
+    (tmp_path / "q").write_text("Hello!")
+    asked = ["--prompts", str(tmp_path / "q"), "-o", str(tmp_path / "t")]
+    done = moei("trace", "record", "moei-demo", *asked, option, "")
+    assert done.code == 2
+    assert f"{option}: '' is not a size" in done.err
 
 
 def test_what_was_recorded_is_kept_when_a_conversation_outgrows_its_context(

@@ -70,8 +70,13 @@ def test_the_last_model_is_remembered(moei: Moei, chat_folder: Callable[..., Pat
         (["moei-demo", "hi", "--temperature", "-1"], 2, "temperature"),
         (["moei-demo", "hi", "--seed", str(2**64)], 2, "seed"),
         (["moei-demo", "hi", "--repetition-penalty", "1e-300"], 2, "repetition penalty"),
+        (["moei-demo", "hi", "--prefetch", "on", "--predictor", "none"], 2, "nothing to prefetch by"),
         (["moei-demo", " "], 2, "the prompt was empty"),
         (["moei-demo", "hi \udcff"], 2, "no text in UTF-8"),
+        (["moei-demo", "hi", "--system", "\udcff"], 2, "--system is no text in UTF-8"),
+        (["moei-demo", "hi", "--stop", "a", "--stop", "\udcff"], 2, "--stop is no text in UTF-8"),
+        (["moei-demo", "hi", "--ram", ""], 2, "--ram is empty"),
+        (["moei-demo", "hi", "--experts", " "], 2, "--experts is empty"),
         (["moei-demo", "hi", "--policy", "magic"], 2, "layer-lru"),
         (["moei-demo", "hi", "--dtype", "int8"], 2, "bfloat16"),
         (["moei-demo", "hi", "--context", "5"], 2, "--context 5"),
@@ -88,6 +93,14 @@ def test_mistakes(moei: Moei, arguments: list[str], code: int, sentence: str) ->
     assert done.out == ""
     if code != 2 or "Usage:" not in done.err:
         assert len([line for line in done.err.splitlines() if "runs with" not in line]) <= 3
+
+
+def test_a_larger_context_is_named_where_there_is_one(moei: Moei) -> None:
+    asked = ["moei-demo", " ".join(["long"] * 6000)]
+    for context, larger in (("2048", False), ("1024", True)):
+        done = moei("chat", *asked, "--context", context)
+        assert done.code == 2
+        assert ("run with a larger --context" in done.err) == larger
 
 
 def test_the_smallest_budget_that_an_error_names_works(moei: Moei) -> None:

@@ -144,6 +144,13 @@ def test_show_says_which_won(moei: Moei, monkeypatch: pytest.MonkeyPatch) -> Non
     assert told["policy"].startswith("automatic: ")
 
 
+@pytest.mark.parametrize(("option", "value"), [("--ram", "lots"), ("--experts", "120%"), ("--ram", "")])
+def test_a_wrong_flag_is_no_setting(moei: Moei, option: str, value: str) -> None:
+    done = moei("show", "--settings", option, value)
+    assert (done.code, done.out) == (2, "")
+    assert option in done.err
+
+
 def test_without_a_model_the_origins_are_shown(moei: Moei) -> None:
     write('ram = "6GiB"\n')
     done = moei("show", "--settings", "--experts", "40%", "--json")
@@ -161,3 +168,18 @@ def test_a_plan_follows_them_too(moei: Moei) -> None:
     done = moei("plan", "mixtral-8x7b", "--json")
     assert done.code == 2
     assert f"{config_path()}: ram" in done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("moei-demo:q4_0", "moei quantize moei-demo q4_0"),
+        ("owner/name:q8_0", "moei pull owner/name --quant q8_0"),
+        ("owner/name", "moei pull owner/name"),
+        ("owner/name:none", "moei pull owner/name"),
+    ],
+)
+def test_show_says_how_to_get_what_is_not_here(moei: Moei, name: str, way: str) -> None:
+    done = moei("show", name)
+    assert done.code == 3
+    assert done.err.splitlines()[-1].endswith(f"with: {way}")

@@ -123,6 +123,8 @@ def bench(
     """Measure a model in the engine, or replay a trace through cache policies in the simulator."""
     given: dict[str, Any] = {name: value for name, value in locals().items() if value is not None}
     json = given.pop("json")
+    if empty := [name for name, value in given.items() if value == "" and name != "model"]:
+        _refuse(given, tuple(empty), "has no value; give one, or leave it out")
     if not ablation:
         del given["ablation"]
     else:

@@ -106,6 +106,10 @@ def chat(
         raise UsageError(
             "An interactive chat needs a terminal.", hint='For one answer: moei chat moei-demo "..."'
         )
+    if system is not None:
+        _check_encodes(system, "--system")
+    for text in stop or ():
+        _check_encodes(text, "--stop")
     overrides = {
         "max_new_tokens": max_tokens,
         "temperature": temperature,
@@ -137,7 +141,9 @@ def chat(
         from moei_cli.forecasts import predict
 
         length = _USUAL_PROMPT if prompt is None else session.count_prompt(prompt)
-        prediction = predict(session.model, files, length, "chat")
+        # What will be refused takes no time.
+        refused = prompt is not None and length >= session.model.context
+        prediction = None if refused else predict(session.model, files, length, "chat")
         if prediction is not None and not as_json:
             render.note(f"{prediction.line[0].upper()}{prediction.line[1:]}.")
         if prompt is None:
@@ -160,13 +166,20 @@ def _piped() -> str:
 def _text(prompt: str, what: str) -> str:
     """``prompt`` if it can be asked. Raises: UsageError, naming ``what``."""
     if not prompt.strip():
-        raise UsageError(f"There is nothing to answer: {what} was empty.", hint=_EPILOG.split("   ")[0])
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        # Bytes that are no UTF-8 come as lone surrogates, which no tokenizer takes.
-        raise _no_text(f"{what[0].upper()}{what[1:]}") from error
+        raise UsageError(
+            f"There is nothing to answer: {what} was empty.",
+            hint=f'For example: moei chat {DEMO_NAME} "What is an expert?"',
+        )
+    _check_encodes(prompt, f"{what[0].upper()}{what[1:]}")
     return prompt
+
+
+def _check_encodes(text: str, what: str) -> None:
+    """Bytes that are no UTF-8 come as lone surrogates, which no tokenizer takes. Raises: UsageError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _no_text(what) from error
 
 
 def _no_text(what: str) -> UsageError:
@@ -217,11 +230,14 @@ def _open(
     from moei_cli.forecasts import refusals_with_speed
 
     with render.waiting(f"Loading {files.name}"):
-        from moei_cli.prefetch_options import parse_predictor, parse_prefetch
+        from moei_cli.prefetch_options import prefetching
         from moei_core.cache.policies import DEFAULT_POLICY
         from moei_core.engine.chat_session import ChatSession
         from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 
+        predictor, mode = prefetching(
+            chosen["predictor"].text or "default", chosen["prefetch"].text or "auto", live=True
+        )
         with refusals_with_speed(files):
             model = LoadedModel(
                 files.folder,
@@ -231,8 +247,8 @@ def _open(
                     int(context) if context else None,
                     chosen["policy"].text or DEFAULT_POLICY,
                     dtype,
-                    parse_predictor(chosen["predictor"].text or "default", live=True),
-                    parse_prefetch(chosen["prefetch"].text or "auto"),
+                    predictor,
+                    mode,
                     **on_device,
                 ),
             )

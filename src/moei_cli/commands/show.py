@@ -35,9 +35,12 @@ def show(
 ) -> None:
     """Show what a model is, where its bytes are and how many a token needs."""
     if settings:
-        from moei_cli.settings import resolve_all
+        from moei_cli.settings import SETTINGS, resolve_all
         from moei_cli.settings_view import show_settings
 
+        for name, text in (("ram", ram), ("experts", experts)):
+            if text is not None:
+                SETTINGS[name](text, f"--{name}")
         show_settings(model, resolve_all(ram=ram, experts=experts, context=context), as_json=as_json)
         return
     if (ram, experts, context) != (None, None, None):
@@ -51,13 +54,20 @@ def show(
     from moei_core.errors import ModelNotFoundError
     from moei_core.hub.aliases import find_alias
     from moei_core.hub.library import describe
+    from moei_core.hub.packed import UNPACKED
+    from moei_core.hub.resolve import parse_name
 
     models = describe(model)
     alias = find_alias(model.partition("@")[0])
     if not models and alias is None:
-        raise ModelNotFoundError(
-            f"{model} is not on this machine.", hint=f"Download it with: moei pull {model}"
-        )
+        asked = parse_name(model)
+        if asked.format in (None, UNPACKED):
+            hint = f"Download it with: moei pull {asked.text}"
+        elif asked.kind == "hub":
+            hint = f"Make it with: moei pull {asked.text} --quant {asked.format}"
+        else:
+            hint = f"Make it with: moei quantize {asked.text} {asked.format}"
+        raise ModelNotFoundError(f"{model} is not on this machine.", hint=hint)
     if as_json:
         known = asdict(alias) if alias is not None else None
         print_json({"model": model, "alias": known, "here": [report(found) for found in models]})

@@ -105,10 +105,11 @@ def record(
     if hidden < 0:
         raise UsageError(f"--hidden: {hidden} is not a number of tokens.")
     conversations = _conversations(prompts)
-    _check_writable(output)
+    _check_writable(output, prompts)
     files = resolve_model(model)
-    budget = ExpertBudget.parse(experts) if experts else None
-    limit = parse_size(ram, "--ram") if ram else None
+    # An empty value is no bound left out, but one that got lost on its way here.
+    budget = ExpertBudget.parse(experts) if experts is not None else None
+    limit = parse_size(ram, "--ram") if ram is not None else None
     with render.waiting(f"Loading {files.name}"):
         from moei_cli.prefetch_options import parse_predictor
         from moei_core.engine.chat_session import ChatSession
@@ -169,7 +170,7 @@ def train(
     from moei_core.trace import read_trace
     from moei_core.trace.hidden import read_hidden, sidecar
 
-    _check_writable(output)
+    _check_writable(output, Path(trace), sidecar(trace))
     recorded = read_trace(trace)
     hidden = read_hidden(sidecar(trace), recorded)
     from moei_core.engine import stride as engine
@@ -198,8 +199,18 @@ def train(
     )
 
 
-def _check_writable(output: Path) -> None:
-    """Refuse before hours of work what could not be written after them. Raises: UsageError."""
+def _check_writable(output: Path, *read: Path) -> None:
+    """Refuse before hours of work what could not be written after them, or would replace what they ``read``.
+
+    Raises: UsageError.
+    """
+    if any(one.exists() and output.exists() and output.samefile(one) for one in read):
+        raise UsageError(
+            f"--output: {output} is what is read; it would be replaced.", hint="Name another file to write."
+        )
+    if output.exists() and not output.is_dir() and not output.is_file():
+        # What is written takes the place of the old file, and a device has none to take.
+        raise UsageError(f"--output: {output} is a device, not a file.", hint="Name a file to write.")
     if output.is_dir() or not os.access(output.parent, os.W_OK | os.X_OK):
         raise UsageError(
             f"--output: {output} cannot be written.",

@@ -207,10 +207,13 @@ class ChatSession:
         if not prompt:
             raise UsageError("There is nothing to answer.")
         if len(prompt) >= self.model.context:
+            way_out = "Begin a new conversation" if self._talked else "Shorten it"
+            if self.model.context < self.model.longest_context:
+                way_out += ", or run with a larger --context"
             raise UsageError(
                 "The conversation is longer than its context.",
                 f"It has {len(prompt)} tokens, and {self.model.context} is the limit.",
-                f"{'Begin a new conversation' if self._talked else 'Shorten it'}, or run with a larger --context.",
+                f"{way_out}.",
             )
         self._stop = False
         started = time.perf_counter()

@@ -16,7 +16,14 @@ from moei_core.adapters.skeleton import experts_modules
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.cache.expert_cache import CacheStatistics, ExpertCache
 from moei_core.cache.policies import DEFAULT_POLICY, LIVE_POLICIES, POLICIES, CachePolicy
-from moei_core.config import FULL_OVERLAP, ExpertBudget, GenerationSettings, Overlap, conversation_tokens
+from moei_core.config import (
+    DEFAULT_CONTEXT,
+    FULL_OVERLAP,
+    ExpertBudget,
+    GenerationSettings,
+    Overlap,
+    conversation_tokens,
+)
 from moei_core.engine.copies_ahead import AHEAD_S
 from moei_core.engine.decode_graphs import DecodeGraphs
 from moei_core.engine.device_compute import decoded_nbytes, why_not
@@ -106,6 +113,7 @@ class LoadedModel:
         threads = compute_threads(self.spec)
         longest = getattr(self.adapter.config.get_text_config(), "max_position_embeddings", None)
         self.context = conversation_tokens(options.context, longest)
+        self.longest_context: int = longest or DEFAULT_CONTEXT
         self.tokenizer: Any = load_tokenizer(folder)
         store = self.adapter.open_store()
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -252,13 +251,16 @@ def write_trace(trace: Trace, path: str | Path) -> None:
         "events": trace.events,
     }
     present = {name: np.ascontiguousarray(array) for name, array in tensors.items() if array is not None}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.touch()
+    # As the umask has it; safetensors keeps its files from others.
+    mode = temporary.stat().st_mode
     try:
         save_file(present, temporary, metadata)
-        Path(temporary).replace(path)
+        temporary.chmod(mode)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

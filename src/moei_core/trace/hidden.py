@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from moei_core.errors import DamagedFileError, ModelNotFoundError
+from moei_core.errors import DamagedFileError, DoesNotFitError, ModelNotFoundError
 from moei_core.trace.format import Trace
 
 _LARGEST = np.float32(np.finfo(np.float16).max)
@@ -41,8 +41,16 @@ class HiddenSampler:
 
     def __init__(self, count: int, moe_layers: tuple[int, ...], hidden_size: int, seed: int = 0) -> None:
         self._position = {layer: at for at, layer in enumerate(moe_layers)}
-        self._states = np.zeros((count, len(moe_layers), hidden_size), np.float16)
-        self._tokens = np.full(count, -1, np.int64)
+        try:
+            self._states = np.zeros((count, len(moe_layers), hidden_size), np.float16)
+            self._tokens = np.full(count, -1, np.int64)
+        except (MemoryError, ValueError, OverflowError) as error:
+            # numpy's three ways to say that the memory does not exist.
+            raise DoesNotFitError(
+                f"The layer inputs of {count} tokens do not fit into memory.",
+                f"One token's take {len(moe_layers) * hidden_size * 2} bytes.",
+                "Ask for fewer: --hidden 2000 is plenty to train on.",
+            ) from error
         self._random = np.random.default_rng(seed)
         self._seen = 0
         # Of the pass that runs: rows of it that are kept, and the place of each.
