@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,21 @@ settings.load_profile("moei")
 # A runner in the background may have been started deaf to Ctrl-C, which its children would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test's cases marked ``sampled(n)``, about one in n stays with the quick tests; the others are slow ones."""
+    known: set[str] = set()
+    for item in items:
+        marker = item.get_closest_marker("sampled")
+        if marker is None:
+            continue
+        name = item.nodeid.partition("[")[0]
+        # By chance, or all would have the same value of some parameter; the first one always, so that none has no case.
+        if name in known and zlib.crc32(item.nodeid.encode()) % marker.args[0]:
+            item.add_marker(pytest.mark.slow)
+        known.add(name)
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,7 @@ def misses(policy: str) -> list[int]:
     return counts
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_misses_are_those_of_the_record(policy: str) -> None:
     assert misses(policy) == json.loads(GOLDEN.read_text())[policy]

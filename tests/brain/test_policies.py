@@ -64,6 +64,7 @@ def run(
     return scheduler, checker
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("slots", [0, 1, 5, 16, 40, 64])
 def test_every_plan_keeps_its_promises(name: str, slots: int) -> None:

@@ -204,6 +204,7 @@ LIVE = [(DEFAULT_POLICY, name) for name in PREDICTORS] + [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("policy", "predictor"), LIVE)
 def test_a_recorded_run_replays_to_the_same_plans(policy: str, predictor: str, tmp_path: Path) -> None:
     trace = make_trace(sequences=3, length=20)

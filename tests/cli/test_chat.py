@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from moei_core.errors import ExpertReadError
+from moei_core.engine.model_settings import recommended_settings
+from moei_core.errors import DamagedFileError, ExpertReadError
 from moei_core.hub.resolve import bundled_folder
 from moei_core.store.safetensors_store import SafetensorsStore
 from tests.cli.conftest import Outcome
@@ -237,10 +238,16 @@ def test_a_folder_without_a_tokenizer(moei: Moei, tmp_path: Path) -> None:
     assert "tokenizer.json" in done.err
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"temperature": -1}', '{"top_k": 1.5}'])
-def test_bad_defaults_of_a_model_leave_nothing_loaded(content: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["[]", '{"temperature": -1}', '{"top_k": 1.5}'])
+def test_defaults_of_a_model_that_mean_nothing(content: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(DamagedFileError, match=r"generation_config\.json is damaged"):
+        recommended_settings(tmp_path)
+
+
+def test_bad_defaults_of_a_model_leave_nothing_loaded(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(bundled_folder(), tmp_path / "m"))
-    (folder / "generation_config.json").write_text(content)
+    (folder / "generation_config.json").write_text("{")
     done = subprocess.run([*MOEI, "chat", folder, "hi"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 6
     assert "generation_config.json is damaged" in done.stderr

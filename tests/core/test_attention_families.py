@@ -76,6 +76,7 @@ def test_every_layer_attends_natively(family: tuple[str, Path], dtype: str) -> N
     assert sum(isinstance(one, NativeLayer) for one in forwards) == _WHOLE_LAYERS.get(name, 0)
 
 
+@pytest.mark.sampled(2)
 def test_it_decodes_as_transformers_does(family: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt is longer than the sliding windows."""
     _, folder = family
@@ -96,6 +97,7 @@ def test_it_decodes_as_transformers_does(family: tuple[str, Path], monkeypatch: 
     assert len(natively) > steps and all(natively[-steps:])
 
 
+@pytest.mark.sampled(3)
 def test_its_routers_can_be_watched_while_it_decodes(family: tuple[str, Path]) -> None:
     """They are applied early, or left alone; the answer is the same."""
     _, folder = family
@@ -106,6 +108,7 @@ def test_its_routers_can_be_watched_while_it_decodes(family: tuple[str, Path]) -
     assert loaded.runtime.hinter is not None
 
 
+@pytest.mark.sampled(3)
 def test_bfloat16_is_near_float32(family: tuple[str, Path]) -> None:
     """As near as transformers in bfloat16, by the median over all logits of what is decoded."""
     _, folder = family

@@ -116,12 +116,21 @@ def test_too_small_a_share_names_one_that_works(percent: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"min_p": 1}, {"max_new_tokens": 0},
-     {"repetition_penalty": 0}, {"stop": ("",)}],
-)  # fmt: skip
-def test_settings_out_of_range(wrong: dict[str, object]) -> None:
-    with pytest.raises(UsageError, match=next(iter(wrong)) if "stop" not in wrong else "stop"):
+    ("wrong", "named"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top-p"),
+        ({"top_p": 1.1}, "top-p"),
+        ({"top_k": -1}, "top-k"),
+        ({"top_k": 1.5}, "top-k"),
+        ({"min_p": 1}, "min-p"),
+        ({"max_new_tokens": 0}, "at least 1 token"),
+        ({"repetition_penalty": 0}, "repetition penalty"),
+        ({"stop": ("",)}, "stop string"),
+    ],
+)
+def test_settings_out_of_range(wrong: dict[str, object], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
         GenerationSettings(**wrong)  # type: ignore[arg-type]
 
 

@@ -39,6 +39,7 @@ def refuse(*_: object) -> None:
     raise RuntimeError("it cannot be recorded now")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("make_device", DEVICES)
 def test_every_family_decodes_as_it_does_by_its_own_code(
     family: tuple[str, Path], make_device: Callable[[], Device], monkeypatch: pytest.MonkeyPatch

@@ -170,6 +170,7 @@ def test_e2_bfloat16_layer_error_is_within_transformers_own(folder: Path) -> Non
             assert 0 < ours_of_layer <= max(theirs_of_layer)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("folder", MODELS, indirect=True)
 def test_e2_bfloat16_logits_are_as_near_as_transformers_own(folder: Path) -> None:
     """Whole runs, against float32: the median error of a logit. Where a router's choice is close, rounding flips
@@ -263,6 +264,7 @@ def check_every_way_of_arriving(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(logits, everything)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("folder", MODELS, indirect=True)
 def test_e1_however_experts_arrive(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_every_way_of_arriving(folder, monkeypatch)

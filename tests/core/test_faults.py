@@ -172,6 +172,7 @@ def our_threads() -> list[str]:
     return sorted(one.name for one in threading.enumerate() if type(one).__name__ != "TMonitor")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("predictor", [None, "noise"])
 @pytest.mark.parametrize("after", [0, 25])
 @pytest.mark.parametrize("kind", ["fails", "ends too early", "gives other bytes", "hangs"])
@@ -195,6 +196,7 @@ def test_a_fault_that_lasts_costs_the_turn_and_nothing_else(
         nothing_is_lost(model)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("predictor", [None, "noise"])
 @pytest.mark.parametrize(
     "kind", ["fails", "ends too early", "gives other bytes", "is late", "takes two calls"]

@@ -23,6 +23,7 @@ from tests.core.test_tiers import COSTS, cpu_device, ours
 from tests.packed import pack_folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["BF16", "Q4_0"])
 def test_fused_kernels_in_the_engine(
     form: str, tmp_path: Path, chat_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch

@@ -228,6 +228,7 @@ def test_stop_strings_end_the_reply_and_are_not_part_of_it(loaded: LoadedModel) 
 LIVE = [name for name, policy in POLICIES.items() if not getattr(policy, "needs_future", False)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("policy", LIVE)
 def test_every_live_policy_gives_the_same_text(chat_folder: Callable[..., Path], policy: str) -> None:
     texts = set()

@@ -74,6 +74,7 @@ def replayed(path: Path, model: LoadedModel) -> tuple[list[FetchPlan], ExpertSch
     return collector.plans, simulated
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("share", [0.04, 0.25, 0.6])
 @pytest.mark.parametrize("policy", LIVE)
 def test_plans_and_counters(policy: str, share: float, tmp_path: Path) -> None:
@@ -84,6 +85,7 @@ def test_plans_and_counters(policy: str, share: float, tmp_path: Path) -> None:
     assert simulated.statistics.misses > 0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("share", [0.07, 0.25, 0.6])
 @pytest.mark.parametrize("predictor", sorted({*PREDICTORS} - {"stride"}))
 def test_with_prefetches_as_they_came(predictor: str, share: float, tmp_path: Path) -> None:
@@ -115,6 +117,7 @@ def test_when_the_controller_decides_by_the_time_that_passes_took(
     assert {plan.prefetch_slots for plan in plans} == {0, model.budget.spare}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("misses", ["auto", "copy"])
 @pytest.mark.parametrize("policy", LIVE)
 @pytest.mark.parametrize("prefetch", [PrefetchMode.AUTO, PrefetchMode.ON], ids=["auto", "on"])

@@ -54,6 +54,7 @@ def test_which_families_have_whole_layers(chat_folder: Callable[..., Path]) -> N
     assert kinds(chat_folder("deepseek_v2_low", "bfloat16")) == (0, 0)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("packed", [False, True], ids=["stored", "packed"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v2_low"])

@@ -43,6 +43,7 @@ def packed(
     return get
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", MODELS)
 def test_e1_logits_are_bit_identical_whatever_is_resident(

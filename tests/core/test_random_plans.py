@@ -43,6 +43,7 @@ class Bound:
         return slot
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("policy", "predictor"), CASES)
 def test_the_budget_is_kept(
     policy: str, predictor: str | None, chat_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch

@@ -120,6 +120,7 @@ def ours(
         return logits.cpu(), tokens, loaded
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("make_device", DEVICES)
 @pytest.mark.parametrize("folder", [*FAMILIES, "moei-demo"], indirect=True)
 def test_e1_with_copies_no_budget_of_any_tier_changes_a_bit(
@@ -137,6 +138,7 @@ def test_e1_with_copies_no_budget_of_any_tier_changes_a_bit(
         assert torch.equal(logits, everything), (share, ram)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("make_device", DEVICES)
 @pytest.mark.parametrize("misses", ["auto", "copy"])
 @pytest.mark.parametrize("folder", [*FAMILIES, "moei-demo"], indirect=True)

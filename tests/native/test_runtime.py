@@ -60,6 +60,7 @@ for turn in TURNS:
 """
 
 
+@pytest.mark.slow
 def test_instruction_sets_agree_bit_for_bit() -> None:
     """All of them on block formats with integer products; the vector ones, which fuse, on the others too."""
     results = {}

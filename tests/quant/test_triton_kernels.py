@@ -59,7 +59,7 @@ def test_decoded_values_are_exact(name: str, layout: str, place: str) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("columns", [96, 512])
+@pytest.mark.parametrize("columns", [96, pytest.param(512, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_products_of_many_experts_are_within_the_rounding_of_float32(
