@@ -10,6 +10,8 @@ import statistics
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from moei_core.cache.policies import DEFAULT_POLICY
 from moei_core.config import ExpertBudget, Overlap
 
@@ -77,17 +79,29 @@ def run_ablation(
     trace = None if options.trace is None else read_hinted(options.trace, options.hints)
     rows = ladder(_predictor(trace))
     found: dict[str, list[dict[str, float]]] = {row.name: [] for row in rows}
-    with render.progress("measuring", len(rows) * options.repeats) as advance:
-        for _ in range(options.repeats):
-            for row in rows:
-                found[row.name].append(_measure(row, options, files, budget, ram, trace))
-                advance()
+    interrupted = False
+    try:
+        with render.progress("measuring", len(rows) * options.repeats) as advance:
+            for _ in range(options.repeats):
+                for row in rows:
+                    found[row.name].append(_measure(row, options, files, budget, ram, trace))
+                    advance()
+    except KeyboardInterrupt:
+        # Half an hour at real size: what has been measured is not lost.
+        rounds = len(found[rows[-1].name])
+        if not rounds:
+            raise
+        interrupted = True
+        found = {name: several[:rounds] for name, several in found.items()}
+        render.note(f"Interrupted: {rounds} of {options.repeats} rounds.")
     table = [_summary(row, found) for row in rows]
     if json:
         render.print_json({"model": files.name, "options": asdict(options), "rows": table})
-        return
-    headings = ("engine", "tok/s", "(min - max)", "waiting", "hits", "read/token", "TTFT s", "x its base")
-    render.print_table(headings, [_cells(row) for row in table], right=headings[1:])
+    else:
+        headings = ("engine", "tok/s", "(min - max)", "waiting", "hits", "read/token", "TTFT s", "x its base")
+        render.print_table(headings, [_cells(row) for row in table], right=headings[1:])
+    if interrupted:
+        raise typer.Exit(130)
 
 
 def _measure(
@@ -119,7 +133,8 @@ def _measure(
         if trace is not None:
             follow(model.runtime, model.spec, trace)
         # The first request fills the cache; the second is measured.
-        request = measure_requests(model, options.prompt_tokens, options.new_tokens, 1)["changing"][0]
+        requests = measure_requests(model, options.prompt_tokens, options.new_tokens, 1, warm=False)
+        request = requests["changing"][0]
     return {
         "tokens_per_s": request.decode_tokens_per_s,
         "stall_share": request.decode_stall_share,

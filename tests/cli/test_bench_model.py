@@ -251,3 +251,26 @@ def test_each_row_of_the_ablation_is_compared_with_one_before_it() -> None:
             getattr(row, part) != getattr(base, part) for part in ("policy", "predictor", "overlap", "always")
         ]
         assert sum(parts) == (2 if row.always else 1), row.name
+
+
+@pytest.mark.parametrize(("calls", "rounds"), [(29, 2), (12, 1), (5, 0)])
+def test_an_interrupted_ablation_shows_its_whole_rounds(
+    calls: int, rounds: int, moei: Moei, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[object] = []
+
+    def measure(*_: object) -> dict[str, float]:
+        measured.append(None)
+        if len(measured) > calls:
+            raise KeyboardInterrupt
+        return dict.fromkeys(("tokens_per_s", "stall_share", "hit_rate", "bytes_per_token", "ttft_s"), 1.0)
+
+    monkeypatch.setattr("moei_cli.bench_ablation._measure", measure)
+    done = moei("bench", "moei-demo", "--ablation", "--json")
+    assert done.code == 130
+    if not rounds:
+        assert done.out == ""
+        return
+    assert f"Interrupted: {rounds} of 3 rounds." in done.err
+    rows = json.loads(done.out)["rows"]
+    assert len(rows) == len(ladder("markov")) and rows[1]["ratio"] == 1.0

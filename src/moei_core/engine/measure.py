@@ -66,9 +66,9 @@ class Request:
 
 
 def measure_requests(
-    model: LoadedModel, prompt_tokens: int, new_tokens: int, repeats: int
+    model: LoadedModel, prompt_tokens: int, new_tokens: int, repeats: int, *, warm: bool = True
 ) -> dict[str, list[Request]]:
-    """Requests of random prompts by condition: one cold, ``repeats`` warm and ``repeats`` changing.
+    """Requests of random prompts by condition: one cold, ``repeats`` warm (unless not) and ``repeats`` changing.
 
     Raises: UsageError if prompt and reply do not fit the context.
     """
@@ -79,7 +79,8 @@ def measure_requests(
         )
     first = _prompt(model, prompt_tokens, seed=0)
     found = {"cold": [_request(model, first, new_tokens)]}
-    found["warm"] = [_request(model, first, new_tokens) for _ in range(repeats)]
+    if warm:
+        found["warm"] = [_request(model, first, new_tokens) for _ in range(repeats)]
     found["changing"] = [
         _request(model, _prompt(model, prompt_tokens, seed), new_tokens, seed)
         for seed in range(1, repeats + 1)
