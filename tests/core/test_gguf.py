@@ -143,6 +143,7 @@ F32, IQ = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.IQ4_NL
         (lambda p: _write(p, lambda w: None, "llama"), UnsupportedModelError, "architecture 'llama'"),
         (lambda p: _write(p, lambda w: None), UnsupportedModelError, "architecture 'qwen3moe'"),
         (lambda p: _write(p, _with_tensor("blk.0.new", F32)), UnsupportedModelError, "'blk.0.new'"),
+        (lambda p: _write(p, _with_tensor("token_embd.weight", F32)), DamagedFileError, "does not describe"),
         (lambda p: _write(p, _with_tensor("output.weight", IQ)), UnsupportedModelError, "stored in IQ4_NL"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -188,12 +189,14 @@ def _no_text(what: str) -> UsageError:
 
 def _model_and_prompt(model: str | None, prompt: str | None) -> tuple[ModelFiles, str | None]:
     """Tell a lone argument apart: a model if it names one, else a prompt if it has several words."""
-    from moei_cli import last_model
+    from moei_cli import last_model, render
 
     if model is None:
         return last_model.recall() or resolve_model(DEMO_NAME), prompt
     try:
-        return resolve_model(model), prompt
+        # The first look at a GGUF file takes seconds.
+        with render.waiting(f"Looking at {model}") if model.lower().endswith(".gguf") else nullcontext():
+            return resolve_model(model), prompt
     except ModelNotFoundError as error:
         if prompt is None and len(model.split()) > 1:
             return last_model.recall() or resolve_model(DEMO_NAME), model

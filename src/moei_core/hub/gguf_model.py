@@ -14,7 +14,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +73,12 @@ def gguf_folder(path: Path) -> Path:
         try:
             _make(files, made)
             _forget_others(path.stem, folder.parent)
-            with suppress(OSError):
-                # Somebody else may have made it meanwhile.
+            try:
                 made.rename(folder)
+            except OSError:
+                # Somebody else may have made it meanwhile.
+                if not is_gguf_folder(folder):
+                    raise
         finally:
             shutil.rmtree(made, ignore_errors=True)
     return folder
@@ -124,10 +126,18 @@ def _make(files: list[Path], folder: Path) -> None:
     for file, reader in zip(files, readers, strict=True):
         for tensor in reader.tensors:
             tensors.update(_named(file, tensor))
-    config = make_config(fact) | {
-        "dtype": "bfloat16",
-        "tie_word_embeddings": "lm_head.weight" not in tensors,
-    }
+    try:
+        config = make_config(fact) | {
+            "vocab_size": tensors["model.embed_tokens.weight"].shape[0],
+            "dtype": "bfloat16",
+            "tie_word_embeddings": "lm_head.weight" not in tensors,
+        }
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise DamagedFileError(
+            f"{files[0]} does not describe its model.",
+            f"What it says of it lacks something: {error}.",
+            "Download it again, or look for another file of the model.",
+        ) from None
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     _write_tokenizer(fact, folder)
     # Last: with the table the folder counts as complete.
@@ -195,7 +205,6 @@ def _config(fact: Facts) -> dict[str, Any]:
             f"The GGUF file scales positions in a way that moei does not know: {scaling}.",
             hint="Pull the original model instead: moei pull --help",
         )
-    tokens = fact("tokenizer.ggml.tokens", [])
     return {
         "hidden_size": hidden,
         "num_hidden_layers": fact("ARCH.block_count"),
@@ -208,7 +217,6 @@ def _config(fact: Facts) -> dict[str, Any]:
         "num_experts_per_tok": fact("ARCH.expert_used_count"),
         "rms_norm_eps": float(fact("ARCH.attention.layer_norm_rms_epsilon")),
         "max_position_embeddings": fact("ARCH.context_length"),
-        "vocab_size": fact("ARCH.vocab_size", len(tokens)),
         "rope_parameters": rope,
         "bos_token_id": fact("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fact("tokenizer.ggml.eos_token_id"),
