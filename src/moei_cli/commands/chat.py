@@ -43,7 +43,7 @@ def chat(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A name, with :q4_0 if packed so, or a folder; left out: the one used last, else moei-demo."
+            help="A name, with :q4_0 if packed so, a folder or a .gguf file; left out: the last one, or moei-demo."
         ),
     ] = None,
     prompt: Annotated[str | None, typer.Argument(help="Answer this and exit.")] = None,

@@ -20,7 +20,8 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="An alias, owner/name, a folder or moei-demo.")
+        str,
+        typer.Argument(metavar="MODEL", help="An alias, owner/name, a folder, a .gguf file or moei-demo."),
     ],
     form: Annotated[
         str | None, typer.Option("--format", help="Of the experts: as stored, q8_0, q4_0, bf16.")

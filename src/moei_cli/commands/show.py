@@ -22,7 +22,7 @@ def show(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="An alias, owner/name, a folder or moei-demo; with --settings it may be left out.",
+            help="An alias, owner/name, a folder, a .gguf file or moei-demo; with --settings it may be left out.",
         ),
     ] = None,
     settings: Annotated[
