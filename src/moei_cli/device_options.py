@@ -56,7 +56,8 @@ def device_settings(device: str | None, vram: str | None, misses: str | None) ->
 
 def chosen_device(chosen: Mapping[str, Setting]) -> dict[str, Any]:
     """As ``device_settings``, of settings."""
-    return device_settings(*(chosen[name].text for name in ("device", "vram", "misses")))
+    given = {name: chosen[name].value for name in ("device", "vram", "misses")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def device_sentence(model: LoadedModel) -> str | None:

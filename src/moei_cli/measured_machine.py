@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moei_cli.device_options import check_device
 from moei_core.errors import UsageError
 from moei_core.forecast.gpu import GpuSpeeds
 from moei_core.hardware.disks import DiskFacts, read_disk
@@ -69,12 +68,12 @@ def stored_profile(folders: Sequence[Path] = ()) -> HardwareProfile | None:
     return replace(profile, memory=machine.memory, gpus=gpus)
 
 
-def gpu_for(profile: HardwareProfile, name: str | None, vram: str | None) -> GpuSpeeds | None:
+def gpu_for(profile: HardwareProfile, name: str | None, vram: int | None) -> GpuSpeeds | None:
     """The figures of the GPU that ``--device`` means by ``name``; None if there is none, or it could not be measured.
 
     Raises: UsageError if one was asked for, by name or by ``vram``, that a forecast knows nothing of.
     """
-    name, found = check_device(name or "auto"), None
+    name, found = name or "auto", None
     if name != "cpu":
         number = int(name.partition(":")[2] or 0)
         seen = visible_gpus([gpu.facts for gpu in profile.gpus], os.environ.get("CUDA_VISIBLE_DEVICES"))

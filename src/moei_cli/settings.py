@@ -11,7 +11,7 @@ import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,17 +49,19 @@ SETTINGS: dict[str, Callable[[str, str], object]] = {
     "vram": parse_size,
     "misses": check_misses,
 }
-"""Each with what checks its text; the second argument says where the text comes from."""
+"""Each with what reads its text; the second argument says where the text comes from."""
 
 _OTHER_VARIABLES = frozenset({"MOEI_HOME", "MOEI_NATIVE_ISA", "MOEI_SYNTHETIC_LIMIT"})
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One value. text: as written, None if automatic. origin: the flag, the variable, the file, or ``automatic``."""
+    """One value. text: as written, None if automatic. origin: the flag, the variable, the file, or ``automatic``.
+    value: what the text stands for, None if automatic."""
 
     text: str | None
     origin: str
+    value: Any = None
 
 
 AUTOMATIC = Setting(None, "automatic")
@@ -73,7 +75,7 @@ def config_path() -> Path:
 def resolve(**flags: object) -> dict[str, Setting]:
     """Each of ``flags`` (names of ``SETTINGS``; None if not given) and where its value comes from.
 
-    Raises: UsageError that names the variable, or the file and the key, for a value or key that means nothing.
+    Raises: UsageError that names the flag, the variable, or the file and the key, for what means nothing.
     """
     _refuse_unknown_variables()
     written = _read_config(config_path())
@@ -84,10 +86,9 @@ def resolve(**flags: object) -> dict[str, Setting]:
             if not str(flag).strip():
                 # Of a script's --ram "$RAM", say: a bound that got lost must not become none.
                 raise UsageError(f"--{name} is empty.", hint="Give it a value, or leave it out.")
-            found[name] = Setting(str(flag), f"--{name}")
+            found[name] = _setting(name, str(flag), f"--{name}")
         elif os.environ.get(variable):
-            SETTINGS[name](os.environ[variable], variable)
-            found[name] = Setting(os.environ[variable], variable)
+            found[name] = _setting(name, os.environ[variable], variable)
         else:
             found[name] = written.get(name, AUTOMATIC)
     return found
@@ -137,6 +138,9 @@ def _read_config(path: Path) -> dict[str, Setting]:
             raise UsageError(
                 f"{where} = {value} is neither a text nor a number.", hint='For example: ram = "8GiB"'
             )
-        SETTINGS[name](str(value), where)
-        found[name] = Setting(str(value), str(path))
+        found[name] = replace(_setting(name, str(value), where), origin=str(path))
     return found
+
+
+def _setting(name: str, text: str, origin: str) -> Setting:
+    return Setting(text, origin, SETTINGS[name](text, origin))

@@ -14,7 +14,7 @@ from moei_cli.plan_view import print_budget
 from moei_cli.planner import lengths, usual_format
 from moei_cli.settings import Setting, naming_origins
 from moei_core.cache.policies import DEFAULT_POLICY
-from moei_core.config import CHUNK_NBYTES, DEFAULT_CONTEXT, READERS, ExpertBudget, format_size, parse_size
+from moei_core.config import CHUNK_NBYTES, DEFAULT_CONTEXT, READERS, format_size
 from moei_core.errors import DoesNotFitError
 from moei_core.forecast.forecast import plan_budget
 from moei_core.forecast.speed import ASSUMED_FRAMEWORK, Speeds
@@ -85,12 +85,10 @@ def show_settings(model: str | None, chosen: Mapping[str, Setting], *, as_json: 
     else:
         # A budget needs no speeds but the memory of the process, of which a typical value is known.
         speeds = Speeds(0.0, ASSUMED_FRAMEWORK, None)
-    ram, experts, context = (chosen[name].text for name in ("ram", "experts", "context"))
+    limit, bound, context = (chosen[name].value for name in ("ram", "experts", "context"))
     form = usual_format(shape)
     with naming_origins(chosen):
-        tokens, _ = lengths(shape, int(context) if context else None, None)
-    limit = parse_size(ram, "--ram") if ram else None
-    bound = ExpertBudget.parse(experts) if experts else None
+        tokens, _ = lengths(shape, context, None)
     with naming_origins(chosen):
         try:
             budget = plan_budget(shape, form, speeds, memory.usable, tokens, limit, bound)

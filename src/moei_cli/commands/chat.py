@@ -216,18 +216,15 @@ def _open(
     """Check the options, load the model, print the plan in one line."""
     from dataclasses import replace
 
-    from moei_core.config import ExpertBudget, GenerationSettings, format_size, parse_size
+    from moei_core.config import ExpertBudget, GenerationSettings, format_size
 
     given = {name: value for name, value in overrides.items() if value is not None}
     GenerationSettings(**given)  # a wrong value is told before gigabytes are read
-    ram, experts, context = (chosen[name].text for name in ("ram", "experts", "context"))
+    ram, experts, context = (chosen[name].value for name in ("ram", "experts", "context"))
     to_watch = experts is None and ram is None and files.name.partition(":")[0] == DEMO_NAME
     if to_watch:
         # The whole demo would fit; with a quarter of it there is something to watch.
-        experts = DEMO_EXPERTS
-    budget = ExpertBudget.parse(experts) if experts else None
-    ram_nbytes = parse_size(ram, "--ram") if ram else None
-    on_device = chosen_device(chosen)
+        experts = ExpertBudget.parse(DEMO_EXPERTS)
 
     from moei_cli import render
     from moei_cli.forecasts import refusals_with_speed
@@ -245,14 +242,14 @@ def _open(
             model = LoadedModel(
                 files.folder,
                 LoadOptions(
-                    ram_nbytes,
-                    budget,
-                    int(context) if context else None,
-                    chosen["policy"].text or DEFAULT_POLICY,
+                    ram,
+                    experts,
+                    context,
+                    chosen["policy"].value or DEFAULT_POLICY,
                     dtype,
                     predictor,
                     mode,
-                    **on_device,
+                    **chosen_device(chosen),
                 ),
             )
     try:

@@ -53,30 +53,25 @@ def plan(
     from moei_cli.plan_view import print_comparison, print_plan
     from moei_cli.planner import Planner, lengths, usual_format
     from moei_cli.settings import naming_origins, resolve
-    from moei_core.config import ExpertBudget, parse_size
     from moei_core.errors import DoesNotFitError, UsageError
     from moei_core.forecast.formats import FORMATS
 
     if form is not None and form not in FORMATS:
         raise UsageError(f"There is no format '{form}'.", hint=f"There are: {', '.join(FORMATS)}.")
     settings = resolve(ram=ram, experts=experts, context=context, device=device, vram=vram)
-    chosen = {name: one.text for name, one in settings.items()}
-    limit = parse_size(chosen["ram"], "--ram") if chosen["ram"] else None
-    budget = ExpertBudget.parse(chosen["experts"]) if chosen["experts"] else None
+    limit, budget = settings["ram"].value, settings["experts"].value
     shape, folder = shape_of(model)
-    asked = int(chosen["context"]) if chosen["context"] else None
     with naming_origins(settings):
-        tokens, prompt = lengths(shape, asked, prompt_tokens)
+        tokens, prompt = lengths(shape, settings["context"].value, prompt_tokens)
     profile = stored_profile()
     if profile is None:
         render.note("This machine has not been measured yet: that takes less than a minute, once.")
         profile, problem = measure_now(model_folders())
         if problem:
             render.note(problem)
-    on_gpu = parse_size(chosen["vram"], "--vram") if chosen["vram"] else None
     with naming_origins(settings):
-        gpu = gpu_for(profile, chosen["device"], chosen["vram"])
-    planner = Planner(profile, folder, tokens, prompt, limit, budget, gpu, on_gpu)
+        gpu = gpu_for(profile, settings["device"].value, settings["vram"].value)
+    planner = Planner(profile, folder, tokens, prompt, limit, budget, gpu, settings["vram"].value)
     if compare:
         ranking = planner.ranking(shape, FORMATS[form] if form else None)
         if not ranking:

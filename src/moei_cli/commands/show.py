@@ -35,12 +35,9 @@ def show(
 ) -> None:
     """Show what a model is, where its bytes are and how many a token needs."""
     if settings:
-        from moei_cli.settings import SETTINGS, resolve_all
+        from moei_cli.settings import resolve_all
         from moei_cli.settings_view import show_settings
 
-        for name, text in (("ram", ram), ("experts", experts)):
-            if text is not None:
-                SETTINGS[name](text, f"--{name}")
         show_settings(model, resolve_all(ram=ram, experts=experts, context=context), as_json=as_json)
         return
     if (ram, experts, context) != (None, None, None):
