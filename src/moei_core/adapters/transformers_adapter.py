@@ -43,6 +43,7 @@ from moei_core.adapters.transformers_private import (
     wrap_attention,
 )
 from moei_core.errors import DamagedFileError, ModelNotFoundError, MoeiError, UnsupportedModelError
+from moei_core.hub.runnable import quant_method
 from moei_core.quant import READ_QUANTISATIONS
 from moei_core.quant.formats import FLOAT_FORMATS, FORMATS
 from moei_core.store.base import ExpertStore, StoredTensor
@@ -92,7 +93,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise UnsupportedModelError(
             f"The configuration of '{model_type}' cannot be used.", first, "Check the model's config.json."
         ) from error
-    method = quantization(config)
+    method = quant_method(config.to_dict())
     if method not in READ_QUANTISATIONS:
         raise UnsupportedModelError(
             f"The weights are quantised with {method}, which moei does not read yet.",
@@ -101,12 +102,6 @@ def read_config(folder: Path) -> PretrainedConfig:
         )
     assert isinstance(config, PretrainedConfig)
     return config
-
-
-def quantization(config: PretrainedConfig) -> str:
-    """How the checkpoint's weights are quantised, as its configuration says; empty if they are not."""
-    found = getattr(config, "quantization_config", None)
-    return str(found.get("quant_method", "an unknown method")) if found else ""
 
 
 class TransformersAdapter:
@@ -125,9 +120,10 @@ class TransformersAdapter:
         self.config = read_config(folder)
         self.packed: Manifest | None = read_manifest(folder) if is_packed(folder) else None
         tensors = read_tensors(folder) if self.packed is None else self.packed.dense_entries(folder)
-        if self.packed is None and quantization(self.config) == "mxfp4":
+        method = "" if self.packed is not None else quant_method(self.config.to_dict())
+        if method == "mxfp4":
             tensors = join_mxfp4(tensors)
-        elif self.packed is None and quantization(self.config) == "fp8":
+        elif method == "fp8":
             tensors = join_fp8(tensors, self.config.quantization_config)
         self._only_packs = any(entry.grid is not None for entry in tensors.values())
         stored = self.config.dtype if isinstance(self.config.dtype, torch.dtype) else _first_dtype(tensors)
