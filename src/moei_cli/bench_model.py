@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from moei_core.hub.resolve import ModelFiles
 
 
+REPEATS = 3
+
+
 @dataclass(frozen=True, slots=True)
 class ModelBenchOptions:
     """What a person asked for, as typed."""
@@ -37,7 +40,7 @@ class ModelBenchOptions:
     context: int | None = None
     prompt_tokens: int = 64
     new_tokens: int = 32
-    repeats: int = 3
+    repeats: int | None = None
     predictor: str | None = None
     prefetch: str = "auto"
     device: str | None = None
@@ -49,7 +52,8 @@ class ModelBenchOptions:
 
 def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
     """Load, measure, report. Raises: what resolving and loading raise; UsageError."""
-    if min(options.prompt_tokens, options.repeats) < 1 or options.new_tokens < 2:
+    repeats = REPEATS if options.repeats is None else options.repeats
+    if min(options.prompt_tokens, repeats) < 1 or options.new_tokens < 2:
         raise UsageError("A measurement needs a prompt, two new tokens and one repeat at least.")
     if options.context is not None and options.context < options.prompt_tokens + options.new_tokens:
         # Before a model is loaded that could not be asked.
@@ -67,7 +71,7 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
     if options.ablation:
         from moei_cli.bench_ablation import run_ablation
 
-        run_ablation(options, files, budget, ram, json=json)
+        run_ablation(options, files, budget, ram, on_device, json=json)
         return
 
     from moei_cli import render
@@ -103,7 +107,7 @@ def run_model_bench(options: ModelBenchOptions, *, json: bool) -> None:
             model, files, options.prompt_tokens, "bench", follows_trace=options.trace is not None
         )
         with render.waiting(f"Measuring {name}"):
-            found = measure_requests(model, options.prompt_tokens, options.new_tokens, options.repeats)
+            found = measure_requests(model, options.prompt_tokens, options.new_tokens, repeats)
         report = _report(model, name, options) | {
             "conditions": {condition: summarise(requests) for condition, requests in found.items()}
         }

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from moei_cli.bench_ablation import ladder
+from moei_cli.bench_ablation import Comparison, Pair, Row, half_of, ladder
+from moei_core.config import ExpertBudget
+from moei_core.engine.loaded_model import LoadedModel, LoadOptions
 from moei_core.trace import Trace, read_trace, write_trace
 from tests.cli.conftest import Outcome
 
@@ -253,24 +258,94 @@ def test_each_row_of_the_ablation_is_compared_with_one_before_it() -> None:
         assert sum(parts) == (2 if row.always else 1), row.name
 
 
-@pytest.mark.parametrize(("calls", "rounds"), [(29, 2), (12, 1), (5, 0)])
-def test_an_interrupted_ablation_shows_its_whole_rounds(
-    calls: int, rounds: int, moei: Moei, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_rows_and_their_bases_answer_the_same_with_as_many_slots(
+    moei: Moei, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = []
+    in_turns = Comparison.in_turns
+
+    def watched(self: Comparison, own: LoadedModel, base: LoadedModel) -> Any:
+        slots.append((own.budget.slots, base.budget.slots))
+        return in_turns(self, own, base)
+
+    monkeypatch.setattr(Comparison, "in_turns", watched)
+    arguments = ("--prompt-tokens", "8", "--new-tokens", "18", "--repeats", "2", "--experts", "25%", "--json")
+    done = moei("bench", "moei-demo", "--ablation", *arguments)
+    assert done.code == 0, done.err
+    rows = {row["name"]: row for row in json.loads(done.out)["rows"]}
+    assert list(rows) == [row.name for row in ladder("mixed")]
+    assert slots == [(32, 32)] * 22
+    on_demand, lru, learned = (rows[name] for name in ("on demand, no cache", "+ LRU", "+ policy learned"))
+    assert on_demand["ratio"] is None and on_demand["hit_rate"] == 0
+    assert learned["hit_rate"] > 0.5 and lru["hit_rate"] > 0.5
+    assert on_demand["bytes_per_token"] > 2 * lru["bytes_per_token"] > 0
+    for name in list(rows)[1:]:
+        assert rows[name]["ratio"] > 0 and len(rows[name]["ratio_quartiles"]) == 2
+    # Hits depend on no clock while nothing is prefetched: both times that this engine was measured.
+    assert rows["without prefetch"]["hit_rate"] == learned["hit_rate"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "ram"),
+    [
+        (LoadOptions(ram=8 << 30), 4 << 30),
+        (LoadOptions(ram=8 << 30, experts=ExpertBudget(fraction=0.5)), 4 << 30),
+        (LoadOptions(experts=ExpertBudget(fraction=0.5)), None),
+        (LoadOptions(), (1 << 30) + (9 << 30)),
+    ],
+)
+def test_two_engines_share_what_one_would_have(
+    asked: LoadOptions, ram: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moei_core.hardware.memory.available_memory", lambda: 20 << 30)
+    monkeypatch.setattr("moei_core.hardware.memory.resident_memory", lambda: 1 << 30)
+    half = half_of(asked)
+    assert (half.ram, half.experts) == (ram, asked.experts)
+
+
+def test_two_engines_that_do_not_fit_say_that_they_are_two(moei: Moei) -> None:
+    done = moei("bench", "moei-demo", "--ablation", "--ram", "600MiB")
+    assert done.code == 4
+    assert "two engines in memory at a time, and each gets half" in done.err
+
+
+def test_the_order_of_loading_does_not_count() -> None:
+    """The first one loaded is a tenth slower here, in both orders."""
+    pair = Pair(ladder("mixed")[1], ratios=[[1.2 / 1.1] * 9, [1.2 * 1.1] * 5])
+    assert pair.ratio == pytest.approx(1.2)
+    assert Pair(pair.row, ratios=[[1.0, 3.0, 2.0]]).ratio == 2.0
+
+
+@pytest.mark.parametrize(("calls", "pairs"), [(9, 4), (2, 1), (1, 0)])
+def test_an_interrupted_ablation_shows_what_it_has_compared(
+    calls: int, pairs: int, moei: Moei, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[object] = []
+    request = SimpleNamespace(
+        decode_tokens_per_s=2.0, decode_stall_share=0.5, decode_hit_rate=0.5, decode_bytes_read=100,
+        token_s=[1.0] * 10, ttft_s=1.0,
+    )  # fmt: skip
 
-    def measure(*_: object) -> dict[str, float]:
+    def in_turns(*_: object) -> object:
         measured.append(None)
         if len(measured) > calls:
             raise KeyboardInterrupt
-        return dict.fromkeys(("tokens_per_s", "stall_share", "hit_rate", "bytes_per_token", "ttft_s"), 1.0)
+        return request, request, [1.0, 1.5, 1.25]
 
-    monkeypatch.setattr("moei_cli.bench_ablation._measure", measure)
+    @contextmanager
+    def loaded(_: Comparison, order: tuple[Row, Row]) -> Iterator[dict[str, None]]:
+        yield dict.fromkeys(row.name for row in order)
+
+    monkeypatch.setattr(Comparison, "in_turns", in_turns)
+    monkeypatch.setattr(Comparison, "loaded", loaded)
     done = moei("bench", "moei-demo", "--ablation", "--json")
     assert done.code == 130
-    if not rounds:
+    if not pairs:
         assert done.out == ""
         return
-    assert f"Interrupted: {rounds} of 3 rounds." in done.err
+    assert f"Interrupted: {pairs} of 11 comparisons." in done.err
     rows = json.loads(done.out)["rows"]
-    assert len(rows) == len(ladder("markov")) and rows[1]["ratio"] == 1.0
+    assert [row["name"] for row in rows] == [row.name for row in ladder("mixed")][: pairs + 1]
+    assert rows[1]["ratio"] == 1.25 and rows[1]["bytes_per_token"] == 10
+    assert moei("bench", "moei-demo", "--ablation", "--repeats", "0").code == 2

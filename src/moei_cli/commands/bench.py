@@ -74,7 +74,9 @@ def bench(
     context: Annotated[int | None, typer.Option(help="Tokens of context.")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(help="Tokens of a prompt; 64.")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate; 32.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Requests of each condition; 3.")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="Requests of each condition; 3. With --ablation: rounds; 2.")
+    ] = None,
     hardware: Annotated[
         str | None,
         typer.Option(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Request:
     hits: int
     misses: int
     bytes_read: int
+    decode_bytes_read: int
     bytes_prefetched: int
     total_s: float
     decode_stall_share: float
@@ -66,84 +68,112 @@ class Request:
 
 
 def measure_requests(
-    model: LoadedModel, prompt_tokens: int, new_tokens: int, repeats: int, *, warm: bool = True
+    model: LoadedModel, prompt_tokens: int, new_tokens: int, repeats: int
 ) -> dict[str, list[Request]]:
-    """Requests of random prompts by condition: one cold, ``repeats`` warm (unless not) and ``repeats`` changing.
+    """Requests of random prompts by condition: one cold, ``repeats`` warm and ``repeats`` changing.
 
     Raises: UsageError if prompt and reply do not fit the context.
     """
-    if prompt_tokens + new_tokens > model.context:
-        raise UsageError(
-            f"{prompt_tokens} prompt and {new_tokens} new tokens do not fit the context of {model.context}.",
-            hint="Ask for fewer, or for a larger --context.",
+
+    def measured(seed: int) -> Request:
+        return OpenRequest(model, prompt_tokens, new_tokens, seed).end()
+
+    return {
+        "cold": [measured(0)],
+        "warm": [measured(0) for _ in range(repeats)],
+        "changing": [measured(seed) for seed in range(1, repeats + 1)],
+    }
+
+
+class OpenRequest:
+    """A request that is answered in parts, so that those of several models can take turns. Only its own time counts."""
+
+    def __init__(self, model: LoadedModel, prompt_tokens: int, new_tokens: int, seed: int) -> None:
+        """Computes the prompt and the first token. seed: of the prompt and of the sampling (random weights make all
+        tokens about as likely, so that two requests with one seed draw the same tokens whatever their prompts are).
+
+        Raises: UsageError if prompt and reply do not fit the context.
+        """
+        if prompt_tokens + new_tokens > model.context:
+            raise UsageError(
+                f"{prompt_tokens} prompt and {new_tokens} new tokens do not fit the context of {model.context}.",
+                hint="Ask for fewer, or for a larger --context.",
+            )
+        self._model, self._prompt, self._total_s = model, _prompt(model, prompt_tokens, seed), 0.0
+        self._times = GenerationTimes()
+        device = model.device_statistics
+        self._device_before = None if device is None else replace(device)
+        self._cache_before, self._before = replace(model.scheduler.statistics), model.runtime.snapshot()
+        self._prefetch_before = replace(model.scheduler.prefetch_statistics)
+        cache = ConversationCache(model.adapter.config, model.context)
+        generator = Generator(
+            model.adapter.model, model.runtime, cache, lambda: False, model.budget.prefill_chunk, model.graphs
         )
-    first = _prompt(model, prompt_tokens, seed=0)
-    found = {"cold": [_request(model, first, new_tokens)]}
-    if warm:
-        found["warm"] = [_request(model, first, new_tokens) for _ in range(repeats)]
-    found["changing"] = [
-        _request(model, _prompt(model, prompt_tokens, seed), new_tokens, seed)
-        for seed in range(1, repeats + 1)
-    ]
-    return found
+        # Sampled, since greedy decoding of random weights soon repeats one token and with it one routing.
+        settings = GenerationSettings(max_new_tokens=new_tokens, temperature=1.0, seed=seed)
+        started = time.perf_counter()
+        model.runtime.request_start()
+        self._tokens = generator.tokens(self._prompt, settings, frozenset(), self._times, model.context)
+        next(self._tokens)
+        self._total_s = time.perf_counter() - started
+
+    def advance(self, tokens: int) -> float:
+        """At most ``tokens`` tokens more; the seconds that they took."""
+        started = time.perf_counter()
+        for _ in islice(self._tokens, tokens):
+            pass
+        seconds = time.perf_counter() - started
+        self._total_s += seconds
+        return seconds
+
+    def end(self) -> Request:
+        """The rest of the reply, and what all of it came to."""
+        started = time.perf_counter()
+        for _ in self._tokens:
+            pass
+        self._model.runtime.request_end()
+        return self._measured(self._total_s + time.perf_counter() - started)
+
+    def _measured(self, total_s: float) -> Request:
+        model, times = self._model, self._times
+        device, device_before = model.device_statistics, self._device_before
+        counts = model.scheduler.statistics.minus(self._cache_before)
+        work = model.runtime.statistics.minus(self._before)
+        spent = times.decode_s + times.sampling_s
+        stall, experts, on_gpu = decode_shares(times, work)
+        return Request(
+            ttft_s=times.prefill_s,
+            prefill_tokens_per_s=len(self._prompt) / times.prefill_s,
+            decode_tokens_per_s=len(times.token_s) / spent if times.token_s else 0.0,
+            hits=counts.hits,
+            misses=counts.misses,
+            bytes_read=work.bytes_read,
+            decode_bytes_read=work.bytes_read - times.prefill_work.bytes_read,
+            bytes_prefetched=work.bytes_prefetched,
+            total_s=total_s,
+            decode_stall_share=stall,
+            decode_expert_share=experts,
+            decode_gpu_share=on_gpu,
+            decode_hit_rate=decode_hit_rate(counts.misses, len(times.token_s), times, model.spec),
+            prefill_disk_s=times.prefill_work.stall_s,
+            prefill_experts_s=times.prefill_work.expert_compute_s,
+            token_s=times.token_s,
+            gpu_hit_rate=device.minus(device_before).hit_rate if device and device_before else 0.0,
+            bytes_copied=work.bytes_copied,
+            **{
+                f"prefetch_{name}": share
+                for name, share in prefetch_shares(
+                    model.scheduler.prefetch_statistics.minus(self._prefetch_before), counts.misses
+                ).items()
+            },
+            **{f"{name}_s": seconds for name, seconds in time_split(times, work, total_s).items()},
+        )
 
 
 def _prompt(model: LoadedModel, tokens: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.adapter.config.get_text_config().vocab_size
     return [int(token) for token in torch.randint(0, vocabulary, (tokens,), generator=generator)]
-
-
-def _request(model: LoadedModel, prompt: list[int], new_tokens: int, seed: int = 0) -> Request:
-    """seed: of the sampling. Random weights make all tokens about as likely, so that two requests with one seed draw
-    the same tokens whatever their prompts are."""
-    times = GenerationTimes()
-    device = model.device_statistics
-    device_before = None if device is None else replace(device)
-    cache_before, runtime_before = replace(model.scheduler.statistics), model.runtime.snapshot()
-    prefetch_before = replace(model.scheduler.prefetch_statistics)
-    cache = ConversationCache(model.adapter.config, model.context)
-    generator = Generator(
-        model.adapter.model, model.runtime, cache, lambda: False, model.budget.prefill_chunk, model.graphs
-    )
-    # Sampled, since greedy decoding of random weights soon repeats one token and with it one routing.
-    settings = GenerationSettings(max_new_tokens=new_tokens, temperature=1.0, seed=seed)
-    started = time.perf_counter()
-    model.runtime.request_start()
-    for _ in generator.tokens(prompt, settings, frozenset(), times, model.context):
-        pass
-    model.runtime.request_end()
-    total_s = time.perf_counter() - started
-    counts = model.scheduler.statistics.minus(cache_before)
-    work = model.runtime.statistics.minus(runtime_before)
-    spent = times.decode_s + times.sampling_s
-    stall, experts, on_gpu = decode_shares(times, work)
-    return Request(
-        ttft_s=times.prefill_s,
-        prefill_tokens_per_s=len(prompt) / times.prefill_s,
-        decode_tokens_per_s=len(times.token_s) / spent if times.token_s else 0.0,
-        hits=counts.hits,
-        misses=counts.misses,
-        bytes_read=work.bytes_read,
-        bytes_prefetched=work.bytes_prefetched,
-        total_s=total_s,
-        decode_stall_share=stall,
-        decode_expert_share=experts,
-        decode_gpu_share=on_gpu,
-        decode_hit_rate=decode_hit_rate(counts.misses, len(times.token_s), times, model.spec),
-        prefill_disk_s=times.prefill_work.stall_s,
-        prefill_experts_s=times.prefill_work.expert_compute_s,
-        token_s=times.token_s,
-        gpu_hit_rate=device.minus(device_before).hit_rate if device and device_before else 0.0,
-        bytes_copied=work.bytes_copied,
-        **{
-            f"prefetch_{name}": share
-            for name, share in prefetch_shares(
-                model.scheduler.prefetch_statistics.minus(prefetch_before), counts.misses
-            ).items()
-        },
-        **{f"{name}_s": seconds for name, seconds in time_split(times, work, total_s).items()},
-    )
 
 
 def decode_hit_rate(misses: int, tokens: int, times: GenerationTimes, spec: ModelSpec) -> float:
