@@ -18,22 +18,27 @@ from typing import Any
 
 from moei_cli.device_options import check_device, check_misses
 from moei_cli.prefetch_options import parse_predictor, parse_prefetch
-from moei_core.cache.policies import LIVE_POLICIES
+from moei_core.cache.policies import LIVE_POLICIES, POLICIES
 from moei_core.config import ExpertBudget, parse_size
 from moei_core.errors import MoeiError, UsageError
 from moei_core.paths import config_dir
 
 
 def _context(text: str, where: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 16:
-        raise UsageError(f"{where}: '{text}' is not a number of tokens.", hint="16 tokens at least.")
+    if not text.isascii() or not text.isdigit():
+        raise UsageError(f"{where}: '{text}' is not a number of tokens.", hint="For example: 4096")
+    if int(text) < 16:
+        raise UsageError(f"{where}: {text} tokens are too few.", hint="16 tokens at least.")
     return int(text)
 
 
 def _policy(text: str, where: str) -> str:
     if text not in LIVE_POLICIES:
+        why = "It needs the accesses to come: it can only simulate." if text in POLICIES else ""
         raise UsageError(
-            f"{where}: there is no cache policy '{text}'.", hint=f"Choose from: {', '.join(LIVE_POLICIES)}."
+            f"{where}: there is no cache policy '{text}' for a chat.",
+            why,
+            f"Choose from: {', '.join(LIVE_POLICIES)}.",
         )
     return text
 

@@ -80,7 +80,7 @@ def test_the_last_model_is_remembered(moei: Moei, chat_folder: Callable[..., Pat
         (["moei-demo", "hi", "--experts", " "], 2, "--experts is empty"),
         (["moei-demo", "hi", "--policy", "magic"], 2, "layer-lru"),
         (["moei-demo", "hi", "--dtype", "int8"], 2, "bfloat16"),
-        (["moei-demo", "hi", "--context", "5"], 2, "--context 5"),
+        (["moei-demo", "hi", "--context", "5"], 2, "--context: 5 tokens are too few"),
         (["moei-demo", "hi", "--frobnicate"], 2, "--frobnicate"),
         (["moei-demo", "--json"], 2, "standard input was empty"),
         (["moei-demo", " ".join(["long"] * 6000)], 2, "longer than its context"),
