@@ -7,7 +7,6 @@ after the other said nothing about ten percent.
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
@@ -162,13 +161,11 @@ class Comparison:
         pair = Pair(row)
         for number in range(rounds):
             self._round(pair, base, (base, row) if number % 2 == 0 else (row, base))
-            # What is left of two models would be freed while the next two are measured, of which the one loaded first
-            # was a tenth slower than its twin.
-            gc.collect()
             advance()
         return pair
 
     def _round(self, pair: Pair, base: Row, order: tuple[Row, Row]) -> None:
+        # A method, so that nothing refers to these models when the next ones are loaded.
         with self.loaded(order) as models:
             own, others, ratios = self.in_turns(models[pair.row.name], models[base.name])
         pair.own.append(own)

@@ -278,8 +278,12 @@ def test_help_is_quick_and_imports_neither_torch_nor_transformers() -> None:
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy imports'"
     )
-    # Processor time, since the machine may be busy.
-    before = os.times()
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    after = os.times()
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.3
+
+    def seconds() -> float:
+        before = os.times()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    # Processor time, and the least of several, since the machine may be busy and its processors shared.
+    assert min(seconds() for _ in range(5)) < 0.3

@@ -289,6 +289,28 @@ def test_closing_in_the_middle_of_a_reply_leaves_no_thread_no_file_and_no_slot(
     assert our_threads() == threads
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss", "mixtral"])
+@pytest.mark.parametrize("predictor", [None, "mixed"])
+def test_the_last_reference_takes_all_weights_with_it(
+    family: str, predictor: str | None, chat_folder: Callable[..., Path]
+) -> None:
+    """At once: the garbage collector may come by when another model has begun to run."""
+    model = LoadedModel(chat_folder(family), options(predictor, 0.4))
+    list(ChatSession(model, GREEDY).reply("one"))
+    weights = [weakref.ref(tensor) for tensor in model.adapter.model.parameters()]
+    slots = weakref.ref(model.runtime._pool)
+    assert len(weights) > 10
+    gc.collect()
+    gc.disable()
+    try:
+        model.close()
+        del model
+        assert slots() is None
+        assert not [one for one in weights if one() is not None]
+    finally:
+        gc.enable()
+
+
 def test_what_cannot_be_loaded_leaves_no_thread_and_no_file(folder: Path) -> None:
     threads = our_threads()
     for vram in (None, 1 << 20):

@@ -291,6 +291,15 @@ class TransformersAdapter:
         if self._previous is not None:
             self.model.set_experts_implementation(self._previous)
 
+    def release(self) -> None:
+        """The model will not run again: let its weights go with the last reference to it.
+
+        A module and the native function that stands in its place hold each other, and the garbage collector finds
+        that when it looks: gigabytes would stay, and be freed while another model runs.
+        """
+        for module in self.model.modules():
+            module.__dict__.pop("forward", None)
+
     @contextmanager
     def instead(self, runtime: ExpertsRuntime) -> Iterator[None]:
         """For a while every MoE layer runs through ``runtime``, and then through the one that is installed."""

@@ -351,11 +351,12 @@ class LoadedModel:
         return end_tokens(self.folder, named)
 
     def close(self) -> None:
-        """End the reader threads, keep what was learned about the files, free the slots."""
+        """End the reader threads, keep what was learned about the files, free the slots. The model runs no more."""
         if self.graphs is not None:
             self.graphs.close()
         self.runtime.close()
         self.adapter.uninstall()
+        self.adapter.release()
 
     def __enter__(self) -> LoadedModel:
         return self
