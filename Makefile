@@ -23,9 +23,9 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 slow: $(VENV)/.dev
-	@# The other cases of quick tests.
-	$(BIN)/pytest -n 2 -m "slow and sampled and not gpu"
-	$(BIN)/pytest -m "slow and not sampled and not gpu" --timeout=1200
+	@# The other cases of quick tests, and what no clock is part of.
+	$(BIN)/pytest -n 2 --dist worksteal -m "slow and (sampled or untimed) and not gpu" --timeout=1200
+	$(BIN)/pytest -m "slow and not (sampled or untimed) and not gpu" --timeout=1200
 
 # All that CI runs.
 check: test lint slow

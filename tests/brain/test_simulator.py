@@ -281,6 +281,7 @@ REFERENCE = [
     ("olmoe-1b-7b-code", 16, 0.568, 0.597, 0.723),
     ("olmoe-1b-7b-code", 32, 0.785, 0.794, 0.899),
 ]
+SLOW = [pytest.mark.slow, pytest.mark.untimed]
 SLOW_REFERENCE = [
     # With eight slots for six experts the order of use within an access decides: see LayerLRU.
     ("deepseek-v2-lite-esft", 8, 0.281, 0.327, 0.439),
@@ -291,7 +292,7 @@ SLOW_REFERENCE = [
 
 @pytest.mark.parametrize(
     ("name", "slots", "global_lru", "layer_lru", "layer_belady"),
-    [*REFERENCE, *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW_REFERENCE)],
+    [*REFERENCE, *(pytest.param(*row, marks=SLOW) for row in SLOW_REFERENCE)],
 )
 def test_the_reference_table(
     name: str, slots: int, global_lru: float, layer_lru: float, layer_belady: float

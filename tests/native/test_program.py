@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parents[2] / "native"
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.untimed,
     pytest.mark.skipif(not SOURCE.is_dir(), reason="the sources of the kernels are not here"),
 ]
 
