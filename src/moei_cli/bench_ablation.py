@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -141,10 +142,17 @@ class Pair:
     @property
     def ratio(self) -> float:
         """Median of the turns, the geometric mean of both orders of loading."""
-        orders = [
-            [ratio for one in self.ratios[at::2] for ratio in one] for at in range(min(2, len(self.ratios)))
-        ]
+        orders = [list(chain.from_iterable(self.ratios[at::2])) for at in range(min(2, len(self.ratios)))]
         return math.prod(map(statistics.median, orders)) ** (1 / len(orders))
+
+    @property
+    def quartiles(self) -> list[float] | None:
+        """The first and the third of all turns; None of a single one."""
+        turns = list(chain.from_iterable(self.ratios))
+        if len(turns) < 2:
+            return None
+        low, _, high = statistics.quantiles(turns, n=4)
+        return [round(low, 4), round(high, 4)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,12 +264,6 @@ def _summary(row: Row, requests: list[Request], pair: Pair | None = None) -> dic
     def median(value: Callable[[Request], float]) -> float:
         return round(statistics.median(map(value, requests)), 5)
 
-    turns = [ratio for several in pair.ratios for ratio in several] if pair else []
-    low, high = (
-        (statistics.quantiles(turns, n=4)[0], statistics.quantiles(turns, n=4)[2])
-        if len(turns) > 1
-        else (None, None)
-    )
     return {
         "name": row.name,
         "base": row.base if pair else "",
@@ -271,7 +273,7 @@ def _summary(row: Row, requests: list[Request], pair: Pair | None = None) -> dic
         "bytes_per_token": median(lambda one: one.decode_bytes_read / max(1, len(one.token_s))),
         "ttft_s": median(lambda one: one.ttft_s),
         "ratio": None if pair is None else round(pair.ratio, 4),
-        "ratio_quartiles": None if low is None or high is None else [round(low, 4), round(high, 4)],
+        "ratio_quartiles": None if pair is None else pair.quartiles,
     }
 
 
