@@ -150,18 +150,30 @@ def bandwidth(model: LoadedModel) -> float:
     return read_absent(model)
 
 
-def read_absent(model: LoadedModel) -> float:
-    """Read 300 absent experts; bytes a second."""
+def latency(model: LoadedModel) -> float:
+    """Seconds from asking for one expert until it is handed out, beyond its share of the bandwidth.
+
+    A system call, waking a reader, the checksum of what came last, waking the engine. In turns, as the disk changes.
+    """
+    nbytes, found = max(model.spec.expert_nbytes.values()), []
+    for _ in range(5):
+        found.append(nbytes / read_absent(model, 60, at_once=1) - nbytes / read_absent(model, 60))
+    return max(0.0, statistics.median(found))
+
+
+def read_absent(model: LoadedModel, count: int = 300, at_once: int | None = None) -> float:
+    """Read so many absent experts; bytes a second. at_once: asked for before the first is there; None: what fits."""
     runtime = model.runtime
     runtime._settle_prefetches()
     resident = set(model.scheduler.residents())
-    keys = [key for key in runtime._store.experts() if key not in resident][:300]
-    started, nbytes, asked = time.perf_counter(), 0, 0
-    while nbytes < sum(runtime._store.layout(key).nbytes for key in keys):
-        while asked < len(keys) and runtime._pool.free:
+    keys = [key for key in runtime._store.experts() if key not in resident][:count]
+    started, nbytes, asked, done_with = time.perf_counter(), 0, 0, 0
+    while done_with < len(keys):
+        while asked < len(keys) and runtime._pool.free and (at_once is None or asked - done_with < at_once):
             runtime._transfers.demand(keys[asked], runtime._pool.take())
             asked += 1
         done = runtime._transfers.next_ready()
+        done_with += 1
         assert done.failure is None
         nbytes += done.nbytes
         runtime._pool.give_back(done.slot)
@@ -212,7 +224,7 @@ def decode(
             for one, (policy, hints) in zip(traces, cases, strict=True)
         ]
         check_direct(models[0])
-        disk = [bandwidth(models[0])]
+        disk, delay = [bandwidth(models[0])], latency(models[0])
         for model in models:
             request(model, WARM_UP, ARGS.before)
         replies = [Reply(model, WARM_UP, ARGS.tokens) for model in models]
@@ -226,7 +238,7 @@ def decode(
         done = [reply.end() for reply in replies]
         disk.append(read_absent(models[0]))
         return [
-            row(one, model, case, measured, statistics.fmean(disk), seconds, turns[0])
+            row(one, model, case, measured, statistics.fmean(disk), delay, seconds, turns[0])
             for one, model, case, measured, seconds in zip(traces, models, cases, done, turns, strict=True)
         ]
 
@@ -237,10 +249,12 @@ def row(
     case: tuple[str, float | None],
     one: Measured,
     disk: float,
+    delay: float,
     seconds: list[float],
     base: list[float],
 ) -> dict[str, float | str]:
-    """A reply and its ceilings. seconds: of its turns. base: of those of the first case."""
+    """A reply and its ceilings. disk, delay: ``bandwidth``, ``latency``. seconds: of its turns. base: of those of the
+    first case."""
     policy, hints = case
     nbytes = max(model.spec.expert_nbytes.values())
     layers, width = len(model.spec.num_experts), model.spec.num_experts_per_tok
@@ -253,7 +267,7 @@ def row(
         memory_bandwidth=lookups * nbytes / one.decode_expert_s,
         dense_seconds=(computing - one.decode_expert_s) / one.tokens / layers,
         disk_bandwidth=disk,
-        disk_latency=0.0,
+        disk_latency=delay,
     )
     simulated = simulate(trace, policy, slots, machine, nbytes, chunk, hints is not None)
     best = simulate(trace, "global-belady-bypass", slots, machine, nbytes, chunk)
@@ -271,6 +285,7 @@ def row(
         "of_belady_bound": belady / one.decode_s,
         "simulated_tokens_per_s": simulated.decode_tokens / simulated.decode_seconds,
         "disk_gb_per_s": disk / 1e9,
+        "disk_latency_ms": 1e3 * delay,
     }
 
 

@@ -18,7 +18,7 @@ from moei_core.predict import PREDICTORS
 from moei_core.prefetch import PrefetchMode
 from moei_core.scheduler import ExpertScheduler
 from moei_core.sim.baselines import BASELINES, UnifiedMemory
-from moei_core.sim.clock import Clock
+from moei_core.sim.clock import Clock, Costs, Links, RamTier
 from moei_core.sim.hardware import PRESETS, Hardware, load_hardware
 from moei_core.sim.replay import Observer, PassAccesses, replay
 from moei_core.sim.sweep import NAMES, Run, interleaved, resident_slots, simulate, sweep
@@ -78,6 +78,16 @@ def test_two_links_work_as_a_pipeline() -> None:
     clock = Clock(machine, {0: 8 * MB}, scheduler)
     replay(trace, scheduler, clock)
     assert clock.costs.stall_seconds == pytest.approx(8 * MB / 1e9 + MB / 4e9)
+
+
+def test_of_loads_asked_for_together_only_the_first_latency_shows() -> None:
+    links = Links(replace(MACHINE, disk_latency=0.5), RamTier(0), Costs())
+    second = 1_000_000_000  # bytes
+    assert links.load(second, 10.0, from_disk=True, asked=10.0) == pytest.approx(11.5)
+    assert links.load(second, 10.0, from_disk=True, asked=10.0) == pytest.approx(12.5)
+    assert links.load(second, 12.5, from_disk=True, asked=10.0) == pytest.approx(13.5), "a prefetch behind them"
+    assert links.load(second, 13.4, from_disk=True, asked=13.4) == pytest.approx(14.9), "the link had to wait"
+    assert links.load(second, 20.0, from_disk=True, asked=None) == pytest.approx(21.0), "the rest of one"
 
 
 def test_ram_serves_what_vram_gave_up(path: str) -> None:

@@ -69,22 +69,23 @@ class Links:
     disk_free: float = 0.0
     link_free: float = 0.0
 
-    def load(self, nbytes: int, start: float, *, from_disk: bool, first: bool = True) -> float:
+    def load(self, nbytes: int, start: float, *, from_disk: bool, asked: float | None) -> float:
         """Move ``nbytes`` of one expert as soon as possible after ``start``; returns when they are there.
 
-        From disk to VRAM the two links work as a pipeline, chunk by chunk. first: whether this is where the
-        load begins and so pays the latency.
+        From disk to VRAM the two links work as a pipeline, chunk by chunk. asked: when the load was asked for, if this
+        is where it begins; None: the rest of one that has begun. The disk's latency counts from then on, so of several
+        loads asked for together only the first one's shows.
         """
         machine, costs = self.hardware, self.costs
         arrived, begins = start, start
         chunk = min(nbytes, machine.chunk_nbytes)
         if from_disk:
-            begins = max(start, self.disk_free) + (machine.disk_latency if first else 0.0)
+            begins = max(start, self.disk_free, start if asked is None else asked + machine.disk_latency)
             self.disk_free = arrived = begins + nbytes / machine.disk_bandwidth
             begins += chunk / machine.disk_bandwidth
             costs.disk_nbytes += nbytes
         if machine.has_gpu:
-            begins = max(begins, self.link_free) + (machine.link_latency if first else 0.0)
+            begins = max(begins, self.link_free) + (0.0 if asked is None else machine.link_latency)
             done = begins + nbytes / machine.link_bandwidth
             self.link_free = arrived = max(done, arrived + chunk / machine.link_bandwidth)
             costs.link_nbytes += nbytes
@@ -187,11 +188,11 @@ class Clock(Observer):
             self.costs.demand_nbytes += nbytes
             if not nbytes:
                 return max(start, self.links.free)
-            return self.links.load(nbytes, start, from_disk=from_disk, first=False)
+            return self.links.load(nbytes, start, from_disk=from_disk, asked=None)
         in_ram = self.links.ram.read(key) if self.hardware.has_gpu else False
         self.costs.ram_hits += in_ram
         self.costs.demand_nbytes += nbytes
-        return self.links.load(nbytes, start, from_disk=not in_ram)
+        return self.links.load(nbytes, start, from_disk=not in_ram, asked=start)
 
     def _prefetch(self, scheduler: ExpertScheduler, gate: float, until: float) -> None:
         """Use what demand left of the link between two gates, a chunk at a time; the experts of the first are computed
@@ -208,7 +209,8 @@ class Clock(Observer):
             key, left, from_disk = self._flight
             whole = self._nbytes[key.layer]
             chunk = min(left, self.hardware.chunk_nbytes)
-            done = links.load(chunk, max(links.free, gate), from_disk=from_disk, first=left == whole)
+            asked = gate if left == whole else None
+            done = links.load(chunk, max(links.free, gate), from_disk=from_disk, asked=asked)
             self.costs.prefetch_nbytes += chunk
             left -= chunk
             self._flight = (key, left, from_disk)

@@ -17,10 +17,11 @@ class Hardware:
     """One compute lane and serial links disk -> RAM -> VRAM. Bandwidths in bytes a second, times in seconds.
 
     memory_bandwidth: of the memory that experts are computed from. dense_seconds: all of a layer but its
-    experts, for one token. disk_*, link_*: a load's fixed latency and its bandwidth; link_bandwidth 0: there
-    is no GPU, experts are computed where the disk delivers them. chunk_nbytes: the piece of a transfer that a
-    demand load must wait for. ram_nbytes: experts that RAM keeps beside those in VRAM. batch_tokens: tokens
-    that an expert serves before its arithmetic takes longer than reading its weights.
+    experts, for one token. disk_*, link_*: a load's fixed latency and its bandwidth (the disk's latency passes while
+    others are read, a copy's does not); link_bandwidth 0: there is no GPU, experts are computed where the disk
+    delivers them. chunk_nbytes: the piece of a transfer that a demand load must wait for. ram_nbytes: experts that
+    RAM keeps beside those in VRAM. batch_tokens: tokens that an expert serves before its arithmetic takes longer than
+    reading its weights.
     """
 
     name: str = "custom"

@@ -137,7 +137,9 @@ class TieredClock(Observer):
     def _read(self, nbytes: int, start: float) -> float:
         """When an expert is in RAM whose read may begin at ``start``."""
         machine = self.hardware
-        self._disk_free = max(self._disk_free, start) + machine.disk_latency + nbytes / machine.disk_bandwidth
+        # The disk's latency passes while others are read.
+        begins = max(self._disk_free, start + machine.disk_latency)
+        self._disk_free = begins + nbytes / machine.disk_bandwidth
         self.costs.disk_nbytes += nbytes
         self.costs.loads += 1
         return self._disk_free
