@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -60,9 +61,9 @@ def _published_name(name: str) -> str:
     return f"blk.{parts[1]}.{_DENSE[module]}.{parts[-1]}"
 
 
-def save_gguf(folder: Path, family: str, parts: int = 1) -> Path:
+def save_gguf(folder: Path, family: str, parts: int = 1, experts: Sequence[str] = ()) -> Path:
     """Write the model in ``folder`` as ``model.gguf``, which is returned, or its first part, and as a checkpoint of the
-    same values in ``folder / "floats"``."""
+    same values in ``folder / "floats"``. experts: their format by layer, instead of all alike."""
     model = build(family)
     config, rng = model.config, np.random.default_rng(3)
     published = folder / "floats"
@@ -75,6 +76,8 @@ def save_gguf(folder: Path, family: str, parts: int = 1) -> Path:
         form = "F32"
         if len(shape) > 1 and "gate_inp" not in name:
             form = next((form for part, form in _FORMATS.items() if part in name), "Q8_0")
+        if experts and "_exps" in name:
+            form = experts[int(name.split(".")[1])]
         raw = (
             values.astype(np.float32)
             if form == "F32"

@@ -216,6 +216,7 @@ def _report(model: LoadedModel, name: str, options: ModelBenchOptions) -> dict[s
         "dense_bytes": model.adapter.dense_nbytes,
         "slots": asdict(budget),
         "slots_bytes": budget.nbytes,
+        "experts_in_ram": budget.experts,
         "device_budget": None if model.device_budget is None else asdict(model.device_budget),
         "policy": model.options.policy,
         "predictor": model.options.predictor,
@@ -289,7 +290,8 @@ def _show(report: dict[str, Any]) -> None:
              f"top-{report['num_experts_per_tok']}; {format_size(report['expert_bytes'])} an expert"),
             ("format", report["format"]),
             ("routing", report["routing"]),
-            ("experts in RAM", f"{slots['slots']} of {total}, {format_size(report['slots_bytes'])}: {slots['reason']}"),
+            ("experts in RAM", f"{report['experts_in_ram']} of {total}, {format_size(report['slots_bytes'])}: "
+             f"{slots['reason']}"),
             ("policy", report["policy"]),
             ("request", f"{report['prompt_tokens']} prompt tokens, {report['new_tokens']} new"),
             ("peak memory", format_size(report["peak_memory_bytes"])),

@@ -110,7 +110,7 @@ def statistics(session: ChatSession) -> None:
     slots, total = model.budget, model.spec.total_experts
     counts, work = model.scheduler.statistics, model.runtime.statistics
     rows = {
-        "experts": f"{model.scheduler.resident_count} resident, {slots.slots} slots for {total} "
+        "experts": f"{model.scheduler.resident_count} resident, slots for {slots.experts} of {total} "
         f"({format_size(slots.nbytes)}; {slots.reason})",
         "policy": model.options.policy,
         "all turns": f"{counts.hit_rate:.1%} hits ({counts.hits} of {counts.hits + counts.misses}), "

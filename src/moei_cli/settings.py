@@ -18,7 +18,7 @@ from typing import Any
 
 from moei_cli.device_options import check_device, check_misses
 from moei_cli.prefetch_options import parse_predictor, parse_prefetch
-from moei_core.cache.policies import LIVE_POLICIES, POLICIES
+from moei_core.cache.policies import live_policy
 from moei_core.config import ExpertBudget, parse_size
 from moei_core.errors import MoeiError, UsageError
 from moei_core.paths import config_dir
@@ -33,13 +33,7 @@ def _context(text: str, where: str) -> int:
 
 
 def _policy(text: str, where: str) -> str:
-    if text not in LIVE_POLICIES:
-        why = "It needs the accesses to come: it can only simulate." if text in POLICIES else ""
-        raise UsageError(
-            f"{where}: there is no cache policy '{text}' for a chat.",
-            why,
-            f"Choose from: {', '.join(LIVE_POLICIES)}.",
-        )
+    live_policy(text, where)
     return text
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from moei_core.cache.expert_cache import CacheStatistics, ExpertCache
+from moei_core.cache.expert_sizes import slots_for
 from moei_core.predict.base import ExpertPredictor, PassEvent, RequestEvent
 from moei_core.prefetch import PrefetchController, PrefetchMode, PrefillStream
 from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase, Wave, layer_keys
@@ -74,7 +75,7 @@ class ExpertScheduler:
 
         predictor: None switches prefetching off for good. look_ahead: how many layers ahead. least_score:
         predictions below this probability are not worth the link. prefetch_budget: what one plan may ask
-        for, in the unit of the cache's capacity (experts, or bytes where sizes differ); None: working_slots
+        for, in the unit of the cache's ``size_of`` (experts, or bytes where sizes differ); None: working_slots
         experts. prefetch_slots: of the cache's capacity, what residents give up while a predictor is followed; 0:
         there is room for prefetches beside it. num_experts: by layer, to stream with; None: no streaming.
         """
@@ -107,7 +108,7 @@ class ExpertScheduler:
         self._phase, self._tokens = Phase.DECODE, 1
         self._stream = None if num_experts is None else PrefillStream(num_experts, working_slots)
         self._layers = len(num_experts or ())
-        self._whole = sum(count * cache.size_of(layer) for layer, count in (num_experts or {}).items())
+        self._whole = 0 if num_experts is None else slots_for(num_experts, cache.sizes)
         # What the latest plan streams.
         self._streamed: tuple[ExpertKey, ...] = ()
         self._value = getattr(cache.policy, "value", None)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moei_core.cache.expert_cache import ExpertCache
+from moei_core.cache.expert_sizes import ExpertSizes, experts_in, slots_for
 from moei_core.cache.policies import DEFAULT_POLICY, POLICIES
 from moei_core.cache.policies.allocation import AllocatedLRU, allocate
 from moei_core.cache.policies.cost_aware import CostAware
@@ -242,15 +243,29 @@ def test_cost_aware_prefers_small_experts_when_latency_counts() -> None:
 
 
 def test_unequal_sizes_keep_the_byte_budget() -> None:
-    num_experts, sizes = {0: 4, 1: 4}, {0: 3, 1: 5}
-    policy = CostAware(11, num_experts)
-    policy.set_sizes(sizes)
-    cache = ExpertCache(11, policy, expert_nbytes=sizes)
+    num_experts, nbytes = {0: 4, 1: 4}, {0: 3, 1: 5}
+    sizes = ExpertSizes(nbytes, num_experts)
+    policy = CostAware(experts_in(4, sizes), num_experts)
+    cache = ExpertCache(4, policy, sizes=sizes)
     scheduler = ExpertScheduler(cache, 2)
-    for number in range(50):
-        scheduler.access(access(number % 2, number % 4, (number // 3) % 4))
-        used = sum(sizes[key.layer] for key in scheduler.residents())
-        assert used <= 11
+    assert (policy._weight[0] > policy._weight[1]).all(), "small ones cost more a byte"
+    most, rng = 0, np.random.default_rng(0)
+    for number in range(80):
+        scheduler.access(access(number % 2, *sorted(rng.choice(4, 2, replace=False).tolist())))
+        assert sum(nbytes[key.layer] for key in scheduler.residents()) <= 4 * 5
+        most = max(most, len(scheduler.residents()))
+    assert most == 5, "four large ones, or five that are not all large"
+    assert scheduler.resize(2)
+    assert sum(nbytes[key.layer] for key in scheduler.residents()) <= 2 * 5
+
+
+def test_slots_of_unequal_experts() -> None:
+    sizes = ExpertSizes({0: 3, 1: 5}, {0: 4, 1: 8})
+    assert (sizes.largest, sizes.smallest, sizes.total, sizes.whole) == (5, 3, 12, 11)
+    assert [sizes.experts(slots) for slots in (0, 1, 5, 10, 11, 99)] == [0, 1, 5, 11, 12, 12]
+    assert experts_in(5, None) == 5
+    assert slots_for({0: 4, 1: 8}, None) == 12
+    assert slots_for({0: 4, 1: 8}, sizes) == 11
 
 
 def test_the_default_beats_both_lrus_where_there_is_something_to_learn() -> None:

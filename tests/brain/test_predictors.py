@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moei_core.cache.expert_cache import ExpertCache
+from moei_core.cache.expert_sizes import ExpertSizes
 from moei_core.cache.policies import POLICIES
 from moei_core.errors import DamagedFileError
 from moei_core.predict import PREDICTORS
@@ -273,7 +274,8 @@ def test_no_prefetch_evicts_what_is_predicted_to_run_first() -> None:
 
 def test_the_prefetch_budget_is_kept() -> None:
     shape = {0: 8, 1: 8}
-    cache = ExpertCache(100, POLICIES["global-lru"](100, shape), expert_nbytes={0: 3, 1: 5})
+    sizes = ExpertSizes({0: 3, 1: 5}, shape)
+    cache = ExpertCache(16, POLICIES["global-lru"](16, shape), sizes=sizes)
     scheduler = ExpertScheduler(cache, 2, PREDICTORS["router"](shape), PrefetchMode.ON, prefetch_budget=11)
     hints = tuple((1, expert, 0.9) for expert in range(5))
     assert len(scheduler.access(_hinted(0, 0, hints=hints)).prefetch) == 2

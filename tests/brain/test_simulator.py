@@ -85,7 +85,9 @@ def test_of_loads_asked_for_together_only_the_first_latency_shows() -> None:
     second = 1_000_000_000  # bytes
     assert links.load(second, 10.0, from_disk=True, asked=10.0) == pytest.approx(11.5)
     assert links.load(second, 10.0, from_disk=True, asked=10.0) == pytest.approx(12.5)
-    assert links.load(second, 12.5, from_disk=True, asked=10.0) == pytest.approx(13.5), "a prefetch behind them"
+    assert links.load(second, 12.5, from_disk=True, asked=10.0) == pytest.approx(13.5), (
+        "a prefetch behind them"
+    )
     assert links.load(second, 13.4, from_disk=True, asked=13.4) == pytest.approx(14.9), "the link had to wait"
     assert links.load(second, 20.0, from_disk=True, asked=None) == pytest.approx(21.0), "the rest of one"
 

@@ -36,8 +36,8 @@ class Bound:
     def in_use(self) -> int:
         return self.pool.count - self.pool.free - len(self.pool._retired)
 
-    def take(self) -> int:
-        slot = self._take()
+    def take(self, layer: int | None = None) -> int:
+        slot = self._take(layer)
         self.most = max(self.most, self.in_use)
         assert self.in_use <= self.allowed, "more slots than the budget has"
         return slot

@@ -76,8 +76,8 @@ class Watched:
         """Host slots that hold an expert, or that bytes are on their way to or from."""
         return self.pool.count - len(self.pool._free) - len(self.pool._retired)
 
-    def take(self) -> int:
-        slot = self._take()
+    def take(self, layer: int | None = None) -> int:
+        slot = self._take(layer)
         assert self.in_use <= self.allowed, "more host slots than the budget has"
         return slot
 

@@ -289,9 +289,9 @@ def test_the_pool_never_holds_more_than_it_may(slots: int) -> None:
         pool, most = model.runtime._pool, 0
         take = pool.take
 
-        def counted() -> int:
+        def counted(layer: int | None = None) -> int:
             nonlocal most
-            slot = take()
+            slot = take(layer)
             most = max(most, pool.count - pool.free - len(pool._retired))
             return slot
 

@@ -262,8 +262,8 @@ def _open(
     if not quiet:
         spec, slots = model.spec, model.budget
         reason = "so that the cache has work to show; --experts 100% holds all" if to_watch else slots.reason
-        everything = slots.slots == spec.total_experts
-        where = "all of its" if everything else f"{slots.slots} of its"
+        everything = slots.experts == spec.total_experts
+        where = "all of its" if everything else f"{slots.experts} of its"
         rest = "" if everything else ", the others on disk"
         render.note(
             f"{files.name} runs with {where} {spec.total_experts} experts in RAM "

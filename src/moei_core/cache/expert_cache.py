@@ -8,9 +8,10 @@ long prompt can pass through without flushing what decode needs, and the smalles
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
+from moei_core.cache.expert_sizes import ExpertSizes, experts_in
 from moei_core.cache.policies.base import CachePolicy
 from moei_core.types import ExpertKey, LayerAccess
 
@@ -44,17 +45,21 @@ class CacheStatistics:
 class ExpertCache:
     """Residency of experts, ordered by ``policy``.
 
-    capacity: what the residents may take together: slots, or bytes if ``expert_nbytes`` is given.
-    expert_nbytes: bytes of one expert by layer, for models of unequal experts (MoDSE, arXiv 2409.12210).
+    capacity: slots that the residents may take together. sizes: of unequal experts, of which more than ``capacity``
+    stay if they are small; None: one slot each. The policy is to be made for ``experts_in(capacity, sizes)``.
     """
 
     capacity: int
     policy: CachePolicy
     statistics: CacheStatistics = field(default_factory=CacheStatistics)
-    expert_nbytes: Mapping[int, int] | None = None
+    sizes: ExpertSizes | None = None
     _resident: dict[int, dict[int, ExpertKey]] = field(default_factory=dict)
     _count: int = 0
     _used: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sizes is not None:
+            self.policy.set_sizes(self.sizes.nbytes)
 
     def __contains__(self, key: ExpertKey) -> bool:
         return key.expert in self._resident.get(key.layer, ())
@@ -67,14 +72,18 @@ class ExpertCache:
         return sorted(key for layer in self._resident.values() for key in layer.values())
 
     def size_of(self, layer: int) -> int:
-        """What one expert of ``layer`` takes of the capacity."""
-        return 1 if self.expert_nbytes is None else self.expert_nbytes[layer]
+        """What one expert of ``layer`` takes, in the unit of ``slot_size``."""
+        return 1 if self.sizes is None else self.sizes.nbytes[layer]
+
+    @property
+    def slot_size(self) -> int:
+        """What one slot has room for: an expert, or bytes where these are unequal."""
+        return 1 if self.sizes is None else self.sizes.largest
 
     @property
     def room(self) -> int:
         """How many more experts (of the largest size) may become resident before one must go."""
-        largest = 1 if self.expert_nbytes is None else max(self.expert_nbytes.values())
-        return max(0, self.capacity - self._used) // largest
+        return max(0, self.capacity * self.slot_size - self._used) // self.slot_size
 
     def touch(
         self, access: LayerAccess, keys: tuple[ExpertKey, ...]
@@ -108,14 +117,14 @@ class ExpertCache:
         chosen are evicted and ``key`` still does not stay: rare, and only a lost opportunity.
         """
         policy, layer = self.policy, key.layer
-        size = 1 if self.expert_nbytes is None else self.expert_nbytes[layer]
+        size, limit = self.size_of(layer), self.capacity * self.slot_size
         quota = policy.quota(layer)
         resident = self._resident.get(layer)
         if resident is None:
             resident = self._resident[layer] = {}
         incoming = key if may_evict is None else ExpertKey(layer, -1)
         evicted: tuple[ExpertKey, ...] = ()
-        while self._used + size > self.capacity or (quota is not None and len(resident) >= quota):
+        while self._used + size > limit or (quota is not None and len(resident) >= quota):
             victim = policy.victim(incoming, excluded) if self._count and quota != 0 else None
             if victim is None or (may_evict is not None and not may_evict(victim)):
                 if may_evict is None:
@@ -143,14 +152,14 @@ class ExpertCache:
         A policy with quotas keeps its proportions: it is told first.
         """
         self.capacity = capacity
-        self.policy.resize(capacity)
+        self.policy.resize(experts_in(capacity, self.sizes))
         gone: list[ExpertKey] = []
         for layer, resident in self._resident.items():
             quota = self.policy.quota(layer)
             while quota is not None and len(resident) > quota:
                 if not self._shed(layer, gone):
                     break
-        while self._used > capacity:
+        while self._used > capacity * self.slot_size:
             largest = max(self._resident, key=lambda layer: len(self._resident[layer]))
             if not self._shed(largest, gone):
                 break

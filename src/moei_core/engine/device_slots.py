@@ -41,9 +41,9 @@ class LinkedSlotPool(SlotPool):
             self._free.append(slot)
         return len(self._free)
 
-    def take(self) -> int:
+    def take(self, layer: int | None = None) -> int:
         assert self.free
-        slot = super().take()
+        slot = super().take(layer)
         if slot not in self._locked:
             self._locked[slot] = self._device.register(self.address(slot), self.slot_nbytes)
         return slot

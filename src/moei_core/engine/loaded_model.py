@@ -15,7 +15,8 @@ from moei_core.adapters.device_norms import use_device_norms
 from moei_core.adapters.skeleton import experts_modules
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.cache.expert_cache import CacheStatistics, ExpertCache
-from moei_core.cache.policies import DEFAULT_POLICY, LIVE_POLICIES, POLICIES, CachePolicy
+from moei_core.cache.expert_sizes import experts_in
+from moei_core.cache.policies import DEFAULT_POLICY, live_policy
 from moei_core.config import (
     DEFAULT_CONTEXT,
     FULL_OVERLAP,
@@ -34,7 +35,7 @@ from moei_core.engine.hints import Hinter, RouterHints, StrideHints
 from moei_core.engine.model_settings import end_tokens, float_type, load_tokenizer, recommended_settings
 from moei_core.engine.placement import device_governor, device_tier, measure_costs, open_device
 from moei_core.engine.runtime import ExpertRuntime
-from moei_core.engine.slots import SlotPool
+from moei_core.engine.slots import SizedSlotPool, SlotPool, unequal_sizes
 from moei_core.engine.threads import compute_threads, physical_cores
 from moei_core.engine.tiered_runtime import TieredRuntime
 from moei_core.errors import DoesNotFitError, UsageError
@@ -105,7 +106,7 @@ class LoadedModel:
         self._device_note = ""
         if device is None:
             device, self._device_note = open_device(options.device, options.vram, options.misses)
-        make_policy = _policy(options.policy)
+        make_policy = live_policy(options.policy)
         make_predictor = _predictor(options.predictor)
         self.folder = folder
         self.adapter = TransformersAdapter(folder, float_type(options.dtype), native_dense=device is None)
@@ -132,6 +133,8 @@ class LoadedModel:
             use = self._memory_use(resident_memory(), slot_nbytes)
             if self.device_budget is not None:
                 use = replace(use, kv=0, dense=0)
+            # What a GPU copies from is locked slot by slot.
+            sizes = unequal_sizes(store, self.spec.num_experts) if self.device_budget is None else None
             self.budget: SlotBudget = plan_slots(
                 self.spec,
                 slot_nbytes,
@@ -140,9 +143,10 @@ class LoadedModel:
                 options.ram,
                 options.experts,
                 PREFETCH_SLOTS if make_predictor else 0,
+                sizes,
             )
-            policy = make_policy(self.budget.resident, self.spec.num_experts)
-            cache = ExpertCache(self.budget.resident, policy)
+            policy = make_policy(experts_in(self.budget.resident, sizes), self.spec.num_experts)
+            cache = ExpertCache(self.budget.resident, policy, sizes=sizes)
             predictor = (
                 make_predictor(self.spec.num_experts)
                 if make_predictor
@@ -163,7 +167,8 @@ class LoadedModel:
                     prefetch_slots=self.budget.spare,
                     num_experts=streamed,
                 )
-                pool = SlotPool(self.budget.slots, slot_nbytes)
+                count = self.budget.slots
+                pool = SlotPool(count, slot_nbytes) if sizes is None else SizedSlotPool(count, sizes)
                 self.runtime = ExpertRuntime(store, pool, self.scheduler, threads, options.overlap)
             else:
                 linked = LinkedSlotPool(self.budget.slots, slot_nbytes, device)
@@ -363,16 +368,6 @@ class LoadedModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _policy(name: str) -> Callable[[int, Mapping[int, int]], CachePolicy]:
-    """The constructor of a policy that can run live: one that needs no future."""
-    if name not in LIVE_POLICIES:
-        why = "It needs the accesses to come: it can only simulate." if name in POLICIES else ""
-        raise UsageError(
-            f"There is no cache policy '{name}' for a chat.", why, f"Choose from: {', '.join(LIVE_POLICIES)}."
-        )
-    return POLICIES[name]
 
 
 def _is_file(predictor: str | None) -> bool:

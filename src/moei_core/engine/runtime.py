@@ -239,13 +239,12 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
         return work, LayerAccess(layer, tuple(work.rows), counts, self._phase, (), named)
 
     def resize(self, slots: int) -> None:
-        """Hold at most ``slots`` experts from now on, at most as many as the pool was made for.
+        """Hold at most ``slots`` of the largest experts from now on, at most as many as the pool was made for.
 
         Between accesses only. What the pool no longer needs goes back to the system.
         """
         self.settle()
-        working = self._scheduler.working_slots
-        capacity = residents(slots, working, self._total_experts)
+        capacity = residents(slots, self._scheduler.working_slots, self._pool.whole(self._total_experts))
         self._note(TraceEvent.RESIZE, capacity)
         for key in self._scheduler.resize(capacity):
             self._forget(key)
@@ -327,6 +326,7 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
     def _hold(self, load: Load) -> None:
         """The bytes of an expert are complete in its slot."""
         key, layout, address = load.key, self._store.layout(load.key), self._pool.address(load.slot)
+        self._pool.fit(load.slot, key.layer)
         self._held[key] = HeldExpert(key, layout, load.view, address, self._kind(key, layout))
 
     def _kind(self, key: ExpertKey, layout: ExpertLayout) -> int:
@@ -339,11 +339,11 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
         """Demand as many of ``absent`` as there are free slots for."""
         if not absent:
             return
-        nothing_to_come = not self._pool.free and len(self._slots) == len(self._held)
-        self._take_returned(wait=nothing_to_come)
-        while absent and self._pool.free:
+        full = not self._pool.has_room(absent[0].layer)
+        self._take_returned(wait=full and len(self._slots) == len(self._held))
+        while absent and self._pool.has_room(absent[0].layer):
             key = absent.popleft()
-            self._slots[key] = self._pool.take()
+            self._slots[key] = self._pool.take(key.layer)
             self._transfers.demand(key, self._slots[key])
 
     def _arrival(self) -> ExpertKey:

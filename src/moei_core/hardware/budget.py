@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moei_core.cache.expert_sizes import ExpertSizes, experts_in, slots_for
 from moei_core.config import PREFILL_CHUNK, PREFILL_CHUNKS, ExpertBudget, format_size
 from moei_core.errors import DoesNotFitError
 from moei_core.types import ModelSpec
@@ -136,9 +137,10 @@ class SlotBudget:
     """How many experts are held at once, and why so many.
 
     working: slots for misses in passing. spare: slots that prefetches arrive in. resident: slots for experts
-    that stay; with a slot for every expert all of them stay, and none needs to pass. limit: bytes that the
+    that stay; with slots for all experts all of them stay, and none needs to pass. limit: bytes that the
     process may hold by this budget, None if only the experts were bounded. lines: the account: what the process
-    needs, then the slots. prefill_chunk: tokens of a prompt's pass, for which there is workspace.
+    needs, then the slots. prefill_chunk: tokens of a prompt's pass, for which there is workspace. sizes: of
+    unequal experts, of which more stay than there are slots (of the largest); None: a slot each.
     """
 
     slots: int
@@ -150,15 +152,22 @@ class SlotBudget:
     limit: int | None = None
     lines: tuple[BudgetLine, ...] = ()
     prefill_chunk: int = PREFILL_CHUNK
+    sizes: ExpertSizes | None = None
 
     @property
     def nbytes(self) -> int:
         return self.slots * self.slot_nbytes
 
+    @property
+    def experts(self) -> int:
+        """Experts that all slots hold, on average where they are unequal."""
+        return experts_in(self.slots, self.sizes)
 
-def residents(slots: int, working: int, total: int) -> int:
-    """How many of ``slots`` experts may stay: all if there is a slot for each, else all but those in passing."""
-    return total if slots == total else slots - working
+
+def residents(slots: int, working: int, whole: int) -> int:
+    """How many of ``slots`` are for those that stay: all if they are ``whole``, which hold every expert, else all but
+    those in passing."""
+    return whole if slots == whole else slots - working
 
 
 def plan_slots(
@@ -169,8 +178,9 @@ def plan_slots(
     ram: int | None = None,
     experts: ExpertBudget | None = None,
     spare: int = 0,
+    sizes: ExpertSizes | None = None,
 ) -> SlotBudget:
-    """How many slots of ``slot_nbytes`` to have.
+    """How many slots of ``slot_nbytes`` to have. sizes: of unequal experts, None: a slot for each.
 
     Residents give ``spare`` of theirs, if there are so many, to prefetches while a predictor is followed.
 
@@ -179,20 +189,20 @@ def plan_slots(
     Raises: DoesNotFitError, naming the smallest that works.
     """
     working = spec.num_experts_per_tok
-    total = spec.total_experts
+    total, whole = spec.total_experts, slots_for(spec.num_experts, sizes)
     limit = ram
-    bounds: list[tuple[int, str]] = [(total, f"all {total} routed experts fit")]
+    bounds: list[tuple[int, str]] = [(whole, f"all {total} routed experts fit")]
     if experts is not None:
-        slots = experts.slots(total, slot_nbytes)
+        slots = experts.slots(whole, slot_nbytes)
         asked = (
             f"{experts.fraction * 100:.3g}%"
             if experts.fraction is not None
             else format_size(experts.nbytes or 0)
         )
         if slots < working:
-            smallest = f"{working / total * 100 + 0.05:.1f}%"
+            smallest = f"{working / whole * 100 + 0.05:.1f}%"
             raise DoesNotFitError(
-                f"--experts {asked} is too small: it pays for {slots} of {total} experts.",
+                f"--experts {asked} is too small: it pays for {slots} of {whole} experts.",
                 f"One token uses {working} experts of a layer at once, "
                 f"{format_size(slot_nbytes)} each, so that many slots are the least.",
                 f"The smallest that works is --experts {smallest} ({_up(working * slot_nbytes)}).",
@@ -220,8 +230,8 @@ def plan_slots(
         )
         bounds.append((free // slot_nbytes, reason))
     slots, reason = min(bounds, key=lambda bound: bound[0])
-    spare = 0 if slots == total else min(spare, slots - working)
-    count = BudgetLine("expert slots", slots * slot_nbytes, f"{slots} of {total}: {reason}")
+    spare = 0 if slots == whole else min(spare, slots - working)
+    count = BudgetLine("expert slots", slots * slot_nbytes, f"{slots} of {whole}: {reason}")
     lines = use.lines()
     if ram is None and experts is None:
         # The system's part is the margin then, and far larger.
@@ -229,8 +239,10 @@ def plan_slots(
             "margin", available // SYSTEM_SHARE, "a tenth of free memory, left to the system"
         )
         limit = use.process + available
-    stay = residents(slots, working, total)
-    return SlotBudget(slots, working, stay, slot_nbytes, reason, spare, limit, (*lines, count), use.chunk)
+    stay = residents(slots, working, whole)
+    return SlotBudget(
+        slots, working, stay, slot_nbytes, reason, spare, limit, (*lines, count), use.chunk, sizes
+    )
 
 
 LEAST_RING = 2

@@ -15,14 +15,17 @@ NOHUGEPAGE: int | None = getattr(mmap_module, "MADV_NOHUGEPAGE", None)
 COLD: int | None = 20 if sys.platform == "linux" else None
 """Of Linux 5.4; Python has no name for it."""
 
+_NORESERVE: int = getattr(mmap_module, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+"""Addresses alone are no promise of memory then, of which a kernel may refuse more than there is."""
+
 _REPORTING = 5
 """The bit of a virtio balloon's features that says so (virtual I/O device specification 1.2, section 5.5.3)."""
 
 
-def slot_memory(nbytes: int) -> mmap:
-    """``nbytes`` that the kernel commits when they are first written. Raises: OSError."""
+def slot_memory(nbytes: int, sparse: bool = False) -> mmap:
+    """``nbytes`` that the kernel commits when they are first written. sparse: never all of them. Raises: OSError."""
     # Private, so that pages can be given back: what is shared stays until the mapping goes.
-    memory = mmap(-1, nbytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+    memory = mmap(-1, nbytes, flags=MAP_PRIVATE | MAP_ANONYMOUS | (_NORESERVE if sparse else 0))
     advise(memory, best_pages())
     return memory
 

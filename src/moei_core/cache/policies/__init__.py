@@ -14,6 +14,7 @@ from moei_core.cache.policies.learned_native import NativeMixture
 from moei_core.cache.policies.lfu import DecayedLFU, GlobalLFU, LayerLFU, RequestLFU
 from moei_core.cache.policies.lru import GlobalLRU, LayerLRU
 from moei_core.cache.policies.static import OnDemand, Static
+from moei_core.errors import UsageError
 from moei_core.quant import native
 
 POLICIES: dict[str, Callable[[int, Mapping[int, int]], CachePolicy]] = {
@@ -41,4 +42,17 @@ LIVE_POLICIES = tuple(name for name, one in POLICIES.items() if not getattr(one,
 
 DEFAULT_POLICY = "learned"
 
-__all__ = ["DEFAULT_POLICY", "LIVE_POLICIES", "POLICIES", "CachePolicy"]
+
+def live_policy(name: str, where: str = "") -> Callable[[int, Mapping[int, int]], CachePolicy]:
+    """The constructor of one of ``LIVE_POLICIES``. where: what named it, for the error. Raises: UsageError."""
+    if name not in LIVE_POLICIES:
+        what = f"there is no cache policy '{name}' for a chat."
+        raise UsageError(
+            f"{where}: {what}" if where else what[0].upper() + what[1:],
+            "It needs the accesses to come: it can only simulate." if name in POLICIES else "",
+            f"Choose from: {', '.join(LIVE_POLICIES)}.",
+        )
+    return POLICIES[name]
+
+
+__all__ = ["DEFAULT_POLICY", "LIVE_POLICIES", "POLICIES", "CachePolicy", "live_policy"]

@@ -22,6 +22,9 @@ class CachePolicy(Protocol):
 
     needs_future: bool
 
+    def set_sizes(self, expert_nbytes: Mapping[int, int]) -> None:
+        """What one expert of each layer takes, once, where they are unequal."""
+
     def on_request(self) -> None:
         """A request (one turn of a chat) starts."""
 
@@ -62,6 +65,9 @@ class PolicyDefaults:
     """Does nothing for the events that a policy does not care about."""
 
     needs_future = False
+
+    def set_sizes(self, expert_nbytes: Mapping[int, int]) -> None:
+        return
 
     def on_request(self) -> None:
         return

@@ -14,7 +14,7 @@ class CostAware(LayerLFU):
 
     cost = latency + bytes / bandwidth, so with equal sizes this is one global pool of decayed frequencies,
     and with unequal sizes small experts are kept a little longer: their latency buys more hits per byte.
-    Sizes are unknown to the registry's constructor; ``set_sizes`` gives them.
+    Sizes are unknown to the registry's constructor; the cache gives them by ``set_sizes``.
     """
 
     decay = 0.98
