@@ -316,6 +316,31 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "changed manifest": (lambda f: replace_text(f, '"offset":0', '"offset":8'), "not that of its content"),
     "unknown format": (lambda f: rewrite(f, lambda c: c["kinds"][0][0].update(format="Q9_9")), "Q9_9"),
     "unknown field": (lambda f: rewrite(f, lambda c: c["experts"][0].update(colour=1)), "colour"),
+    "part beyond its expert": (
+        lambda f: rewrite(f, lambda c: c["kinds"][0][-1].update(offset=c["kinds"][0][-1]["offset"] + 8192)),
+        "smaller than its parts",
+    ),
+    "part before its expert": (
+        lambda f: rewrite(f, lambda c: c["kinds"][0][0].update(offset=-64)),
+        "bytes at -64",
+    ),
+    "part of other bytes": (lambda f: rewrite(f, lambda c: c["kinds"][0][0].update(nbytes=17)), "17 bytes"),
+    "unknown kind": (
+        lambda f: rewrite(f, lambda c: c["experts"][0].update(kind=-1)),
+        "smaller than its parts",
+    ),
+    "expert beyond its file": (
+        lambda f: rewrite(f, lambda c: c["experts"][-1].update(offset=1 << 40)),
+        "is not within experts",
+    ),
+    "expert between pages": (
+        lambda f: rewrite(f, lambda c: c["experts"][1].update(offset=c["experts"][1]["offset"] + 100)),
+        "is not within experts",
+    ),
+    "dense weight beyond its file": (
+        lambda f: rewrite(f, lambda c: next(iter(c["dense"].values())).update(offset=1 << 40)),
+        "is not within dense",
+    ),
     "missing file": (lambda f: (f / "experts-00001.bin").unlink(), r"experts-00001\.bin"),
     "missing tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json"),
     "truncated file": (lambda f: os.truncate(f / "dense.bin", 1000), r"dense\.bin"),

@@ -15,7 +15,7 @@ from typing import Any
 from moei_core.errors import DamagedFileError
 from moei_core.quant.formats import FORMATS
 from moei_core.quant.layouts import LAYOUTS
-from moei_core.store.base import ExpertLayout, Extent, Part, StoredTensor, align_up
+from moei_core.store.base import PAGE, ExpertLayout, Extent, Part, StoredTensor, align_up
 from moei_core.store.checksums import checksum
 from moei_core.store.packed_folder import MANIFEST_NAME
 from moei_core.store.safetensors_header import TensorEntry
@@ -198,10 +198,40 @@ def _parse(content: dict[str, Any]) -> Manifest:
     unknown |= {part.layout for kind in kinds for part in kind} - set(LAYOUTS)
     if unknown:
         raise ValueError(f"unknown format or layout {sorted(unknown)[0]}")
+    _check_bounds(kinds, experts, dense, content["files"])
     return Manifest(
         content["format"], content["dense_format"], PackedSource(**content["source"]), dict(content["files"]),
         kinds, dict(sorted(experts.items())), dense,
     )  # fmt: skip
+
+
+def _check_bounds(
+    kinds: tuple[tuple[PackedPart, ...], ...],
+    experts: dict[ExpertKey, PackedExpert],
+    dense: dict[str, PackedTensor],
+    files: dict[str, int],
+) -> None:
+    """A kernel computes from where the manifest says that weights are: all of them must be inside what is read.
+
+    Raises: ValueError.
+    """
+    ends = []
+    for kind in kinds:
+        for part in kind:
+            if part.offset < 0 or part.nbytes != FORMATS[part.format].nbytes(part.shape):
+                raise ValueError(f"{part.param} has {part.nbytes} bytes at {part.offset}")
+        ends.append(max(part.offset + part.nbytes for part in kind))
+    for key, one in experts.items():
+        if not 0 <= one.kind < len(kinds) or ends[one.kind] > one.nbytes:
+            raise ValueError(f"{key} is smaller than its parts")
+        if one.offset < 0 or one.offset % PAGE or one.offset + one.nbytes > files[one.file]:
+            raise ValueError(f"{key} is not within {one.file}")
+    for name, tensor in dense.items():
+        # Of others, such as integers, the checkpoint's reader knows the size.
+        if tensor.format in FORMATS and tensor.nbytes != FORMATS[tensor.format].nbytes(tensor.shape):
+            raise ValueError(f"{name} has {tensor.nbytes} bytes")
+        if tensor.offset < 0 or tensor.offset + tensor.nbytes > files[tensor.file]:
+            raise ValueError(f"{name} is not within {tensor.file}")
 
 
 def _check_size(file: Path, nbytes: int) -> None:
