@@ -376,6 +376,14 @@ def test_host_slots_are_locked_while_they_may_be_copied_and_free_when_copies_end
         pool.give_back(slot)
     pool.resize(2)
     assert not device.registered, "what may go back to the system is not locked"
+    pool.resize(4)
+    slots = [pool.take() for _ in range(4)]
+    pool.resize(1)
+    for slot in slots:
+        pool.give_back(slot)
+    assert pool.free == 1 and len(device.registered) == 1, (
+        "so is what came back when the pool had become smaller"
+    )
     pool.take()
     pool.close()
     assert not device.registered

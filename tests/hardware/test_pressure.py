@@ -189,9 +189,18 @@ def test_slots_that_are_not_needed_are_no_memory() -> None:
     pool.resize(8)
     assert pool.free == 6
     assert sorted(pool.take() for _ in range(6)) == sorted(slots[2:])
-    # Shrunk below what is in use, nothing is free until that is given back.
+    # Shrunk below what is in use, nothing is free until that is given back, and more than may be used never is.
     pool.resize(4)
     assert pool.free == 0
+    for slot in slots:
+        pool.view(slot)[:] = b"x" * pool.slot_nbytes
+    full = psutil.Process().memory_info().rss
+    for slot in slots:
+        pool.give_back(slot)
+    assert pool.free == 4
+    assert full - psutil.Process().memory_info().rss > 60 * MIB
+    pool.resize(8)
+    assert pool.free == 8
 
 
 @pytest.mark.skipif(not Path("/proc/vmstat").exists(), reason="no huge pages here")

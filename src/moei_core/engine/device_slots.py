@@ -38,7 +38,7 @@ class LinkedSlotPool(SlotPool):
             started = time.perf_counter()
             self._read_by.pop(slot).wait()
             self.statistics.link_s += time.perf_counter() - started
-            self._free.append(slot)
+            super().give_back(slot)
         return len(self._free)
 
     def take(self, layer: int | None = None) -> int:
@@ -80,7 +80,12 @@ class LinkedSlotPool(SlotPool):
         while self._leaving:
             slot = self._leaving.popleft()
             self._read_by.pop(slot).wait()
-            self._free.append(slot)
+            super().give_back(slot)
+
+    def _retire(self, slot: int) -> None:
+        if slot in self._locked:
+            self._unlock(slot)
+        super()._retire(slot)
 
     def _unlock(self, slot: int) -> None:
         if self._locked.pop(slot):

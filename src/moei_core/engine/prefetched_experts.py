@@ -85,7 +85,7 @@ class PrefetchedExperts:
                 if stays:
                     self._slots[key] = load.slot
                     self._hold(load)
-                    self._transfers.add_spare(self._pool.take())
+                    self._add_spare()
                 else:
                     self._transfers.add_spare(load.slot)
         if failure is not None:
@@ -111,8 +111,15 @@ class PrefetchedExperts:
             return False
         self._slots[key] = load.slot
         if not load.borrowed:
-            self._transfers.add_spare(self._pool.take())
+            self._add_spare()
         return True
+
+    def _add_spare(self) -> None:
+        """Give the queue another slot for the one that it had, if there is any: pools are made smaller in between."""
+        if self._pool.free:
+            self._transfers.add_spare(self._pool.take())
+        else:
+            self._prefetch_slots -= 1
 
     def _take_returned(self, wait: bool = False) -> None:
         for slot in self._transfers.take_returned(wait):

@@ -43,6 +43,7 @@ class SlotPool:
         self._address = np.frombuffer(self._view, np.uint8).ctypes.data
         self._free = list(range(count - 1, -1, -1))
         self._retired: list[int] = []
+        self._limit = count
 
     @property
     def free(self) -> int:
@@ -59,7 +60,11 @@ class SlotPool:
         return self._free.pop()
 
     def give_back(self, slot: int) -> None:
-        self._free.append(slot)
+        if self.count - len(self._retired) > self._limit:
+            # More were in use when the pool was made smaller.
+            self._retire(slot)
+        else:
+            self._free.append(slot)
 
     def fit(self, slot: int, layer: int) -> None:
         """In ``slot`` is a complete expert of ``layer``, and nothing more is written there."""
@@ -82,16 +87,25 @@ class SlotPool:
 
         The others cannot be taken until the pool is resized again.
         """
+        self._limit = slots
         idle = self._free + self._retired
         usable = max(0, slots - (self.count - len(idle)))
         self._free, self._retired = idle[:usable], idle[usable:]
         # While something is retired nobody else may fill up the huge pages that it has left.
         advise(self._memory, NOHUGEPAGE if self._retired else best_pages())
         for first, count in _runs(idle):
-            where = first * self.slot_nbytes, count * self.slot_nbytes
-            # Splits the huge pages at both ends: they would be given back as a whole or not at all.
-            advise(self._memory, COLD, *where)
-            advise(self._memory, DONTNEED, *where)
+            self._leave_memory(first, count)
+
+    def _retire(self, slot: int) -> None:
+        self._retired.append(slot)
+        advise(self._memory, NOHUGEPAGE)
+        self._leave_memory(slot, 1)
+
+    def _leave_memory(self, first: int, count: int) -> None:
+        where = first * self.slot_nbytes, count * self.slot_nbytes
+        # Splits the huge pages at both ends: they would be given back as a whole or not at all.
+        advise(self._memory, COLD, *where)
+        advise(self._memory, DONTNEED, *where)
 
 
 class SizedSlotPool(SlotPool):
@@ -108,7 +122,7 @@ class SizedSlotPool(SlotPool):
         super().__init__(places, sizes.largest, sparse=True)
         # A huge page would reach into the next slot, and come back whole where only its end had gone.
         advise(self._memory, NOHUGEPAGE)
-        self._sizes, self._limit = sizes, count * sizes.largest
+        self._sizes, self._most = sizes, count * sizes.largest
         # Bytes that each slot in use may fill; and bytes from its beginning that each slot may have pages for.
         self._held: dict[int, int] = {}
         self._touched: dict[int, int] = {}
@@ -121,7 +135,7 @@ class SizedSlotPool(SlotPool):
     @property
     def free(self) -> int:
         """How many of the largest experts there is memory for."""
-        return max(0, self._limit - self._used) // self.slot_nbytes
+        return max(0, self._most - self._used) // self.slot_nbytes
 
     @property
     def committed(self) -> int:
@@ -129,13 +143,13 @@ class SizedSlotPool(SlotPool):
         return self._total
 
     def has_room(self, layer: int) -> bool:
-        return self._used + self._sizes.nbytes[layer] <= self._limit
+        return self._used + self._sizes.nbytes[layer] <= self._most
 
     def take(self, layer: int | None = None) -> int:
         slot = super().take()
         self._hold(slot, self.slot_nbytes if layer is None else self._sizes.nbytes[layer])
-        if self._total > self._limit:
-            self._trim(self._total - self._limit)
+        if self._total > self._most:
+            self._trim(self._total - self._most)
         return slot
 
     def give_back(self, slot: int) -> None:
@@ -143,7 +157,10 @@ class SizedSlotPool(SlotPool):
         self._touched[slot] = max(self._touched.get(slot, 0), self._held[slot])
         self._used -= self._held.pop(slot)
         self._loose.discard(slot)
-        super().give_back(slot)
+        self._free.append(slot)
+        if self._total > self._most:
+            # More was in use when the pool was made smaller.
+            self._trim(self._total - self._most)
 
     def fit(self, slot: int, layer: int) -> None:
         # A slot that is for any may have been filled by others, which were cancelled.
@@ -154,7 +171,7 @@ class SizedSlotPool(SlotPool):
         return self._sizes.whole
 
     def resize(self, slots: int) -> None:
-        self._limit = slots * self.slot_nbytes
+        self._most = slots * self.slot_nbytes
         self._trim(self._total)
 
     def _hold(self, slot: int, nbytes: int) -> None:
