@@ -23,7 +23,7 @@ class PrefetchStatistics:
 
     started = useful + late + wasted + cancelled + those still waiting for their layer. useful: complete when
     the gate chose them. late: chosen while still in flight, so part of the load was waited for. wasted:
-    complete, but gone or not chosen at the layer's next access. cancelled: overtaken by the gate.
+    complete, but gone or not chosen at the layer's next access. cancelled: overtaken by the gate, or failed.
     """
 
     started: int = 0
@@ -272,8 +272,10 @@ class ExpertScheduler:
 
     def cancel_load(self, key: ExpertKey) -> None:
         """The planned bytes of ``key`` did not arrive: it is not resident."""
-        self._in_flight.pop(key, None)
-        self._waiting.pop(key, None)
+        if self._in_flight.pop(key, None) is not None:
+            self.prefetch_statistics.cancelled += 1
+        if self._waiting.pop(key, None) is not None:
+            self.prefetch_statistics.wasted += 1
         if key in self._cache:
             self._cache.drop(key)
 

@@ -289,5 +289,7 @@ class TieredScheduler(ExpertScheduler):
         if key not in self._in_flight:
             if key in self.device.cache:
                 self.device.cache.drop(key)
-            self.device.ahead.pop(key, None)
+            if key in self.device.ahead:
+                del self.device.ahead[key]
+                self.device.prefetch_statistics.wasted += 1
         super().cancel_load(key)

@@ -19,18 +19,22 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from moei_core.adapters.transformers_adapter import TransformersAdapter
 from moei_core.config import ExpertBudget, GenerationSettings
-from moei_core.engine import runtime, transfers
+from moei_core.engine import loaded_model, runtime, transfers
 from moei_core.engine.chat_session import ChatSession
+from moei_core.engine.device_slots import LinkedSlotPool
 from moei_core.engine.devices import CpuDevice
 from moei_core.engine.loaded_model import LoadedModel, LoadOptions
+from moei_core.engine.tiered_runtime import TieredRuntime
 from moei_core.engine.transfers import TransferQueue
-from moei_core.errors import DoesNotFitError, ExpertReadError
+from moei_core.errors import DoesNotFitError, ExpertReadError, InterruptedTurnError
 from moei_core.prefetch import PrefetchMode
 from moei_core.store.base import PAGE, read_expert
 from moei_core.tiers import LinkCosts
+from moei_core.types import FetchPlan, LayerAccess
 from tests.packed import pack_folder
 
 GREEDY = GenerationSettings(max_new_tokens=12, temperature=0)
@@ -263,6 +267,66 @@ def test_ctrl_c_in_the_middle_of_a_read_leaves_the_conversation_as_it_was(
         assert ask(session, "three, at last") == last
 
 
+def test_what_is_pressed_while_a_prompt_becomes_tokens_counts(folder: Path) -> None:
+    """Of a long text that takes a second."""
+    with LoadedModel(folder, options()) as model:
+        session = ChatSession(model, GREEDY)
+        ask(session, "one")
+        make, before = session._prompt, list(session.messages)
+
+        def pressed(messages: list[dict[str, str]]) -> list[int]:
+            session.stop()
+            return make(messages)
+
+        session._prompt = pressed  # type: ignore[method-assign]
+        with pytest.raises(InterruptedTurnError):
+            ask(session, "two")
+        assert session.messages == before
+        session._prompt = make  # type: ignore[method-assign]
+        assert ask(session, "two")
+
+
+def test_an_interrupt_while_the_brain_decides_leaves_it_right(folder: Path) -> None:
+    """For those who catch it and go on, as in a notebook."""
+    with LoadedModel(folder, options()) as model:
+        session, decide, calls = ChatSession(model, GREEDY), model.scheduler.decide, 0
+
+        def interrupted(access: LayerAccess, routed: LayerAccess | None = None) -> FetchPlan:
+            nonlocal calls
+            plan = decide(access, routed)
+            calls += 1
+            if calls == 2:
+                raise KeyboardInterrupt
+            return plan
+
+        model.scheduler.decide = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            ask(session, "hello")
+        nothing_is_lost(model)
+        assert ask(session, "one") == untouched(folder)[0]
+
+
+def test_every_prefetch_is_accounted_for_after_turns_that_failed(folder: Path, disk: Disk) -> None:
+    with LoadedModel(folder, options("router")) as model:
+        failed = 0
+        for number in range(12):
+            session = ChatSession(model, GREEDY)
+            reply = session.reply(f"two {number}")
+            next(reply, None)
+            disk.fault("fails", 0, LASTING)
+            try:
+                for _ in reply:
+                    pass
+            except ExpertReadError:
+                failed += 1
+            disk.heal()
+            nothing_is_lost(model)
+            brain, count = model.scheduler, model.scheduler.prefetch_statistics
+            settled = count.useful + count.late + count.wasted + count.cancelled
+            assert count.started == settled + len(brain._waiting) + len(brain._in_flight)
+        assert failed
+
+
 def open_files(folder: Path) -> list[str]:
     return [one.path for one in psutil.Process().open_files() if one.path.startswith(str(folder))]
 
@@ -309,6 +373,27 @@ def test_the_last_reference_takes_all_weights_with_it(
         assert not [one for one in weights if one() is not None]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("where", ["measure_costs", "warm_up"])
+def test_a_device_that_fails_at_the_end_of_loading_leaves_nothing(
+    where: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object) -> object:
+        for pool in given:
+            if isinstance(pool, LinkedSlotPool):
+                pool.take()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if where == "warm_up":
+        monkeypatch.setattr(TieredRuntime, "_compute_there", refuse)
+    else:
+        monkeypatch.setattr(loaded_model, "measure_costs", refuse)
+    threads, device = our_threads(), CpuDevice()
+    costs = LinkCosts(20e9, 1e-6, 40e9) if where == "warm_up" else None
+    with pytest.raises(DoesNotFitError, match="not enough to load"):
+        LoadedModel(folder, options(), device, costs)
+    assert our_threads() == threads and not open_files(folder) and not device.registered
 
 
 def test_what_cannot_be_loaded_leaves_no_thread_and_no_file(folder: Path) -> None:

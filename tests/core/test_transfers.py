@@ -368,6 +368,8 @@ def test_a_read_that_hangs_is_an_error_with_its_name(monkeypatch: pytest.MonkeyP
     assert time.monotonic() - started < 5 and not bench.store.closed
     bench.store.gate.set()
     bench.wait_until(lambda: bench.queue.take_returned() == [0])
+    # Whoever read last closes the files.
+    bench.wait_until(lambda: bench.store.closed)
 
 
 def test_what_is_streamed_uses_every_reader_and_waits_in_its_slot(bench: Bench) -> None:

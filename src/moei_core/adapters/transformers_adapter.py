@@ -150,6 +150,7 @@ class TransformersAdapter:
         self._native_dense = native_dense
         self._kept = find_kept(self.model, self._dense, parameters) if native_dense else {}
         self._calls: dict[nn.Module, ModuleCall] = {}
+        self._previous: str | None = None
         self._spec = self._make_spec()
 
     def _make_spec(self) -> ModelSpec:

@@ -202,6 +202,8 @@ class ChatSession:
         The turn joins ``messages`` when it ends, also when it was stopped after its first token. If it raises,
         the conversation is as it was before. Raises: InterruptedTurnError, ExpertReadError, UsageError.
         """
+        # First of all: to make tokens of a long text takes a second, in which it may be stopped, too.
+        self._stop = False
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self._prompt(messages)
         if not prompt:
@@ -215,7 +217,6 @@ class ChatSession:
                 f"It has {len(prompt)} tokens, and {self.model.context} is the limit.",
                 f"{way_out}.",
             )
-        self._stop = False
         started = time.perf_counter()
         report = TurnReport(len(prompt), self._cache.reuse_prefix(prompt), self.model.context)
         self.report = report

@@ -117,6 +117,7 @@ class LoadedModel:
         self.longest_context: int = longest or DEFAULT_CONTEXT
         self.tokenizer: Any = load_tokenizer(folder)
         store = self.adapter.open_store()
+        linked: LinkedSlotPool | None = None
         try:
             slot_nbytes = max(store.layout(key).slot_nbytes for key in store.experts())
             self._refuse_hopeless(options, slot_nbytes)
@@ -192,9 +193,9 @@ class LoadedModel:
                 self.scheduler = tiers
                 at_once = max(1, int(AHEAD_S / costs.copy_seconds(slot_nbytes)))
                 tiered = TieredRuntime(store, linked, tiers, device, slots, threads, options.overlap, at_once)
+                self.runtime = tiered
                 tiered.device_governor = device_governor(device, self.device_budget, slots)
                 tiered.warm_up(modules, self.spec, self.adapter.dtype)
-                self.runtime = tiered
             least = self.budget.working + self.budget.spare
             self.runtime.governor = MemoryGovernor(self.budget.slots, least, slot_nbytes)
             self.runtime.hinter = hinter
@@ -209,6 +210,8 @@ class LoadedModel:
                 self.runtime.close()
                 self.adapter.uninstall()
             else:
+                if linked is not None:
+                    linked.close()
                 store.close()
                 if device is not None:
                     device.close()

@@ -178,11 +178,11 @@ class ExpertRuntime(PrefetchedExperts, ResidentLayers, Turns):
             self.sampler.record(layer, hidden_states[self.sampler.wants].to(torch.float32).numpy())
         work, access = self._gather(module, layer, hidden_states, top_k_index, top_k_weights, named)
         clock.add_to("combine_s")
-        plan = self._scheduler.decide(access)
-        clock.add_to("decide_s")
-        self._unforeseen = access, hidden_states
-        self._meanwhile = None if meanwhile is None else partial(self._compute_beside, meanwhile, clock)
         try:
+            plan = self._scheduler.decide(access)
+            clock.add_to("decide_s")
+            self._unforeseen = access, hidden_states
+            self._meanwhile = None if meanwhile is None else partial(self._compute_beside, meanwhile, clock)
             if self._hints_first:
                 self._unforeseen = access._replace(hints=self._hints(access, hidden_states)), None
             self._carry_out(plan, work)

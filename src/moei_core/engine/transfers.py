@@ -63,7 +63,7 @@ class TransferQueue:
         self._returned: list[int] = []
         self._progress = 0.0
         self._reading = 0
-        self._closing = False
+        self._closing, self._serving = False, readers
         self._threads = [
             threading.Thread(target=self._serve, name=f"moei-reader-{i}", daemon=True) for i in range(readers)
         ]
@@ -224,8 +224,6 @@ class TransferQueue:
         until = time.monotonic() + _CLOSING_S
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
-        if not any(thread.is_alive() for thread in self._threads):
-            self._store.close()
 
     def _wait_for(self, things: Sized) -> None:
         while not things:
@@ -288,15 +286,19 @@ class TransferQueue:
         )
 
     def _serve(self) -> None:
-        """The life of a reader thread."""
+        """The life of a reader thread. The last one closes the store."""
         while True:
             with self._lock:
                 while not self._closing and (task := self._begin_chunk()) is None:
                     self._work.wait()
                 if self._closing:
-                    return
+                    self._serving -= 1
+                    last = not self._serving
+                    break
             assert task is not None
             self._read(*task)
+        if last:
+            self._store.close()
 
     def _begin_chunk(self) -> tuple[Load, Extent] | None:
         """What is to be read now, which the caller must do; None: nothing."""
