@@ -310,6 +310,8 @@ bool call_all_finite(std::string_view format, std::string_view order, int64_t ro
 NB_MODULE(_native, m) {
     using namespace moei;
     using namespace nb::literals;
+    // Whoever ends with an error still holds the model by its traceback: that is no leak, and a page of names no help.
+    nb::set_leak_warnings(false);
     nb::class_<FfnLayout>(m, "FfnLayout").def("__init__", [](FfnLayout* self, int64_t hidden, int64_t intermediate, std::string_view gate_up_format, std::string_view gate_up_order, std::string_view gating, std::string_view down_format, std::string_view down_order, std::string_view activation, double alpha, double limit, std::string_view bias_format) {
         new (self) FfnLayout(make_layout(hidden, intermediate, gate_up_format, gate_up_order, gating, down_format, down_order, activation, alpha, limit, bias_format));
     });

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <system_error>
 
 namespace moei {
 namespace {
@@ -30,7 +31,12 @@ bool spin_until(Condition condition) {
 }  // namespace
 
 ThreadPool::ThreadPool(int threads) {
-    for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
+    workers_.reserve(threads > 1 ? static_cast<size_t>(threads - 1) : 0);
+    try {
+        for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
+    } catch (const std::system_error&) {
+        // The system gives no more threads: those that there are do the same work.
+    }
 }
 
 ThreadPool::~ThreadPool() {

@@ -96,6 +96,28 @@ except UsageError as error:
     assert done.stdout.startswith("3 ") and "avx9000" in done.stdout and "portable" in done.stdout
 
 
+def test_a_pool_of_fewer_threads_than_asked_for_does_the_work() -> None:
+    """Containers bound how many a process may have; here it is their stacks' addresses."""
+    program = """
+import resource
+import numpy as np
+import psutil
+from moei_core.quant import native
+from tests.native.weights import run_linear, stored_weights
+stored = stored_weights(np.random.default_rng(0), "Q8_0", 4096, 256)
+x = np.ones((1, 256), np.float32)
+native.set_num_threads(1)
+alone = run_linear("Q8_0", stored, 4096, x, "plain")
+native.set_num_threads(64)
+used = psutil.Process().memory_info().vms
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+print(np.array_equal(alone, run_linear("Q8_0", stored, 4096, x, "plain")))
+"""
+    done = run_python(program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "True"
+
+
 def test_an_idle_pool_uses_no_processor_time() -> None:
     program = """
 import time
