@@ -187,11 +187,11 @@ class Comparison:
         from moei_core.engine.loaded_model import LoadedModel
 
         first, second = order
-        with naming_the_request(self.options), _naming_both():
+        with naming_the_request(self.options), _naming_both(self.asked):
             half = half_of(self.asked)
             one = LoadedModel(self.files.folder, _options(first, half))
         with one:
-            with naming_the_request(self.options), _naming_both():
+            with naming_the_request(self.options), _naming_both(self.asked):
                 same = replace(half, ram=self.asked.ram, experts=ExpertBudget(nbytes=one.budget.nbytes))
                 other = LoadedModel(self.files.folder, _options(second, same))
             with other:
@@ -240,11 +240,12 @@ def half_of(asked: LoadOptions) -> LoadOptions:
 
 
 @contextmanager
-def _naming_both() -> Iterator[None]:
+def _naming_both(asked: LoadOptions) -> Iterator[None]:
+    halved = ", and each gets half" if asked.ram is not None or asked.experts is None else ""
     try:
         yield
     except DoesNotFitError as error:
-        error.why = f"--ablation has two engines in memory at a time, and each gets half. {error.why}".strip()
+        error.why = f"--ablation has two engines in memory at a time{halved}. {error.why}".strip()
         raise
 
 

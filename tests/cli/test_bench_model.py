@@ -308,6 +308,9 @@ def test_two_engines_that_do_not_fit_say_that_they_are_two(moei: Moei) -> None:
     done = moei("bench", "moei-demo", "--ablation", "--ram", "600MiB")
     assert done.code == 4
     assert "two engines in memory at a time, and each gets half" in done.err
+    done = moei("bench", "moei-demo", "--ablation", "--experts", "1%")
+    assert done.code == 4
+    assert "two engines in memory at a time. One token uses" in done.err
 
 
 def test_the_order_of_loading_does_not_count() -> None:
