@@ -15,8 +15,8 @@ constexpr double kGrid = 0x1p-16;
 constexpr int64_t kBlock = 16;
 
 // The features' rows, as in Python: five frequencies, the last of them slow; then what follows the layer's own experts,
-// those of the layer before, and its own a few tokens back.
-constexpr int64_t kSlow = 4, kOwn = 5, kBefore = 6, kOwnRecent = 7, kFloor = 3;
+// those of the layer before, and its own a few tokens back; then how lately it was used.
+constexpr int64_t kSlow = 4, kOwn = 5, kBefore = 6, kOwnRecent = 7, kAge = 8, kFloor = 3;
 
 // To the nearest whole number, to even between two: for less than 2^51, in two additions, which unlike a call of rint
 // the compiler makes into vectors.
@@ -95,6 +95,9 @@ void LearnedMixture::account(int64_t i, const std::vector<int64_t>& experts) {
     const float recent = arrays.keep[kOwnRecent];
     for (int64_t e = 0; e < width; ++e)
         features[kOwnRecent * width + e] = old[kOwnRecent * width + e] * recent + old[kOwn * width + e];
+    const float older = arrays.keep[kAge];
+    for (int64_t e = 0; e < width; ++e) features[kAge * width + e] = old[kAge * width + e] * older;
+    for (const int64_t e : experts) features[kAge * width + e] = 1;
 
     const int64_t count = static_cast<int64_t>(sources.size());
     const auto affinity = [&](int64_t row, int64_t begin, int64_t end) {

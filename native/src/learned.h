@@ -8,7 +8,7 @@
 
 namespace moei {
 
-inline constexpr int64_t kFeatures = 8;
+inline constexpr int64_t kFeatures = 9;
 
 // Shapes in the order of the indices; all contiguous.
 struct MixtureArrays {

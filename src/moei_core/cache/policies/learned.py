@@ -2,8 +2,9 @@
 
 The value of an expert is ``w . features``, an estimate of how much it will be used soon. Evidence:
 
-* its own history: decayed frequencies at several speeds, cut at each new request, and a slow popularity
-  (LRU and LFU are two corners of this space: LRFU, IEEE Transactions on Computers 2001);
+* its own history: decayed frequencies at several speeds, cut at each new request, a slow popularity, and how
+  long ago it was last used, whatever came before (LRU and LFU are corners of this space: LRFU, IEEE
+  Transactions on Computers 2001);
 * which experts tend to follow those that the same layer has just chosen, now and a few tokens back. This is
   learned from all requests, so it works from the first token of a short one, where history says nothing;
 * which experts tend to follow those of the layer before, in the same token (affinity: ExFlow, arXiv
@@ -37,7 +38,7 @@ DECAYS = (0.5, 0.8, 0.93, 0.98)
 SLOW = 0.9995
 REQUEST_SCALE = 0.3
 """What a new request leaves of the request's own features: a new subject makes the old history stale."""
-PRIOR = np.array([0.013, 0.18, -0.125, 0.617, -0.69, 0.95, 0.8, -0.12], np.float64)
+PRIOR = np.array([0.013, 0.18, -0.125, 0.617, -0.69, 0.95, 0.8, -0.12, 0.0], np.float64)
 """Weights before any evidence, in the order of the features."""
 PRIOR_WEIGHT = 100.0
 LAYER_WEIGHT = 50.0
@@ -45,10 +46,12 @@ FORGET = 0.9999
 SHRINK = 5.0
 """An affinity seen n times counts n / (n + SHRINK); the rest is popularity."""
 RECENT = 0.8
+AGE = 0.9
+"""A use counts so much less with every token, and only the last one counts."""
 FEW = {Phase.PREFILL: 8, Phase.DECODE: 32}
 """A pass over no more tokens is one step to learn from: several users' tokens or drafts, or the end of a prompt."""
 FEATURES = len(PRIOR)
-_FREQUENCIES, _SLOW, _OWN, _BEFORE, _OWN_RECENT = slice(0, 4), 4, 5, 6, 7
+_FREQUENCIES, _SLOW, _OWN, _BEFORE, _OWN_RECENT, _AGE = slice(0, 4), 4, 5, 6, 7, 8
 _FIRST_FITS = 8
 _FADED = 1e-3
 _NOTHING = 1e-20
@@ -81,12 +84,12 @@ class LearnedMixture(ValuePolicy):
         self._forget = powers(FORGET, batch)
         # Features by token of the batch; the last entry holds those that the batch started from.
         self._batches = np.zeros((layers, batch + 1, FEATURES, width), np.float32)
-        parts = (slice(0, _OWN), slice(_OWN, _OWN_RECENT), _SLOW, _OWN, _BEFORE, _OWN_RECENT)
+        parts = (slice(0, _OWN), slice(_OWN, _OWN_RECENT), _SLOW, _OWN, _BEFORE, _OWN_RECENT, _AGE)
         self._views = [
             [(block[at - 1], block[at], *(block[at, part] for part in parts)) for at in range(batch)]
             for block in self._batches
         ]
-        self._keep = np.array([[*DECAYS, 1, 0, 0, RECENT]], np.float32).T
+        self._keep = np.array([[*DECAYS, 1, 0, 0, RECENT, AGE]], np.float32).T
         self._gain = np.array([[1 - decay for decay in DECAYS] + [1]], np.float32).T
         self._total: list[float] | NDArray[np.float64] = [0.0] * layers
         self._sources = np.zeros((layers, batch, 2 * width), np.float32)
@@ -165,13 +168,16 @@ class LearnedMixture(ValuePolicy):
         sources[indices] = 1
         kept = self._total[i] * SLOW
         self._total[i] = total = kept + 1
-        old, features, histories, affinities, popularity, own_row, before_row, recent = self._views[i][at]
+        old, features, histories, affinities, popularity, own_row, before_row, recent, age = self._views[i][
+            at
+        ]
         self._keep[_SLOW, 0], self._gain[_SLOW, 0] = kept / total, 1 / total
         np.multiply(old, self._keep, features)
         np.add(recent, old[_OWN], recent)
         added, added_pair = self._added, self._added_pair
         np.multiply(sources[:width], self._gain, added)
         np.add(histories, added, histories)
+        age[indices[:own]] = 1
         trust = self._trust[i].take(indices)
         trust *= self._mean(own, len(self._previous))
         follows = self._follows[i].take(indices, 0)
@@ -238,6 +244,11 @@ class LearnedMixture(ValuePolicy):
         self._total[i] = total = old + tokens
         features[_SLOW] *= np.float32(old / total)
         features[_SLOW, experts] += counts / np.float32(total)
+        # Expected, of a last use among tokens that each have it with the same probability.
+        likely = np.minimum(share, np.float32(1))
+        features[_AGE] *= np.float32(power(AGE, tokens))
+        last = likely / (1 - np.float32(AGE) * (1 - likely))
+        features[_AGE, experts] = np.maximum(features[_AGE, experts], last)
         trust = self._trust[i, experts] * share / share.sum()
         follows = self._follows[i, experts]
         follows *= trust[:, None]
@@ -253,6 +264,7 @@ class LearnedMixture(ValuePolicy):
         features = self._batches[i, -1]
         features[_FREQUENCIES] *= np.float32(REQUEST_SCALE)
         features[_OWN_RECENT] *= np.float32(REQUEST_SCALE)
+        features[_AGE] *= np.float32(REQUEST_SCALE)
         # What follows in the next request does not follow from this one.
         self._source_trace[i] = 0
 
