@@ -70,6 +70,10 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(getattr(stop.__context__, "__cause__", None), KeyboardInterrupt):
             print("Interrupted.", file=sys.stderr)
         raise
+    except KeyboardInterrupt:
+        # Before Typer has begun: building the commands takes a tenth of a second.
+        print("Interrupted.", file=sys.stderr)
+        _exit(130)
     except BrokenPipeError:
         # The reader of our output has gone (`moei ... | head`); there is nobody left to tell.
         _drop_output()

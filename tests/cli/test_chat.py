@@ -297,6 +297,17 @@ def test_ctrl_c_while_moei_is_imported_is_no_traceback() -> None:
     assert (done.returncode, done.stderr) == (130, "Interrupted.\n")
 
 
+def test_ctrl_c_before_typer_looks_is_no_traceback() -> None:
+    program = (
+        "import moei_cli.main as main\n"
+        "def interrupted(**_): raise KeyboardInterrupt\n"
+        "main.app = interrupted\n"
+        "main.main(['list'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "Interrupted.\n")
+
+
 def test_piped_bytes_that_are_no_text(moei: Moei) -> None:
     done = subprocess.run([*MOEI, "chat"], input=b"caf\xe9", capture_output=True, timeout=120)
     assert done.returncode == 2

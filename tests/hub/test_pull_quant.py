@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 from huggingface_hub import constants, hf_hub_download
 
 from moei_core.errors import DoesNotFitError
+from moei_core.hub.layout import RepoCache
 from moei_core.hub.packed import packed_root
 from moei_core.hub.pull import plan_pull, pull
 from moei_core.hub.resolve import resolve_model
+from moei_core.hub.transfer import SilentProgress, blob_lock
 from moei_core.store.packed_manifest import read_manifest
 from moei_core.types import ExpertKey
 from tests.core.test_packed_exactness import stored_matrices
@@ -54,7 +57,10 @@ def test_pull_and_pack(place: Place, real: dict[str, bytes]) -> None:
 def test_what_is_published_in_mxfp4_is_packed_without_loss(place: Place, tmp_path: Path) -> None:
     folder = save_mxfp4(tmp_path / "gpt-oss")
     place.hub.add(REPO, {path.name: path.read_bytes() for path in folder.iterdir()})
-    assert place.run("pull", REPO, "--quant", "q4_0").returncode == 1, "it would lose accuracy"
+    for dry in ((), ("--dry-run",)):
+        refused = place.run("pull", REPO, "--quant", "q4_0", *dry)
+        assert refused.returncode == 1 and "lose accuracy" in refused.stderr
+        assert not place.repo_folder().exists(), "it was downloaded in vain"
     done = place.run("pull", REPO, "--quant", "mxfp4", "--drop-source")
     assert done.returncode == 0, done.stderr
     files = resolve_model(REPO)
@@ -79,6 +85,26 @@ def test_what_is_published_in_fp8_runs_once_it_is_packed(place: Place, tmp_path:
     assert "runs once it is packed" not in done.stderr
     told = place.run("chat", REPO, "hello there", "--max-tokens", "3", "--temperature", "0")
     assert told.returncode == 0, told.stderr
+
+
+def test_what_is_not_mxfp4_is_not_downloaded_to_become_it(place: Place, real: dict[str, bytes]) -> None:
+    refused = place.run("pull", REPO, "--quant", "mxfp4")
+    assert refused.returncode == 1 and "Choose q8_0 or q4_0" in refused.stderr
+    assert not place.repo_folder().exists()
+    for option in ("--quant", "--revision"):
+        assert place.run("pull", REPO, option, "").returncode == 2
+
+
+def test_a_refused_rm_leaves_the_packed_store(place: Place, real: dict[str, bytes]) -> None:
+    assert place.run("pull", REPO, "--quant", "q8_0").returncode == 0
+    shard = next(name for name in real if name.endswith(".safetensors"))
+    cache = RepoCache(place.cache, REPO)
+    with blob_lock(cache, place.hub.sha256(real[shard]), threading.Event(), SilentProgress()):
+        refused = place.run("rm", REPO)
+    assert refused.returncode == 1 and "being downloaded" in refused.stderr
+    assert resolve_model(REPO).format == "q8_0", "it was deleted all the same"
+    assert place.run("rm", REPO).returncode == 0
+    assert not packed_root().exists() and not place.repo_folder().exists()
 
 
 def test_a_dropped_source_is_not_needed_again(place: Place, real: dict[str, bytes]) -> None:

@@ -46,6 +46,9 @@ def pull(
     from moei_core.hub.remote import Remote
     from moei_core.hub.resolve import parse_name
 
+    for option, value in (("--quant", quant), ("--revision", revision)):
+        if value is not None and not value.strip():
+            raise UsageError(f"{option} is empty.", hint="Give it a value, or leave it out.")
     name = parse_name(model)
     if name.format is not None and quant not in (None, name.format):
         raise UsageError(f"{model} and --quant {quant} name two formats.", hint="Give one of them.")

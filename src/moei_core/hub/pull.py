@@ -44,7 +44,7 @@ from moei_core.hub.layout import (
 from moei_core.hub.packed import packed_commit, repo_place
 from moei_core.hub.pull_plan import PullPlan, check_space, free_space
 from moei_core.hub.remote import Remote, Stopped
-from moei_core.hub.runnable import quant_method, why_not
+from moei_core.hub.runnable import quant_method, why_not, why_not_packed
 from moei_core.hub.summary import expert_count
 from moei_core.hub.transfer import (
     PlannedFile,
@@ -104,6 +104,10 @@ def plan_pull(
     config = _config(next(file.content for file in files if file.name == "config.json") or b"")
     if (reason := why_not(config)) is not None:
         raise UnsupportedModelError(f"moei cannot run {repo}, so it is not downloaded.", *reason)
+    if packed_as is not None and (reason := why_not_packed(config, packed_as)) is not None:
+        raise UnsupportedModelError(
+            f"{repo} cannot be packed as {packed_as}, so it is not downloaded.", *reason
+        )
     card = vars(info.card_data) if info.card_data is not None else {}
     return PullPlan(
         cache=cache,
@@ -145,8 +149,9 @@ def _choose(repo: str, info: ModelInfo, commit: str, remote: Remote) -> tuple[Pl
         gguf = any(name.endswith(".gguf") for name in there)
         raise UnsupportedModelError(
             f"{repo} has no config.json" + (" but GGUF files." if gguf else "."),
-            "moei reads safetensors checkpoints for transformers"
-            + (" and not GGUF files yet." if gguf else "."),
+            "moei pulls safetensors checkpoints for transformers"
+            + (" and no GGUF files yet." if gguf else "."),
+            "Download one by other means and name it: moei chat FILE.gguf" if gguf else "",
         )
     names = [name for name in sorted(there) if any(fnmatchcase(name, pattern) for pattern in COMPANION_FILES)]
     read = {"config.json": _read(repo, commit, there["config.json"], remote)}

@@ -155,11 +155,11 @@ def remove(removal: Removal, *, foreign: bool = False) -> int:
     cache = removal.cache
     doomed = [*removal.own, *(removal.foreign if foreign else ())]
     freed = removal.nbytes(doomed)
-    for store in removal.stores:
-        remove_store(store)
-    if removal.folder is not None:
-        shutil.rmtree(removal.folder)
     if removal.folder is not None or not cache.repo:
+        for store in removal.stores:
+            remove_store(store)
+        if removal.folder is not None:
+            shutil.rmtree(removal.folder)
         return freed
     doomed = [path for path in doomed if not any(path.is_relative_to(store) for store in removal.stores)]
     with ExitStack() as locks:
@@ -173,6 +173,9 @@ def remove(removal: Removal, *, foreign: bool = False) -> int:
                     f"{removal.name} is being downloaded right now.",
                     hint="Stop that download, then remove it.",
                 ) from error
+        # Not before all locks are held: a refusal deletes nothing.
+        for store in removal.stores:
+            remove_store(store)
         try:
             _delete(cache, removal, doomed)
         except OSError as error:

@@ -39,6 +39,23 @@ def why_not(config: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
+def why_not_packed(config: Mapping[str, Any], form: str) -> tuple[str, str] | None:
+    """(why a checkpoint of this ``config.json`` cannot be packed as ``form``, what to do); None: nothing speaks
+    against it."""
+    published = quant_method(config) == "mxfp4"
+    if published and form != "mxfp4":
+        return (
+            "Its experts are stored as MXFP4 already: packing again would lose accuracy and save nothing.",
+            "Pull it with --quant mxfp4, which keeps their values, or without --quant.",
+        )
+    if form == "mxfp4" and not published:
+        return (
+            "Only experts that were published in MXFP4 are kept so; moei does not round to it.",
+            "Choose q8_0 or q4_0.",
+        )
+    return None
+
+
 @cache
 def _known_types() -> frozenset[str]:
     """The architectures of the installed transformers; empty if its table of them is not where it was.

@@ -116,7 +116,8 @@ class Transfer:
                     return
             self._progress.advance(-current.nbytes)
             credited = 0
-            self._progress.note(f"{file.name} arrived damaged; downloading it again.")
+            if attempt == 1:
+                self._progress.note(f"{file.name} arrived damaged; downloading it again.")
         raise damaged_twice(file.name, self._cache.repo)
 
     def _ask(self, file: PlannedFile) -> PlannedFile:
