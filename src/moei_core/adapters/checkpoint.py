@@ -52,7 +52,7 @@ def read_tensors(folder: Path) -> dict[str, TensorEntry]:
         raise DamagedFileError(
             f"The model's file {INDEX} is damaged.",
             "It holds no weight map in JSON.",
-            f"Delete {index} and pull the model again.",
+            "Remove the model and pull it again: a pull alone keeps a file that has its size.",
         ) from None
     headers = {shard: read_header(folder / shard) for shard in sorted(set(shards.values()))}
     tensors: dict[str, TensorEntry] = {}

@@ -83,7 +83,9 @@ def read_config(folder: Path) -> PretrainedConfig:
         model_type = json.loads(path.read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
         raise DamagedFileError(
-            f"{path} is damaged.", "It is no JSON object with a 'model_type'.", "Pull the model again."
+            f"{path} is damaged.",
+            "It is no JSON object with a 'model_type'.",
+            "Remove the model and pull it again: a pull alone keeps a file that has its size.",
         ) from None
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)

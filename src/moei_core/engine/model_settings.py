@@ -41,7 +41,9 @@ def load_tokenizer(folder: Path) -> Any:
         # Whatever transformers raises here: the folder has no usable tokenizer.
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedFileError(
-            f"The tokenizer in {folder} cannot be loaded.", first, "Pull the model again."
+            f"The tokenizer in {folder} cannot be loaded.",
+            first,
+            "Remove the model and pull it again: a pull alone keeps a file that has its size.",
         ) from error
 
 
@@ -83,4 +85,8 @@ def _generation_config(folder: Path) -> dict[str, Any]:
 
 
 def _damaged(folder: Path, why: str) -> DamagedFileError:
-    return DamagedFileError(f"{folder / 'generation_config.json'} is damaged.", why, "Pull the model again.")
+    return DamagedFileError(
+        f"{folder / 'generation_config.json'} is damaged.",
+        why,
+        "Remove the model and pull it again: a pull alone keeps a file that has its size.",
+    )

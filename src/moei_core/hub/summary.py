@@ -91,9 +91,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise DamagedFileError(f"{path} cannot be read.", f"{error}.", "Pull the model again.") from error
+        raise DamagedFileError(
+            f"{path} cannot be read.",
+            f"{error}.",
+            "Remove the model and pull it again: a pull alone keeps a file that has its size.",
+        ) from error
     if not isinstance(config, dict):
-        raise DamagedFileError(f"{path} is not the config of a model.", hint="Pull the model again.")
+        raise DamagedFileError(
+            f"{path} is not the config of a model.",
+            hint="Remove the model and pull it again: a pull alone keeps a file that has its size.",
+        )
     return config
 
 

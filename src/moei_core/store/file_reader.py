@@ -110,7 +110,9 @@ class FileReader:
                 self.read_into(offset + done, count, buffer, lead)
             except (OSError, EOFError) as error:
                 raise DamagedFileError(
-                    f"Reading {self.file.name} failed.", f"{self.file}: {error}.", "Pull the model again."
+                    f"Reading {self.file.name} failed.",
+                    f"{self.file}: {error}.",
+                    "Remove the model and pull it again: a pull alone keeps a file that has its size.",
                 ) from error
             yield buffer[lead : lead + count]
 

@@ -94,5 +94,7 @@ def _parse(file: Path, header: object, data_start: int, size: int) -> dict[str, 
 
 def _damaged(file: Path, why: str) -> DamagedFileError:
     return DamagedFileError(
-        f"The model's file {file.name} is damaged.", why, f"Delete {file} and pull the model again."
+        f"The model's file {file.name} is damaged.",
+        why,
+        "Remove the model and pull it again: a pull alone keeps a file that has its size.",
     )

@@ -34,7 +34,7 @@ class SafetensorsStore(FileStore):
             raise ExpertReadError(
                 f"The bytes of {key} are not those read before.",
                 f"Its checksum differs though {names} seems unchanged: a failing disk or damaged file.",
-                "Nothing was computed with them. Check the disk, then pull the model again.",
+                "Nothing was computed with them. Check the disk, then remove the model and pull it again.",
             )
 
     def close(self) -> None:

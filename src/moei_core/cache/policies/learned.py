@@ -46,8 +46,11 @@ FORGET = 0.9999
 SHRINK = 5.0
 """An affinity seen n times counts n / (n + SHRINK); the rest is popularity."""
 RECENT = 0.8
-AGE = 0.9
+AGE = 0.95
 """A use counts so much less with every token, and only the last one counts."""
+AGE_DOUBT = 20.0
+"""How much more strongly its weight is drawn towards 0: it must show, as it does where nothing but recency tells. Where
+a pass has several tokens it would lose half a point otherwise."""
 FEW = {Phase.PREFILL: 8, Phase.DECODE: 32}
 """A pass over no more tokens is one step to learn from: several users' tokens or drafts, or the end of a prompt."""
 FEATURES = len(PRIOR)
@@ -323,6 +326,7 @@ class LearnedMixture(ValuePolicy):
 
     def _fit(self) -> None:
         eye = np.eye(FEATURES)
+        eye[_AGE, _AGE] = AGE_DOUBT
         common = solve(
             self._gram.sum(axis=0, keepdims=True) + PRIOR_WEIGHT * eye,
             self._moment.sum(axis=0, keepdims=True) + PRIOR_WEIGHT * PRIOR,
