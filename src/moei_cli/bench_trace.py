@@ -144,7 +144,7 @@ def _remarks(trace: Trace, rows: list[dict[str, Any]]) -> list[str]:
         remarks.append(
             f"{', '.join(few)}: fewer slots than one token's experts; each token floods a global LRU."
         )
-    if all(row["gap_closed"] is None for row in rows):
+    if not {BASE, BOUND} <= {row["policy"] for row in rows}:
         remarks.append(f"The gap closed needs {BASE} and {BOUND} among the policies.")
     return remarks
 

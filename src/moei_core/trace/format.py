@@ -211,7 +211,7 @@ def read_trace(path: str | Path) -> Trace:
         )
     except KeyError as error:
         raise _damaged(path, f"the metadata lacks {error}") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise _damaged(path, f"its metadata cannot be understood ({error})") from None
     problem = find_problem(trace)
     if problem:
@@ -277,6 +277,9 @@ def _problems(trace: Trace) -> Iterator[str]:
         return
     if experts.dtype not in (np.uint8, np.uint16):
         yield f"'experts' has type {experts.dtype}, not uint8 or uint16"
+        return
+    if top_k > count or count > 1 << 8 * experts.itemsize:
+        yield f"{top_k} of {count} experts are too many for 'experts' of type {experts.dtype}"
         return
     if experts.ndim != 3 or experts.shape[1] != len(layers) or not 1 <= experts.shape[2] <= top_k:
         yield (
