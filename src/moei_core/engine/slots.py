@@ -20,11 +20,15 @@ _WORTH_IT = 50
 
 def unequal_sizes(store: ExpertStore, num_experts: Mapping[int, int]) -> ExpertSizes | None:
     """What experts take by layer, or None where slots for the largest suit all. num_experts: by layer."""
-    nbytes = dict.fromkeys(num_experts, 0)
+    memory, stored = dict.fromkeys(num_experts, 0), dict.fromkeys(num_experts, 0)
     for key in store.experts():
-        nbytes[key.layer] = max(nbytes[key.layer], store.layout(key).slot_nbytes)
-    sizes = ExpertSizes(nbytes, dict(num_experts))
-    return sizes if (sizes.total - sizes.whole) * _WORTH_IT >= sizes.total else None
+        layout = store.layout(key)
+        memory[key.layer] = max(memory[key.layer], layout.slot_nbytes)
+        stored[key.layer] = max(stored[key.layer], layout.nbytes)
+    # Where files begin their tensors makes a difference of pages, which is one for the tiniest experts only.
+    alike = len(set(stored.values())) == 1
+    sizes = ExpertSizes(memory, dict(num_experts))
+    return None if alike or (sizes.total - sizes.whole) * _WORTH_IT < sizes.total else sizes
 
 
 class SlotPool:

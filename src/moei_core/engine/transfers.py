@@ -224,6 +224,8 @@ class TransferQueue:
         until = time.monotonic() + _CLOSING_S
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
+        if not self._threads:
+            self._store.close()
 
     def _wait_for(self, things: Sized) -> None:
         while not things:
