@@ -297,6 +297,14 @@ def test_ctrl_c_while_moei_is_imported_is_no_traceback() -> None:
     assert (done.returncode, done.stderr) == (130, "Interrupted.\n")
 
 
+@pytest.mark.parametrize("question", ["word " * 80, "~what is an expert?"])
+def test_a_question_that_is_no_path_is_a_question(question: str, moei: Moei) -> None:
+    done = moei("chat", question, "--max-tokens", "4", "--temperature", "1e-39")
+    assert done.code == 0 and done.out.strip(), done.err
+    greedy = moei("chat", question, "--max-tokens", "4", "--temperature", "0")
+    assert done.out == greedy.out, "so cold, it is the same"
+
+
 def test_ctrl_c_before_typer_looks_is_no_traceback() -> None:
     program = (
         "import moei_cli.main as main\n"

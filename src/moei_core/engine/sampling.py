@@ -14,6 +14,8 @@ from moei_core.config import GenerationSettings
 from moei_core.errors import MoeiError
 
 _BLOCK = 128
+_GREEDY = 1e-6
+"""A temperature below which only the best score counts. Far below it, scores divided by it are no numbers."""
 
 
 class Sampler:
@@ -29,7 +31,7 @@ class Sampler:
 
     def next_token(self, tokens: list[int], logits: torch.Tensor) -> int:
         """The token after ``tokens``. logits: [vocabulary], any float type. Raises: MoeiError if none is a number."""
-        if self._settings.temperature == 0:
+        if self._settings.temperature < _GREEDY:
             return int(self._scores(tokens, logits).argmax())
         candidates, probabilities = self.distribution(tokens, logits)
         steps = probabilities.cumsum(0, dtype=torch.float64)

@@ -88,7 +88,7 @@ def parse_name(text: str) -> ModelName:
     """
     text = text.strip()
     base, _, form = text.rpartition(":")
-    if base and form in (*PACKED_NAMES, UNPACKED) and not Path(text).expanduser().is_dir():
+    if base and form in (*PACKED_NAMES, UNPACKED) and not _is_folder(_path(text)):
         return replace(_parse_plain(base), format=form)
     return _parse_plain(text)
 
@@ -101,7 +101,7 @@ def _parse_plain(text: str) -> ModelName:
         if not is_safe_name(name) or "/" in name:
             raise unknown_name(text)
         return ModelName(text, "synthetic", folder=synthetic_root() / name)
-    path = Path(text).expanduser()
+    path = _path(text)
     if text.lower().endswith(".gguf"):
         return ModelName(text, "gguf", folder=path.absolute())
     if _names_gguf(text):
@@ -110,8 +110,8 @@ def _parse_plain(text: str) -> ModelName:
             hint="Download the file, then name it: moei chat FILE.gguf. Or pull the original model.",
         )
     looks_like_path = text.startswith(("/", "./", "../", "~")) or text in (".", "..")
-    if text and (looks_like_path or path.is_dir()):
-        if not path.is_dir():
+    if text and (looks_like_path or _is_folder(path)):
+        if not _is_folder(path):
             raise ModelNotFoundError(f"{text} is not a folder.", hint="Check the path.")
         return ModelName(text, "folder", folder=path.absolute())
     name, _, revision = text.partition("@")
@@ -120,6 +120,22 @@ def _parse_plain(text: str) -> ModelName:
     if not is_repo_id(name) or (revision and not is_safe_name(revision)):
         raise unknown_name(text)
     return ModelName(text, "hub", repo=name, revision=revision or None)
+
+
+def _path(text: str) -> Path:
+    """Of what may be a question as well: ``~what is this?`` names nobody's home."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        # A question that is longer than any name.
+        return False
 
 
 def _names_gguf(text: str) -> bool:
