@@ -53,11 +53,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: run the command line, turn errors into sentences and exit codes."""
     _open_closed_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    end = arguments.index("--") if "--" in arguments else len(arguments)
     # --debug is understood anywhere, since people add it to the end of the command that has just failed.
-    debug = "--debug" in own
-    if debug:
-        arguments.remove("--debug")
+    own = [one for one in arguments[:end] if one != "--debug"]
+    debug = len(own) < end
+    arguments = own + arguments[end:]
     try:
         app(args=arguments, prog_name="moei")
     except MoeiError as error:

@@ -308,7 +308,9 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: S
             for text, width, heading in zip(row, widths, headings, strict=True)
         )
         line = "  ".join(cells).rstrip()
-        stdout.print(line, style="bold" if row is headings else None, markup=False, soft_wrap=True)
+        stdout.print(
+            line, style="bold" if row is headings else None, markup=False, emoji=False, soft_wrap=True
+        )
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:
@@ -316,7 +318,7 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in facts)
     stdout = console(sys.stdout)
     for name, value in facts:
-        stdout.print(f"{name:<{width}}  {value}", markup=False, soft_wrap=True)
+        stdout.print(f"{name:<{width}}  {value}", markup=False, emoji=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

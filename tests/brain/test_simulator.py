@@ -270,6 +270,8 @@ def test_hardware_files(tmp_path: Path) -> None:
         ('{"disk_bandwidth": 0}', "above 0"),
         ('{"disk_bandwidth": true}', "must be a number"),
         ('{"link_latency": -1}', "negative"),
+        ('{"disk_bandwidth": NaN}', "must be a number"),
+        ('{"ram_nbytes": 1e400}', "must be a number"),
     ):
         file.write_text(text)
         with pytest.raises(UsageError, match=sentence):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -89,7 +90,7 @@ def _value(key: str, value: Any) -> Any:
         return str(value)
     if isinstance(value, str):
         return parse_size(value.removesuffix("/s"), f"--hardware {key}")
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UsageError(f"--hardware: {key} must be a number, not {value!r}.")
     return int(value) if key in _SIZES or key == "batch_tokens" else float(value)
 
