@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from moei_core.engine.loaded_model import LoadedModel
+from moei_core.engine.transfers import TransferQueue
 from moei_core.tiers import TieredScheduler
 from moei_core.types import ExpertKey, FetchPlan, LayerAccess
 
@@ -37,3 +38,9 @@ def watch_plans(
     scheduler.decide = decide  # type: ignore[assignment, method-assign]
     scheduler.look_ahead = look_ahead  # type: ignore[method-assign]
     return plans
+
+
+def slots_of(queue: TransferQueue) -> set[int]:
+    """Those that the queue has: for prefetches, on their way, and back from what was given up."""
+    loads = [*queue._active, *queue._prefetches.values()]
+    return {load.slot for load in loads} | {*queue._spares, *queue._returned}

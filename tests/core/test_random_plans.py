@@ -18,6 +18,7 @@ from moei_core.prefetch import PrefetchMode
 from moei_core.store.base import Extent
 from moei_core.store.file_store import FileStore
 from moei_core.types import ExpertKey, Phase
+from tests.watched_plans import slots_of
 
 PLANS = 10_000
 LIVE = [name for name, policy in POLICIES.items() if not getattr(policy, "needs_future", False)]
@@ -108,7 +109,5 @@ def test_the_budget_is_kept(
         # No slot was lost: each is free, held, or with the queue.
         engine.resize(model.budget.slots)
         engine._settle_prefetches()
-        queue = engine._transfers
-        others = {load.slot for load in queue._active} | {*queue._spares, *queue._returned}
-        others |= {load.slot for load in queue._prefetches.values()}
+        others = slots_of(engine._transfers)
         assert engine._pool.free + len(engine._slots) + len(others) == model.budget.slots

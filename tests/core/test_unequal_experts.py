@@ -27,7 +27,7 @@ from moei_core.store.file_store import FileStore
 from moei_core.trace import read_trace
 from moei_core.types import ExpertKey, FetchPlan, LayerAccess, Phase
 from tests.gguf_checkpoint import save_gguf
-from tests.watched_plans import watch_plans
+from tests.watched_plans import slots_of, watch_plans
 
 PAGE = 4096
 
@@ -200,9 +200,7 @@ def test_budgets_under_random_plans(policy: str, folder: Path, monkeypatch: pyte
         assert failed
         engine.resize(model.budget.slots)
         engine._settle_prefetches()
-        queue = engine._transfers
-        others = {load.slot for load in queue._active} | {*queue._spares, *queue._returned}
-        others |= {load.slot for load in queue._prefetches.values()}
+        others = slots_of(engine._transfers)
         assert set(pool._held) == {*engine._slots.values()} | others, "a slot was lost"
 
 

@@ -152,8 +152,7 @@ class SizedSlotPool(SlotPool):
     def take(self, layer: int | None = None) -> int:
         slot = super().take()
         self._hold(slot, self.slot_nbytes if layer is None else self._sizes.nbytes[layer])
-        if self._total > self._most:
-            self._trim(self._total - self._most)
+        self._trim(self._most)
         return slot
 
     def give_back(self, slot: int) -> None:
@@ -162,9 +161,8 @@ class SizedSlotPool(SlotPool):
         self._used -= self._held.pop(slot)
         self._loose.discard(slot)
         self._free.append(slot)
-        if self._total > self._most:
-            # More was in use when the pool was made smaller.
-            self._trim(self._total - self._most)
+        # More was in use, it may be, when the pool was made smaller.
+        self._trim(self._most)
 
     def fit(self, slot: int, layer: int) -> None:
         # A slot that is for any may have been filled by others, which were cancelled.
@@ -176,7 +174,7 @@ class SizedSlotPool(SlotPool):
 
     def resize(self, slots: int) -> None:
         self._most = slots * self.slot_nbytes
-        self._trim(self._total)
+        self._trim(0)
 
     def _hold(self, slot: int, nbytes: int) -> None:
         before, touched = self._held.get(slot, 0), self._touched.get(slot, 0)
@@ -186,15 +184,14 @@ class SizedSlotPool(SlotPool):
         if touched > nbytes:
             self._loose.add(slot)
 
-    def _trim(self, wanted: int) -> None:
-        """Give at least ``wanted`` bytes of pages that nobody needs back, or all."""
-        until = self._total - wanted
-        while self._total > until and self._loose:
+    def _trim(self, most: int) -> None:
+        """Give pages that nobody needs back until there are ``most`` bytes, or no more of them."""
+        while self._total > most and self._loose:
             slot = self._loose.pop()
             self._leave(slot, self._held[slot])
         # Those that will be taken last first.
         for slot in self._free:
-            if self._total <= until:
+            if self._total <= most:
                 return
             self._leave(slot, 0)
 
